@@ -1,0 +1,59 @@
+"""inkdask: ink detection on surface volumes as one lazy Dask array program.
+
+seg = inkdask.open_segment("s3://bucket/segment", layers=(0, 26))
+ink = inkdask.predict(seg, model="timesformer-scroll5")
+ink.map[4000:5000, 4000:5000].compute()
+
+inkdask.run("s3://bucket/segment", model="timesformer-scroll5", layers=(0, 26))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from inkdask.preparation import prepare
+    from inkdask.segment import Segment, open_segment
+    from inkdask.settings import Settings
+    from inkdask.types import InkdaskError, ModelSpec
+    from inkdask.workflow import InkMap, predict, run
+
+_HOME = {
+    "InkMap": "workflow",
+    "InkdaskError": "types",
+    "ModelSpec": "types",
+    "Segment": "segment",
+    "Settings": "settings",
+    "open_segment": "segment",
+    "predict": "workflow",
+    "prepare": "preparation",
+    "run": "workflow",
+}
+
+__all__ = [
+    "InkMap",
+    "InkdaskError",
+    "ModelSpec",
+    "Segment",
+    "Settings",
+    "open_segment",
+    "predict",
+    "prepare",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used, so that the import itself stays light."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'inkdask' has no attribute {name!r}")
+    value = getattr(import_module(f"inkdask.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,5 @@
+"""``python -m inkdask`` is the command line."""
+
+from inkdask.cli import main
+
+main()

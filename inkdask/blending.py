@@ -1,0 +1,155 @@
+"""From the tile grid to the ink map: overlap-add written as two small matrix products.
+
+After the sigmoid, everything that happens to a tile is linear and separable: bilinear upsampling
+of its k x k probabilities to T x T pixels, the window, the sum over tiles. With u the bilinear
+basis and w the window,
+
+    ink[y, x] = sum_{i,a,j,b} By[y, (i,a)] P[i,a,j,b] Bx[x, (j,b)] / weight[y, x]
+    weight[y, x] = sum_{i,j} wy[y, i] M[i, j] wx[x, j]
+
+where By[y, (i,a)] = w(y - y_i) u_a(y - y_i), the same for x, and M is 1 where a tile ran. Any
+origin y_i works, so the last tile simply touches the border. The code runs on NumPy and CuPy.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal
+
+import dask.array as da
+import numpy as np
+from dask.array.overlap import overlap
+from einops import rearrange
+
+from inkdask.tiling import Axis, Tiling
+
+Window = Literal["hann", "gaussian"]
+FLOOR = 1e-6  # of a window, of which the largest weight is 1
+
+
+def blend(
+    grid: da.Array, valid: da.Array, tiling: Tiling, window: Window = "hann", sigma: float = 0.0
+) -> da.Array:
+    """Blend tile probabilities to the ink map, lazily.
+
+    Parameters
+    ----------
+    grid
+        Dask float (gy, gx, k, k), NaN where no tile ran; chunked as ``tiling.grid_chunks``.
+    valid
+        Dask bool (y, x), chunked as ``tiling.chunks``: the map is 0 elsewhere.
+    tiling
+        Where the tiles lie.
+    window, sigma
+        As in `taper`.
+
+    Returns
+    -------
+    Dask float32 (y, x) in [0, 1].
+    """
+    before = {
+        axis: (along.depth if len(along.chunks) > 1 else 0, 0)
+        for axis, along in enumerate((tiling.y, tiling.x))
+    }
+    reaching = overlap(grid, depth=before, boundary="none", allow_rechunk=False)
+    rows, columns = (da.arange(count, chunks=1) for count in tiling.block_shape)
+    return da.blockwise(
+        blend_chunk, "yx",
+        reaching, "yxab",
+        valid, "yx",
+        rows, "y",
+        columns, "x",
+        tiling=tiling,
+        window=window,
+        sigma=sigma,
+        adjust_chunks={"y": tiling.chunks[0], "x": tiling.chunks[1]},
+        align_arrays=False,
+        concatenate=True,
+        meta=np.empty((0, 0), np.float32),
+    )  # fmt: skip
+
+
+def blend_chunk(
+    grid: Any,
+    valid: Any,
+    row: np.ndarray,
+    column: np.ndarray,
+    tiling: Tiling,
+    window: Window,
+    sigma: float,
+) -> Any:
+    """Blend the pixels of one chunk: float32 (y, x).
+
+    Parameters
+    ----------
+    grid
+        The chunk's tiles and those before it that reach into it, (gy, gx, k, k).
+    valid
+        The chunk's pixels that have data, bool (y, x).
+    row, column
+        Where the chunk lies, int (1,).
+    """
+    xp = grid.__array_namespace__()  # NumPy, or CuPy on a GPU worker
+    k = grid.shape[-1]
+    By, wy = (xp.asarray(m) for m in matrices(tiling.y, int(row[0]), k, window, sigma))
+    Bx, wx = (xp.asarray(m) for m in matrices(tiling.x, int(column[0]), k, window, sigma))
+    ran = ~xp.isnan(grid[:, :, 0, 0])  # (gy, gx)
+    P = xp.where(ran[:, :, None, None], grid, 0).astype(xp.float32)
+    P = rearrange(P, "gy gx a b -> (gy a) (gx b)")
+    total = (By @ P) @ Bx.T  # (y, x)
+    weight = (wy @ ran.astype(xp.float32)) @ wx.T  # (y, x)
+    covered = xp.asarray(valid) & (weight > 0)
+    return xp.where(covered, total / xp.where(covered, weight, 1), 0).astype(xp.float32)
+
+
+def matrices(
+    axis: Axis, index: int, k: int, window: Window, sigma: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """One chunk along one axis: B (pixels, tiles * k) and w (pixels, tiles), float32."""
+    origins = tuple(axis.reaching_origins(index).tolist())
+    return _matrices(origins, axis.chunks[index], axis.tile, k, window, sigma)
+
+
+@lru_cache(maxsize=16)  # all chunks inside an image share theirs; those at its borders differ
+def _matrices(
+    origins: tuple[int, ...], pixels: int, tile: int, k: int, window: Window, sigma: float
+) -> tuple[np.ndarray, np.ndarray]:
+    w, u = taper(tile, window, sigma), upsampling(tile, k)
+    B = np.zeros((pixels, len(origins), k), np.float32)
+    W = np.zeros((pixels, len(origins)), np.float32)
+    for i, origin in enumerate(origins):
+        start, stop = max(origin, 0), min(origin + tile, pixels)
+        inside = slice(start - origin, stop - origin)
+        W[start:stop, i] = w[inside]
+        B[start:stop, i] = w[inside, None] * u[inside]
+    return B.reshape(pixels, -1), W
+
+
+def taper(tile: int, window: Window = "hann", sigma: float = 0.0) -> np.ndarray:
+    """Weights of a tile's pixels along one axis, float64 (tile,), positive everywhere.
+
+    ``hann`` is sampled at half-pixel offsets, sin^2(pi (n + 1/2) / T): its ends are not zero, so
+    the outermost pixels are seen, and it sums to a constant at strides T/2, T/4, ...
+    ``gaussian`` has standard deviation ``sigma`` pixels; 0 means T / 2.5.
+    """
+    n = np.arange(tile) + 0.5
+    if window == "hann":
+        return np.sin(np.pi * n / tile) ** 2
+    # A narrow one must not vanish at the ends: pixels there would be seen by no tile at all.
+    return np.maximum(np.exp(-0.5 * ((n - tile / 2) / (sigma or tile / 2.5)) ** 2), FLOOR)
+
+
+def upsampling(tile: int, k: int) -> np.ndarray:
+    """Bilinear interpolation from k values to the pixels of a tile, float64 (tile, k).
+
+    The same as ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``: values
+    sit at the centres of k equal parts, and pixels beyond the outermost centres take its value.
+    """
+    position = np.clip((np.arange(tile) + 0.5) * k / tile - 0.5, 0, k - 1)
+    left = np.minimum(position.astype(int), max(k - 2, 0))
+    share = position - left
+    u = np.zeros((tile, k))
+    pixels = np.arange(tile)
+    u[pixels, left] = 1 - share
+    u[pixels, np.minimum(left + 1, k - 1)] += share
+    return u

@@ -1,0 +1,170 @@
+"""The command line. Its options are the parameters of `inkdask.settings`, generated."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+from rich.console import Console
+
+import inkdask
+from inkdask.settings import Settings, parameters
+from inkdask.types import InkdaskError
+
+INTERRUPTED = 130  # the shell's own code for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
+    """Run the command line; a user's mistake is one sentence and an exit code, no traceback."""
+    try:
+        inkdask_.main(arguments, prog_name=name, standalone_mode=False)
+    except InkdaskError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print(
+            "inkdask: interrupted; what is done is kept, and the same command resumes.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(INTERRUPTED)  # an exit in order would wait for the chunks that are in flight
+
+
+def _fail(sentence: str, code: int) -> None:
+    print(f"inkdask: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _settings_options(*only: str) -> Callable[[Any], Any]:
+    """Decorate a command with an option for each parameter, or for those named."""
+
+    def decorate(command: Any) -> Any:
+        for name, variable, field in reversed(list(parameters())):
+            if name == "s3_path" or (only and name not in only):
+                continue
+            flag = f"--{name.replace('_', '-')}"
+            kind: dict[str, Any] = {"metavar": _metavar(field)}
+            if field.annotation is bool:
+                flag, kind = f"{flag}/--no-{flag[2:]}", {"default": None}
+            default = "" if field.default is None else f" (default: {field.default})"
+            text = f"{field.description}{default} [{variable}]".replace("`", "")
+            command = click.option(flag, name, help=text, **kind)(command)
+        return click.option(
+            "--layers",
+            metavar="START:END",
+            help="Layer range, first inclusive, last exclusive. [START_LAYER, END_LAYER]",
+        )(command)
+
+    return decorate
+
+
+def _metavar(field: FieldInfo) -> str:
+    """What an option takes: a name of its own, the choices of a Literal, or the type."""
+    if isinstance(field.json_schema_extra, dict):
+        return str(field.json_schema_extra["metavar"])
+    kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType]
+    if get_origin(field.annotation) is Literal:
+        return "|".join(map(str, kinds))
+    kind: Any = kinds[0] if kinds else field.annotation
+    return "|".join(map(str, get_args(kind))) or {int: "INT", float: "FLOAT"}.get(kind, "TEXT")
+
+
+@click.group(
+    "inkdask", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(inkdask.__version__, prog_name="inkdask")
+@click.option("-v", "--verbose", is_flag=True, help="Say more of what is going on.")
+def inkdask_(verbose: bool) -> None:
+    """Read ink on Herculaneum surface volumes.
+
+    Every option is an environment variable too, named in brackets.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # on standard error
+    logging.getLogger("inkdask").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@inkdask_.command()
+@click.argument("s3_path", required=False)
+@_settings_options()
+def run(**given: Any) -> None:
+    """Run the job: layers in, picture out.
+
+    S3_PATH is the folder that holds `layers/`, local or `s3://`. With no arguments at all, the
+    environment says everything.
+    """
+    from inkdask.workflow import run
+
+    given = _given(given)
+    if not given and Settings.of().step != "prepare":  # a container's environment names all four
+        Settings.of().require("model", "s3_path", "start_layer", "end_layer")
+    print(run(**given))
+
+
+@inkdask_.command()
+@click.argument("s3_path", required=False)
+@_settings_options(
+    "start_layer", "end_layer", "surface_volume_zarr", "zarr_output_dir", "use_zarr_compression",
+    "overwrite",
+)  # fmt: skip
+def prepare(**given: Any) -> None:
+    """Write the layers of a segment to one zarr array, for SURFACE_VOLUME_ZARR.
+
+    Worth its time when many jobs read the same segment, or when its layers cannot be read in
+    parts.
+    """
+    from inkdask.preparation import prepare
+
+    print(prepare(**_given(given)))
+
+
+@inkdask_.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("inkdask-demo"), show_default=True,
+    help="Folder for the segment and the pictures.",
+)  # fmt: skip
+def demo(out: Path) -> None:
+    """Make a synthetic segment, run the real job on it, and show the letters it finds."""
+    from inkdask import demo
+
+    print(demo.run(out))
+
+
+@inkdask_.command()
+@click.argument("path")
+@_settings_options("start_layer", "end_layer", "tile", "stride", "chunk_size")
+def info(path: str, **given: Any) -> None:
+    """Say what is at PATH: layers, type, layout, size, tiles, expected memory."""
+    from inkdask.information import describe
+    from inkdask.progress import columns
+
+    print(columns(describe(path, **_given(given))))
+
+
+@inkdask_.command()
+def models() -> None:
+    """List the models that have a key."""
+    from inkdask.models.registry import known
+
+    console = Console(highlight=False, soft_wrap=True)
+    for spec in known().values():
+        console.print(f"[bold]{spec.key}[/]  {spec.weights}")
+        console.print(
+            f"    {spec.architecture}: {spec.layers} layers, tile {spec.tile}, stride "
+            f"{spec.stride}, voxels clipped to {spec.clip:g} and divided by {spec.divisor:g}"
+        )
+        if spec.licence:
+            console.print(f"    licence: {spec.licence}")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user gave."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,207 @@
+"""Layers that cannot be read in parts: PNG, JPEG, and TIFFs compressed in one piece.
+
+Each process decodes such a layer once, the first time a task needs it, into a scratch zarr on its
+own disk, and cuts all windows out of that. ``inkdask prepare`` does the same once for all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import imagecodecs
+import numpy as np
+import zarr
+from tifffile.tifffile import jpeg_shape
+
+from inkdask import storage
+from inkdask.parallel import for_each
+from inkdask.types import InkdaskError
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1024  # pixels: side of a chunk of the scratch zarr
+DECODING_BYTES = 2 << 30  # Layers are decoded side by side while they fit in this.
+_HEADER_READ = 1 << 16
+
+
+class Image(Protocol):
+    """A layer that is decoded as a whole."""
+
+    @property
+    def uri(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, int]: ...  # noqa: D102
+    @property
+    def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
+    def decode(self) -> np.ndarray: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG or JPEG file.
+
+    Attributes
+    ----------
+    uri
+        The file.
+    shape
+        Height and width in pixels.
+    dtype
+        uint8 or uint16.
+    oddity
+        What is left unread of the file, for a warning; empty as a rule.
+    is_mask
+        Whether it is decoded as 1 where it is not black, and 0 elsewhere.
+    """
+
+    uri: str
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    oddity: str = ""
+    is_mask: bool = False
+
+    @property
+    def words(self) -> str:
+        """The layout as a person says it."""
+        return "PNG" if self.uri.lower().endswith("png") else "JPEG"
+
+    def decode(self) -> np.ndarray:
+        """Read the whole picture as uint8 (y, x), its first channel."""
+        try:
+            pixels = imagecodecs.imread(storage.read_bytes(self.uri), codec=["png", "jpeg"])
+        except InkdaskError:
+            raise
+        except Exception as error:
+            raise InkdaskError(f"{self.uri} is truncated or corrupt: {error}.") from error
+        if self.is_mask:  # what is not black, in any channel but alpha, however dark
+            colours = pixels.reshape(*pixels.shape[:2], -1)
+            opaque = colours[..., :-1] if colours.shape[2] in (2, 4) else colours
+            return np.asarray(opaque.any(axis=2), np.uint8)
+        if pixels.ndim == 3:
+            pixels = pixels[:, :, 0]
+        if pixels.dtype == np.uint16:
+            pixels = pixels >> 8
+        return pixels.astype(np.uint8, copy=False)
+
+
+def read_header(uri: str, size: int) -> Picture:
+    """Parse the header of a PNG or JPEG file of ``size`` bytes.
+
+    Raises
+    ------
+    InkdaskError
+        When it is neither, or not of 8 or 16 bits.
+    """
+    head = storage.read_range(uri, 0, min(size, _HEADER_READ))
+    try:
+        if head[12:16] == b"IHDR":
+            width, height, bits, colours = struct.unpack(">IIBB", head[16:26])
+            channels = {0: 1, 4: 2, 2: 3, 3: 3, 6: 4}[colours]
+        else:
+            bits, height, width, channels = jpeg_shape(head)
+    except Exception as error:
+        raise InkdaskError(f"{uri} cannot be read as a PNG or JPEG: {error}.") from error
+    if not height * width:
+        raise InkdaskError(f"{uri} has no pixels.")
+    oddity = f"{channels} channels, of which the first is read" if channels > 1 else ""
+    return Picture(uri, (height, width), np.dtype(np.uint16 if bits == 16 else np.uint8), oddity)
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedBlock:
+    """A window of layers that are decoded as a whole, to be read in a task.
+
+    ``images`` are the layers, ``identity`` changes with the files, and ``rows`` and ``columns`` are
+    the window in pixels.
+    """
+
+    images: tuple[Image, ...]
+    identity: str
+    rows: slice
+    columns: slice
+
+    def read(self) -> np.ndarray:
+        """Read the window, decoding what this process has not yet: uint8 (z, y, x)."""
+        scratch = _scratch()
+
+        def cut(image: Image) -> np.ndarray:
+            return np.asarray(scratch.layer(image, self.identity)[self.rows, self.columns])
+
+        return np.stack(for_each(cut, self.images))
+
+
+class _Scratch:
+    """The decoded layers of this process, on disk until it ends."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="inkdask-scratch-", dir=_local_folder())
+        self._lock = threading.Lock()
+        self._layers: dict[tuple[str, str], _Once] = {}
+        self._turns: dict[str, threading.Semaphore] = {}
+
+    def layer(self, image: Image, identity: str) -> zarr.Array:
+        """Return the decoded layer, uint8 (y, x), decoding it when nobody has."""
+        size = image.shape[0] * image.shape[1] * image.dtype.itemsize
+        with self._lock:
+            turns = self._turns.setdefault(
+                identity, threading.Semaphore(max(1, DECODING_BYTES // size))
+            )
+            path = f"{self._folder.name}/{len(self._layers)}.zarr"
+            once = self._layers.setdefault((identity, image.uri), _Once(path))
+        return once.get(lambda path: self._decode(image, turns, path))
+
+    def _decode(self, image: Image, turns: threading.Semaphore, path: str) -> zarr.Array:
+        with turns:
+            pixels = image.decode()
+            if pixels.shape != image.shape:
+                raise InkdaskError(f"{image.uri} is corrupt: {pixels.shape} pixels decoded.")
+            array = zarr.create_array(
+                path, shape=image.shape, chunks=(CHUNK, CHUNK), dtype=np.uint8, overwrite=True
+            )
+            array[:] = pixels
+            log.info("%s decoded into %s", image.uri, path)
+            return array
+
+
+class _Once:
+    """An array at a path of its own, which the first caller makes while the others wait."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._array: zarr.Array | None = None
+
+    def get(self, make: Callable[[str], zarr.Array]) -> zarr.Array:
+        with self._lock:
+            if self._array is None:
+                self._array = make(self._path)
+            return self._array
+
+
+_scratches: dict[int, _Scratch] = {}
+_lock = threading.Lock()
+
+
+def _scratch() -> _Scratch:
+    """Return the scratch of this process; to be called in the task's own thread."""
+    with _lock:
+        if os.getpid() not in _scratches:
+            _scratches[os.getpid()] = _Scratch()
+        return _scratches[os.getpid()]
+
+
+def _local_folder() -> str | None:
+    """The local folder of the Dask worker that this process is; it cleans up after itself."""
+    distributed = sys.modules.get("distributed")
+    try:
+        return str(distributed.get_worker().local_directory) if distributed else None
+    except ValueError:
+        return None

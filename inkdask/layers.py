@@ -1,0 +1,140 @@
+"""Which files are the layers of a segment, and which of them a job reads: by name only."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from inkdask import storage
+from inkdask.types import InkdaskError
+
+_LAYER = re.compile(r"(\d+)\.(tiff?|png|jpe?g)", re.IGNORECASE)
+_FOLDERS = ("layers", "surface_volume")
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """A file that is named as a layer.
+
+    Attributes
+    ----------
+    number
+        The number in its name.
+    uri
+        The file.
+    size
+        Its bytes.
+    mark
+        ETag or modification time: changes when the file does.
+    """
+
+    number: int
+    uri: str
+    size: int
+    mark: str
+
+    @property
+    def is_tiff(self) -> bool:
+        """Whether its name says TIFF."""
+        return self.uri.lower().endswith((".tif", ".tiff"))
+
+
+def find_layers(uri: str, listing: Sequence[storage.Entry]) -> tuple[str, list[LayerFile]]:
+    """Find the folder of layers in a segment, and all layers in it.
+
+    Parameters
+    ----------
+    uri, listing
+        The segment, and what is in it.
+
+    Returns
+    -------
+    str
+        ``layers`` or ``surface_volume`` in the segment, or a folder of it ending in ``.tifs``, or
+        the segment itself.
+    list of LayerFile
+        Sorted by number; may be empty.
+    """
+    folders = [entry.name for entry in listing if entry.is_folder]
+    inner = [name for name in _FOLDERS if name in folders]
+    inner += [name for name in folders if name.endswith(".tifs")]
+    folder = storage.join(uri, inner[0]) if inner else uri.rstrip("/")
+    files = [
+        LayerFile(int(match[1]), storage.join(folder, entry.name), entry.size, entry.mark)
+        for entry in (storage.list_folder(folder) if inner else listing)
+        if not entry.is_folder and (match := _LAYER.fullmatch(entry.name))
+    ]
+    return folder, sorted(files, key=lambda file: (file.number, file.uri))
+
+
+def choose_layers(
+    numbers: Sequence[int],
+    where: str,
+    layers: tuple[int, int] | None,
+    window: int | None,
+) -> slice:
+    """Choose the layers that a job reads.
+
+    Parameters
+    ----------
+    numbers
+        Numbers of the layers there are, ascending.
+    where
+        The folder or array, for messages.
+    layers
+        First number (inclusive) and last (exclusive).
+    window
+        Without ``layers``: as many, centred on the middle one; None for all.
+
+    Returns
+    -------
+    slice
+        Of ``numbers``.
+
+    Raises
+    ------
+    InkdaskError
+        When there are no layers, or fewer than asked for, or one is missing or there twice.
+    """
+    asked = f" for START_LAYER={layers[0]}, END_LAYER={layers[1]}" if layers else ""
+    if not numbers:
+        raise InkdaskError(f"No layers found in {where}{asked}.")
+    held = f"it has {len(numbers)}, {numbers[0]:02d} to {numbers[-1]:02d}"
+    if layers:
+        inside = [i for i, number in enumerate(numbers) if layers[0] <= number < layers[1]]
+        if not inside:
+            raise InkdaskError(f"No layers found in {where}{asked}: {held}.")
+        chosen, wanted = slice(inside[0], inside[-1] + 1), range(*layers)
+    else:
+        count = window or len(numbers)
+        if count > len(numbers):
+            raise InkdaskError(
+                f"Channel mismatch: {count} layers are wanted of {where}, but {held}."
+            )
+        first = (len(numbers) - count) // 2
+        chosen = slice(first, first + count)
+        wanted = range(numbers[first], numbers[first + count - 1] + 1)
+    missing = sorted(set(wanted) - set(numbers[chosen]))
+    if missing:
+        names = ", ".join(f"{number:02d}" for number in missing[:8])
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise InkdaskError(
+            f"{'Layer' if len(missing) == 1 else 'Layers'} {names}{more} missing in {where}{asked}."
+        )
+    return chosen
+
+
+def check_unique(files: Sequence[LayerFile], layers: tuple[int, int] | None) -> None:
+    """Check that no two files have the same number, of those in the range ``layers`` (or all).
+
+    Raises
+    ------
+    InkdaskError
+        Naming both files.
+    """
+    for one, other in itertools.pairwise(files):
+        is_read = layers is None or layers[0] <= one.number < layers[1]
+        if one.number == other.number and is_read:
+            raise InkdaskError(f"Layer {one.number:02d} is there twice: {one.uri} and {other.uri}.")

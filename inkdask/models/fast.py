@@ -1,0 +1,181 @@
+"""From a network as it was trained to a fast one: exact rewrites, and compilation if it repays.
+
+Compiling takes longer than many a job, so `Compilation.repays` decides from the number of tiles to
+come. It knows what earlier runs learnt: a note beside the compiler's cache tells how long compiling
+took and how much faster the network became.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from inkdask.types import Network
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[Tensor], Tensor]
+
+# A compilation must save this many times what it costs: neither figure is known exactly.
+MARGIN = 2.0
+
+
+def is_prepared(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether `prepare` would leave a network as it is."""
+    convolutions = any(isinstance(child, nn.Conv2d | nn.Conv3d) for child in module.modules())
+    return not convolutions and all(weight.dtype is dtype for weight in module.parameters())
+
+
+def prepare(module: nn.Module, dtype: torch.dtype) -> None:
+    """Rewrite a network in place for inference; the result is the same up to rounding.
+
+    Batch norms are folded into the convolutions before them, convolutions get their weights
+    channels-last, which cuDNN and oneDNN run without reordering, and weights get their dtype.
+    What stays float32, because it runs so on any input: buffers, and batch norms of their own.
+    """
+    for parent in module.modules():
+        for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d | nn.Conv3d) and isinstance(norm, _BatchNorm):
+                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, norm_name, nn.Identity())
+    for child in module.modules():
+        if not isinstance(child, _BatchNorm):
+            for weight in child.parameters(recurse=False):
+                weight.data = weight.data.to(dtype, memory_format=_layout(weight))
+
+
+def _layout(weight: Tensor) -> torch.memory_format:
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}  # by axes: of convolutions
+    return layouts.get(weight.ndim, torch.preserve_format)
+
+
+def agree(forward: Forward, reference: Forward, x: Tensor, tolerance: float) -> bool:
+    """Whether two paths give the same probabilities, within a tolerance, for the tiles ``x``."""
+    ours, theirs = (f(x).float().sigmoid() for f in (forward, reference))
+    return bool((ours - theirs).abs().max() <= tolerance)  # False for NaN, too
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What compiling costs, in seconds, and how many times faster the network is then."""
+
+    seconds: float
+    gain: float
+
+
+class Compilation:
+    """``torch.compile`` of one network for one batch shape, and when it repays.
+
+    Parameters
+    ----------
+    network, module
+        The spec and the network itself, on its device and in its dtype.
+    batch_size
+        Tiles in the one static shape.
+    """
+
+    def __init__(self, network: Network, module: nn.Module, batch_size: int) -> None:
+        parameter = next(module.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.network, self.module, self.batch_size = network, module, batch_size
+        machine = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else torch.backends.cpu.get_cpu_capability()
+        )
+        architecture = network.model.architecture, network.layers, network.tile
+        words = (torch.__version__, machine, *architecture, batch_size, str(self.dtype))
+        name = hashlib.sha256(repr((words, network.compile_mode)).encode()).hexdigest()[:16]
+        self.note = cache_folder() / f"inkdask-{name}.json"
+
+    def experience(self) -> Experience:
+        """Return what an earlier run noted, or a guess before the first one."""
+        try:
+            return Experience(**json.loads(self.note.read_text()))
+        except (OSError, ValueError, TypeError):
+            slow = self.device.type == "cpu" and self.dtype is torch.float32
+            return Experience(seconds=60.0, gain=1.1 if slow else 1.4)
+
+    def repays(self, seconds_per_tile: float, tiles_to_come: float) -> bool:
+        """Whether compiling saves more than it costs, given the time a tile takes without."""
+        known = self.experience()
+        saved = seconds_per_tile * tiles_to_come * (1 - 1 / known.gain)
+        return saved > MARGIN * known.seconds
+
+    def compile(self, x: Tensor, tolerance: float) -> Forward | None:
+        """Compile for batches like ``x``; None, with a warning, when that fails or is wrong.
+
+        None without a warning when the result is right and no faster.
+        """
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+        from torch._inductor import list_mode_options  # seconds to import
+
+        warm = self.note.exists()
+        started = time.perf_counter()
+        try:
+            options = list_mode_options(self.network.compile_mode, dynamic=False)
+            if self.device.type == "cpu":
+                options["freezing"] = True  # prepacks the weights
+            compiled = torch.compile(self.module, dynamic=False, options=options)
+            right = agree(compiled, self.module, x, tolerance)
+        except Exception as error:
+            warnings.warn(
+                f"torch.compile failed for {self.network.model.key!r}; the network runs without: "
+                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        seconds = time.perf_counter() - started
+        if not right:
+            warnings.warn(
+                f"torch.compile changes the result for {self.network.model.key!r} by more than "
+                f"{tolerance}; the network runs without.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        gain = _seconds(self.module, x) / _seconds(compiled, x)
+        # The next run finds the cache: from a cold start that is a quarter of the time.
+        self._write(Experience(seconds if warm else seconds / 4, gain))
+        logger.info("compiled %s in %.0f s: %.2f x", self.network.model.key, seconds, gain)
+        return compiled if gain > 1 else None
+
+    def _write(self, experience: Experience) -> None:
+        try:
+            self.note.parent.mkdir(parents=True, exist_ok=True)
+            self.note.write_text(json.dumps(asdict(experience)))
+        except OSError as error:  # a read-only home costs the next run its knowledge, no more
+            logger.debug("cannot write %s: %s", self.note, error)
+
+
+def cache_folder() -> Path:
+    """Return where compiled code and notes on it are kept between runs."""
+    if named := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(named)
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "inkdask" / "inductor"
+
+
+def _seconds(forward: Forward, x: Tensor) -> float:
+    """Return the time of a forward pass, the better of two."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        forward(x).float().sum().item()  # waits for the device
+        return time.perf_counter() - started
+
+    return min(once(), once())

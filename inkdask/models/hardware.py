@@ -1,0 +1,77 @@
+"""What this process may compute with: device, precision, cores."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from dask.system import CPU_COUNT
+
+from inkdask.types import Network
+
+
+def device_for(network: Network) -> torch.device:
+    """Return the first GPU this process sees, or the CPU.
+
+    A callable gets its tiles where its parameters are, if it has any, and on the CPU otherwise.
+    """
+    if network.function is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parameters = getattr(network.function, "parameters", lambda: iter(()))()
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
+def precision_for(network: Network, device: torch.device) -> torch.dtype:
+    """Return the dtype a network runs in: bfloat16 only where the hardware computes in it.
+
+    Elsewhere bfloat16 is emulated, several times slower than float32.
+    """
+    if network.function is not None or network.precision == "float32":
+        return torch.float32
+    if network.precision == "bfloat16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def cores() -> int:
+    """Return how many cores a forward pass may use; to be asked in a task's own thread.
+
+    Dask starts worker processes with ``OMP_NUM_THREADS=1``, which is meant for tasks that run side
+    by side. All forward passes of a worker go through one thread, so that thread may have every
+    core the worker counts as its own.
+    """
+    if distributed := sys.modules.get("distributed"):
+        try:
+            return distributed.get_worker().state.nthreads
+        except ValueError:
+            pass  # not in a task of a worker
+    named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(named) if named.isdigit() and int(named) else CPU_COUNT
+
+
+def fast_float32(device: torch.device) -> None:
+    """Let a GPU compute float32 products in TF32, and choose its convolutions by trying them."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 in float32, for comparison."""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution

@@ -1,0 +1,109 @@
+"""A model's weights as one file on the local disk, wherever they come from.
+
+`fetch` is what workers call: weights are downloaded once however many processes ask at the same
+time. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from inkdask.models.sources import Bucket, Folder, Repo, Source
+from inkdask.types import InkdaskError, ModelSpec
+
+PREFERENCE = (".safetensors", ".ckpt", ".pt", ".bin")
+PACKAGE = "package://"  # package://NAME/FILE is a file inside an installed Python package
+
+_REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@(.+))?")
+
+
+def parse(model: str) -> dict[str, Any] | None:
+    """Return the `ModelSpec` fields that a user's address stands for.
+
+    Parameters
+    ----------
+    model
+        A path; a URI; or ``owner/name`` with ``/FILE`` or ``@REVISION`` after it.
+
+    Returns
+    -------
+    dict or None
+        ``weights``, and ``filename`` and ``revision`` where they are given; None when ``model``
+        has the form of no address.
+    """
+    if "://" in model and not model.startswith("file://"):
+        return {"weights": model}
+    path = Path(model.removeprefix("file://")).expanduser()
+    if model and path.exists():
+        return {"weights": str(path.absolute())}
+    named_as_file = path.suffix in PREFERENCE and len(path.parts) < 3
+    if named_as_file or model.startswith(("/", ".", "~", "file://")):
+        raise InkdaskError(f"The weights {path} do not exist.")
+    if repo := _REPO.fullmatch(model):
+        words = zip(("weights", "filename", "revision"), repo.groups(), strict=True)
+        return {word: value for word, value in words if value}
+    return None
+
+
+def locate(spec: ModelSpec) -> tuple[Source, str]:
+    """Return the place that holds a model's weights, and the name of the weights in it."""
+    weights = spec.weights
+    folder, _, name = weights.rpartition("/")
+    source: Source
+    if weights.startswith(PACKAGE):
+        package = folder.removeprefix(PACKAGE)
+        try:
+            return Folder(Path(str(resources.files(package))), folder), name
+        except ModuleNotFoundError as error:
+            raise InkdaskError(f"Model {spec.key} needs the Python package {package}.") from error
+    if "://" in weights:
+        if weights.endswith(PREFERENCE):
+            return Bucket(folder), name
+        source = Bucket(weights.rstrip("/"))
+    elif Path(weights).is_dir():
+        source = Folder(Path(weights).absolute())
+    elif Path(weights).is_absolute() or Path(weights).is_file():
+        path = Path(weights).absolute()
+        return Folder(path.parent), path.name
+    else:
+        source = Repo(weights, spec.revision)
+    return source, spec.filename or choose(source.names(), source)
+
+
+def choose(names: Iterable[str], place: object) -> str:
+    """Return the weights file among ``names``: .safetensors before .ckpt, .pt and .bin."""
+    names = sorted(names)
+    for suffix in PREFERENCE:
+        found = [name for name in names if name.endswith(suffix)]
+        if len(found) > 1:
+            raise InkdaskError(
+                f"{place} holds {len(found)} {suffix} files, so say which one is meant: "
+                f"{', '.join(found[:5])}{', ...' if len(found) > 5 else '.'}"
+            )
+        if found:
+            return found[0]
+    raise InkdaskError(f"{place} holds no weights: no {', '.join(PREFERENCE)} file is there.")
+
+
+def settle(spec: ModelSpec) -> tuple[ModelSpec, Path]:
+    """Return the spec with its weights pinned to one file, and that file on the local disk.
+
+    Raises
+    ------
+    InkdaskError
+        When the place or the file does not exist, may not be read, or cannot be reached; or when
+        the download did not arrive whole.
+    """
+    source, name = locate(spec)
+    path = source.get(name)
+    return replace(spec, **source.pin(name, path)), path
+
+
+def fetch(spec: ModelSpec) -> Path:
+    """Return a model's weights on the local disk, as `settle` does."""
+    return settle(spec)[1]

@@ -1,0 +1,292 @@
+"""What is known about each model, and how a user's words become a `Network`.
+
+A model is a key of `known`, a file or folder, a Hugging Face repo, an ``s3://`` URI, or a
+callable. A small ``inkdask.toml`` beside the weights may describe it. Nothing here imports
+torch, except to try a callable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import tomllib
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path, PurePosixPath
+from types import FunctionType
+from typing import Any
+
+from inkdask.models import hub
+from inkdask.models.sources import Source, sha256
+from inkdask.types import InkdaskError, ModelSpec, Network, Precision
+
+ENTRY_POINTS = "inkdask.models"
+
+# What a user writes in MODEL_TYPE, and the name of that network in timm's registry.
+ARCHITECTURES: dict[str, str] = {
+    "timesformer": "ink_timesformer",
+    "resnet3d-50": "ink_resnet3d_50",
+    "resnet3d-101": "ink_resnet3d_101",
+    "resnet3d-152": "ink_resnet3d_152",
+    "resnet3d-152-3d-decoder": "ink_resnet3d_152_decoder3d",
+    "depth-cnn": "ink_depth_cnn",
+}
+
+_RESNET = {"tile": 256, "stride": 128, "pixels_per_logit": 4}
+_SHAPES: dict[str, dict[str, int]] = {
+    "ink_timesformer": {"layers": 26, "tile": 64, "stride": 16, "pixels_per_logit": 16},
+    "ink_resnet3d_50": {"layers": 26, **_RESNET},
+    "ink_resnet3d_101": {"layers": 26, **_RESNET},
+    "ink_resnet3d_152": {"layers": 26, **_RESNET},
+    "ink_resnet3d_152_decoder3d": {"layers": 62, **_RESNET},
+    "ink_depth_cnn": {"layers": 26, "tile": 64, "stride": 16, "pixels_per_logit": 4},
+}
+
+
+def _spec(key: str, architecture: str, weights: str, **values: Any) -> ModelSpec:
+    """Return a spec that takes from its architecture what ``values`` does not give."""
+    shape: dict[str, Any] = {**_SHAPES.get(architecture, {}), **values}
+    return ModelSpec(key, architecture, weights, **shape)
+
+
+def _scrollprize(key: str, architecture: str, repo: str, **values: Any) -> ModelSpec:
+    licence = f"see the model card at https://huggingface.co/scrollprize/{repo}"
+    return _spec(key, architecture, f"scrollprize/{repo}", licence=licence, **values)
+
+
+_BUILT_IN = (
+    _scrollprize("timesformer-scroll5", "ink_timesformer", "timesformer_scroll5_27112024"),
+    _scrollprize("timesformer-gp-scroll1", "ink_timesformer", "timesformer_GP_scroll1"),
+    _scrollprize("resnet3d-152-3d-decoder-2um", "ink_resnet3d_152_decoder3d", "ink_canonical_2um"),
+    _scrollprize("resnet50-3um", "ink_resnet3d_50", "resnet50_3um_01122024", layers=18),
+    _spec(
+        "demo",
+        "ink_depth_cnn",
+        "package://inkdask.models/demo.safetensors",
+        licence="MIT, as inkdask itself; trained on synthetic ink",
+    ),
+)
+KNOWN: dict[str, ModelSpec] = {spec.key: spec for spec in _BUILT_IN}
+
+# What a file beside the weights may say of the model.
+_WORDS: dict[str, type] = {
+    **{"model_type": str, "architecture": str, "licence": str},
+    **{"layers": int, "tile": int, "stride": int, "pixels_per_logit": int},
+    **{"clip": float, "divisor": float},
+}
+
+
+@cache
+def known() -> dict[str, ModelSpec]:
+    """Return all models known by key: `KNOWN`, and those that installed packages add.
+
+    A package adds models by an entry point of the group ``inkdask.models`` that loads to a
+    `ModelSpec` or a list of them. One that cannot be loaded is left out with a warning.
+    """
+    models = dict(KNOWN)
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            added = entry.load()
+            specs = [added] if isinstance(added, ModelSpec) else list(added)
+            for spec in specs:
+                if not isinstance(spec, ModelSpec):
+                    raise TypeError(f"{spec!r} is not a ModelSpec")
+                if models.setdefault(spec.key, spec) != spec:
+                    raise ValueError(f"the key {spec.key} is taken")
+        except Exception as error:  # whatever another package does must not stop ours
+            warnings.warn(f"Models of {entry.value} are left out: {error}.", stacklevel=2)
+    return models
+
+
+def resolve(
+    model: str | Callable[[Any], Any],
+    *,
+    model_type: str | None = None,
+    layers: int | None = None,
+    tile: int | None = None,
+    clip: float | None = None,
+    divisor: float | None = None,
+    precision: Precision = "auto",
+    batch_size: int | None = None,
+    compile: bool = True,  # noqa: A002  the name of the setting
+    compile_mode: str = "reduce-overhead",
+) -> Network:
+    """Return the `Network` a user means; what the user does not say comes from the model.
+
+    Parameters
+    ----------
+    model
+        A key of `known`, a weights file or a folder with one, a Hugging Face repo
+        (``owner/name``, ``owner/name@revision``, ``owner/name/file.ckpt``), an ``s3://`` object
+        or prefix, or a callable ``(b, 1, layers, tile, tile) float32 -> (b, 1, k, k)`` logits.
+    model_type
+        A key of `ARCHITECTURES`, or a timm name that one of `known` has.
+    layers, tile
+        Layers the network reads, and side of its tiles in pixels.
+    clip, divisor
+        A voxel ``v`` reaches the network as ``min(v, clip) / divisor``.
+    precision, batch_size, compile, compile_mode
+        As in `Network`.
+
+    Returns
+    -------
+    Network
+        Its ``model`` names one file (and one commit, in a Hugging Face repo), so that every
+        worker reads the weights whose digest this is.
+
+    Raises
+    ------
+    InkdaskError
+        When the model is unknown, its weights cannot be had, or the values do not fit.
+    """
+    if callable(model):
+        spec, digest, k = _try_function(model, layers, tile)
+    else:
+        spec = _described(model, model_type)
+        spec, path = hub.settle(spec)
+        digest = sha256(path)
+        k, rest = divmod(tile or spec.tile, spec.pixels_per_logit)
+        if rest or k < 1:
+            raise InkdaskError(
+                f"Model {spec.key} needs tiles whose side is a multiple of "
+                f"{spec.pixels_per_logit} pixels, not {tile or spec.tile}."
+            )
+    return Network(
+        model=spec,
+        layers=layers or spec.layers,
+        tile=tile or spec.tile,
+        k=k,
+        clip=spec.clip if clip is None else clip,
+        divisor=spec.divisor if divisor is None else divisor,
+        digest=digest,
+        precision=precision,
+        batch_size=batch_size,
+        compile=compile,
+        compile_mode=compile_mode,
+        function=model if callable(model) else None,
+    )
+
+
+def _described(model: str, model_type: str | None) -> ModelSpec:
+    """Return the spec of a model given by name; its architecture may be the user's."""
+    architecture = None if model_type is None else ARCHITECTURES.get(model_type, model_type)
+    if architecture not in {
+        None,
+        *ARCHITECTURES.values(),
+        *(s.architecture for s in known().values()),
+    }:
+        raise InkdaskError(
+            f"MODEL_TYPE must be one of {', '.join(ARCHITECTURES)}, not {model_type}."
+        )
+    if spec := known().get(model):
+        return replace(spec, architecture=architecture or spec.architecture)
+    place = hub.parse(model)
+    if place is None:
+        raise InkdaskError(
+            f"There is no model {model}: known are {', '.join(sorted(known()))}; a weights file "
+            "or folder, a Hugging Face repo (owner/name), an s3:// URI or a callable will do too."
+        )
+    for spec in known().values():
+        if spec.weights == place["weights"]:
+            return replace(spec, key=model, **place, architecture=architecture or spec.architecture)
+    source, name = hub.locate(ModelSpec(model, "", **place))
+    values = {"key": model, "filename": name, **_sidecar(source, name), **place}
+    values["architecture"] = architecture or values.get("architecture", "ink_timesformer")
+    return _spec(**values)
+
+
+def _sidecar(source: Source, weights: str) -> dict[str, Any]:
+    """Return what the TOML or JSON file beside the weights says of the model.
+
+    It has the weights' name with another ending, or is called ``inkdask.toml`` (``.json``); the
+    first one counts. A file of the weights' name that says nothing known is somebody else's.
+    """
+    stem = PurePosixPath(weights).with_suffix("")
+    try:
+        present = set(source.names())
+    except InkdaskError:  # a file may be open to reading where listing is forbidden
+        return {}
+    for name in (
+        f"{stem}.toml", f"{stem}.json",
+        str(stem.with_name("inkdask.toml")), str(stem.with_name("inkdask.json")),
+    ):  # fmt: skip
+        if name in present and (values := _read_sidecar(source.get(name), f"{source}/{name}")):
+            return values
+    return {}
+
+
+def _read_sidecar(path: Path, shown: str) -> dict[str, Any]:
+    parse = tomllib.loads if path.suffix == ".toml" else json.loads
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InkdaskError(f"The model description {shown} cannot be read: {error}.") from error
+    if not isinstance(values, dict) or not values.keys() & _WORDS.keys():
+        return {}
+    for word, value in values.items():
+        kind = _WORDS.get(word)
+        if kind is None:
+            raise InkdaskError(
+                f"The model description {shown} says {word!r}; it may say {', '.join(_WORDS)}."
+            )
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not (isinstance(value, str) if kind is str else number and value > 0):
+            wanted = "a text" if kind is str else "a number above 0"
+            raise InkdaskError(f"In the model description {shown}, {word} must be {wanted}.")
+    if kind := values.pop("model_type", None):
+        values["architecture"] = ARCHITECTURES.get(kind, kind)
+    return values
+
+
+def _try_function(
+    function: Callable[[Any], Any], layers: int | None, tile: int | None
+) -> tuple[ModelSpec, str, int]:
+    """Return spec, digest and k of a callable, which is tried on one tile of zeros."""
+    import cloudpickle  # type: ignore[import-untyped]
+    import torch
+
+    name = getattr(function, "__name__", type(function).__name__).strip("<>")
+    if getattr(function, "training", False):
+        raise InkdaskError(f"The model {name} is in training mode: call its eval() first.")
+    parameters: Callable[[], Iterable[Any]] = getattr(function, "parameters", tuple)
+    device = next((parameter.device for parameter in parameters()), "cpu")
+    spec = ModelSpec(name, "", "", layers=layers or 26, tile=tile or 64)
+    shape = (1, 1, spec.layers, spec.tile, spec.tile)
+    try:
+        pickled = cloudpickle.dumps(function)
+    except Exception as error:
+        raise InkdaskError(f"The model {name} cannot travel to workers: {error}.") from error
+    try:
+        with torch.inference_mode():
+            logits = function(torch.zeros(shape, device=device))
+    except Exception as error:
+        raise InkdaskError(
+            f"The model {name} failed on a tile of shape {shape}: {type(error).__name__}: {error}."
+        ) from error
+    got = tuple(logits.shape) if hasattr(logits, "shape") else ()
+    k = got[-1] if got else 0
+    if got != (1, 1, k, k) or not 1 <= k <= spec.tile:
+        what = f"shape {got}" if hasattr(logits, "shape") else type(logits).__name__
+        raise InkdaskError(
+            f"The model {name} must return logits of shape (1, 1, k, k) for a tile of shape "
+            f"{shape}, not {what}."
+        )
+    digest = hashlib.sha256(pickled + _source_code(function)).hexdigest()
+    return replace(spec, pixels_per_logit=spec.tile // k), digest, k
+
+
+def _source_code(function: Any) -> bytes:
+    """Return the file that defines a callable, or nothing where there is none.
+
+    What can be imported is pickled by its name alone, so that an edited function would be taken
+    for the one whose tiles are stored already.
+    """
+    try:
+        kind = function if isinstance(function, FunctionType) else type(function)
+        return Path(inspect.getfile(kind)).read_bytes()
+    except (OSError, TypeError):
+        return b""

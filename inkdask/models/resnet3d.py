@@ -1,0 +1,202 @@
+"""ResNet3D with a decoder in the plane or in space, as trained for ink detection.
+
+Encoder: Hara, Kataoka and Satoh, "Can Spatiotemporal 3D CNNs Retrace the History of 2D CNNs and
+ImageNet?", CVPR 2018 (arXiv:1711.09577), with bottleneck blocks and a first pooling that spares
+depth. Decoder in the plane: the maximum over depth of four maps, joined as in a U-Net
+(arXiv:1505.04597). Decoder in space: a residual U-Net with group norms that keeps depth to the end
+and then weighs it by attention.
+
+Parameters carry the names of the package 3D-ResNets, and ``decoder.*``; in a checkpoint the
+encoder's stand behind the prefix ``backbone.``. Its classifier ``fc`` and the decoder's
+``aux_head_s1`` and ``aux_head_s2`` serve training alone and have no place here.
+
+Logits have a quarter of the tile's resolution.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_model
+from torch import Tensor, nn
+
+BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+WIDTHS = (64, 128, 256, 512)
+EXPANSION = 4
+MAPS = tuple(EXPANSION * width for width in WIDTHS)  # channels of the encoder's four maps
+
+
+class ResNet3D(nn.Module):
+    """Logits of a tile from four maps of falling resolution.
+
+    Parameters
+    ----------
+    depth
+        50, 101 or 152.
+    decoder
+        Takes the four maps ``(b, c, z, y, x)`` to logits ``(b, 1, tile / 4, tile / 4)``.
+    normalization
+        Whether the input passes a batch norm first, as in some checkpoints.
+    """
+
+    def __init__(self, depth: int, decoder: nn.Module, normalization: bool = False) -> None:
+        super().__init__()
+        self.normalization = nn.BatchNorm3d(1) if normalization else nn.Identity()
+        self.conv1 = nn.Conv3d(1, 64, 7, stride=(1, 2, 2), padding=3, bias=False)
+        self.bn1 = nn.BatchNorm3d(64)
+        self.maxpool = nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
+        inputs = (64, *MAPS)
+        strides = (1, 2, 2, 2)
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            stage(*shape) for shape in zip(inputs, WIDTHS, BLOCKS[depth], strides, strict=False)
+        )
+        self.decoder = decoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``(b, 1, tile / 4, tile / 4)`` of tiles ``(b, 1, layers, tile, tile)``."""
+        x = self.bn1(self.conv1(self.normalization(x)))  # (b, 64, z, t / 2, t / 2)
+        x = F.relu(x, inplace=True)
+        x1 = self.layer1(self.maxpool(x))  # (b, 256, z, t / 4, t / 4)
+        x2 = self.layer2(x1)  # (b, 512, z / 2, t / 8, t / 8)
+        x3 = self.layer3(x2)  # (b, 1024, z / 4, t / 16, t / 16)
+        x4 = self.layer4(x3)  # (b, 2048, z / 8, t / 32, t / 32)
+        return self.decoder([x1, x2, x3, x4])
+
+
+class Bottleneck(nn.Module):
+    """1x1x1, 3x3x3 (with the stride) and 1x1x1 convolutions, and the input added to them."""
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        outputs = EXPANSION * width
+        self.conv1 = nn.Conv3d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm3d(width)
+        self.conv2 = nn.Conv3d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm3d(width)
+        self.conv3 = nn.Conv3d(width, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm3d(outputs)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                nn.Conv3d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm3d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(b, outputs, z, y, x)``, each axis divided by the stride."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        return F.relu(self.bn3(self.conv3(y)).add_(self.downsample(x)), inplace=True)
+
+
+def stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    """Return bottlenecks of which the first has the stride."""
+    first = Bottleneck(inputs, width, stride)
+    return nn.Sequential(first, *(Bottleneck(4 * width, width) for _ in range(blocks - 1)))
+
+
+class Decoder2D(nn.Module):
+    """The deepest map, upsampled and joined to the next one, three times; depth by its maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(skip + deep, skip, 3, padding=1, bias=False),
+                nn.BatchNorm2d(skip),
+                nn.ReLU(inplace=True),
+            )
+            for skip, deep in pairwise(MAPS)
+        )
+        self.logit = nn.Conv2d(MAPS[0], 1, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Return ``(b, 1, y, x)`` of the largest map."""
+        *skips, x = (m.amax(dim=2) for m in maps)  # (b, c, y, x)
+        for skip, conv in zip(skips[::-1], self.convs[::-1], strict=True):
+            x = F.interpolate(x, size=skip.shape[2:], mode="bilinear")
+            x = conv(torch.cat((skip, x), dim=1))
+        return self.logit(x)
+
+
+class Decoder3D(nn.Module):
+    """The same in space, on maps of fewer channels; depth by attention at the end."""
+
+    def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
+        super().__init__()
+        self.channel_reduce = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv3d(channels, width, 1, bias=False),
+                nn.GroupNorm(32, width),
+                nn.ReLU(inplace=True),
+            )
+            for channels, width in zip(MAPS, widths, strict=True)
+        )
+        self.decoder_blocks = nn.ModuleList(
+            ResidualBlock(deep + skip, skip) for deep, skip in pairwise(widths[::-1])
+        )
+        self.depth_collapse = DepthAttention(widths[0])
+        self.logit = nn.Conv2d(widths[0], 1, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Return ``(b, 1, y, x)`` of the largest map."""
+        *skips, x = (reduce(m) for reduce, m in zip(self.channel_reduce, maps, strict=True))
+        for skip, block in zip(skips[::-1], self.decoder_blocks, strict=True):
+            x = F.interpolate(x, size=skip.shape[2:], mode="trilinear")  # (b, c, z, y, x)
+            x = block(torch.cat((x, skip), dim=1))
+        return self.logit(self.depth_collapse(x))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3x3 convolutions with group norms, and the input added through a 1x1x1 one."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(inputs, outputs, 3, padding=1, bias=False)
+        self.gn1 = nn.GroupNorm(32, outputs)
+        self.conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
+        self.gn2 = nn.GroupNorm(32, outputs)
+        self.shortcut = nn.Conv3d(inputs, outputs, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(b, outputs, z, y, x)``."""
+        y = F.relu(self.gn1(self.conv1(x)), inplace=True)
+        return F.relu(self.gn2(self.conv2(y)).add_(self.shortcut(x)), inplace=True)
+
+
+class DepthAttention(nn.Module):
+    """The mean over depth, weighted by a softmax of a score of every voxel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attn_conv = nn.Conv3d(channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(b, c, y, x)`` from ``(b, c, z, y, x)``."""
+        return (x * self.attn_conv(x).softmax(dim=2)).sum(dim=2)
+
+
+@register_model
+def ink_resnet3d_50(normalization: bool = False, **_: Any) -> ResNet3D:
+    """Build ResNet3D-50 with the decoder in the plane."""
+    return ResNet3D(50, Decoder2D(), normalization)
+
+
+@register_model
+def ink_resnet3d_101(normalization: bool = False, **_: Any) -> ResNet3D:
+    """Build ResNet3D-101 with the decoder in the plane."""
+    return ResNet3D(101, Decoder2D(), normalization)
+
+
+@register_model
+def ink_resnet3d_152(normalization: bool = False, **_: Any) -> ResNet3D:
+    """Build ResNet3D-152 with the decoder in the plane."""
+    return ResNet3D(152, Decoder2D(), normalization)
+
+
+@register_model
+def ink_resnet3d_152_decoder3d(normalization: bool = False, **_: Any) -> ResNet3D:
+    """Build ResNet3D-152 with the decoder in space."""
+    return ResNet3D(152, Decoder3D(), normalization)

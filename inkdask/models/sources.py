@@ -1,0 +1,258 @@
+"""Places that hold weights: a local folder, a Hugging Face repo, an object store.
+
+Each gives its files as paths on the local disk. What must be downloaded is downloaded once per
+machine: one process does it under a lock, and the others wait for its result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import huggingface_hub
+from filelock import FileLock
+from huggingface_hub import constants
+from huggingface_hub import errors as hf
+
+from inkdask import storage
+from inkdask.types import InkdaskError
+
+_IS_MD5 = re.compile(r"[0-9a-f]{32}")
+_IS_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BLOCK = 16 * 2**20  # bytes of one range request
+_AT_ONCE = 4  # range requests in flight, and so 64 MiB in memory
+
+
+class Source(Protocol):
+    """A place that holds files; ``str(source)`` is its address."""
+
+    def names(self) -> list[str]:
+        """Return the names of its files."""
+
+    def get(self, name: str) -> Path:
+        """Return one of its files as a path on the local disk."""
+
+    def pin(self, name: str, path: Path) -> dict[str, Any]:
+        """Return the `ModelSpec` fields that lead to this file again, and to no other."""
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read once until the file changes."""
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Folder:
+    """Files on the local disk, with the address that leads there on any machine."""
+
+    def __init__(self, path: Path, address: str | None = None) -> None:
+        self.path, self.address = path, address or str(path)
+
+    def __str__(self) -> str:
+        return self.address
+
+    def names(self) -> list[str]:
+        """Return the names of its files."""
+        return [entry.name for entry in self.path.iterdir() if entry.is_file()]
+
+    def get(self, name: str) -> Path:
+        """Return the path of a file."""
+        path = self.path / name
+        if not path.is_file():
+            raise InkdaskError(f"The weights {path} do not exist.")
+        return path
+
+    def pin(self, name: str, path: Path) -> dict[str, Any]:
+        """Return the path, or what stands for it on any machine."""
+        return {"weights": f"{self.address}/{name}", "filename": None}
+
+
+class Repo:
+    """Files of a Hugging Face repo, kept in the cache that all programs of a user share.
+
+    ``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` work as everywhere.
+    """
+
+    def __init__(self, name: str, revision: str | None) -> None:
+        self.name, self.revision = name, revision
+
+    def __str__(self) -> str:
+        return f"{constants.ENDPOINT}/{self.name}"
+
+    def names(self) -> list[str]:
+        """Return the names of its files; those in the cache when the Hub cannot be reached."""
+        with self._explained():
+            try:
+                info = huggingface_hub.model_info(
+                    self.name, revision=self.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+                )
+                return [file.rfilename for file in info.siblings or ()]
+            except (hf.HTTPError, OSError) as error:
+                if isinstance(error, hf.HfHubHTTPError) and error.response.status_code < 500:
+                    raise
+                if cached := self._cached_names():
+                    return cached
+            return huggingface_hub.list_repo_files(self.name, revision=self.revision)  # patiently
+
+    def _cached_names(self) -> list[str]:
+        try:
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    self.name, revision=self.revision, local_files_only=True
+                )
+            )
+        except hf.LocalEntryNotFoundError as error:
+            folder = Path(getattr(error, "snapshot_path", None) or os.devnull)
+        return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+    def get(self, name: str) -> Path:
+        """Return a file's path in the cache, downloaded first if it is not there."""
+        with self._explained(name):
+            path = Path(huggingface_hub.hf_hub_download(self.name, name, revision=self.revision))
+        # Large files are kept under the SHA-256 that the Hub has for them.
+        promised = path.resolve().name
+        if _IS_SHA256.fullmatch(promised) and sha256(path) != promised:
+            raise InkdaskError(
+                f"{path} is not the file that the Hub has: its SHA-256 is {sha256(path)[:12]}..., "
+                f"not {promised[:12]}...; delete it and it will be downloaded again."
+            )
+        return path
+
+    def pin(self, name: str, path: Path) -> dict[str, Any]:
+        """Return the file's name and the commit it is from."""
+        commit = path.parts[-1 - len(Path(name).parts)]  # .../snapshots/COMMIT/NAME
+        return {"filename": name, "revision": commit}
+
+    @contextmanager
+    def _explained(self, name: str = "") -> Iterator[None]:
+        """Turn what huggingface_hub raises into one sentence."""
+        try:
+            yield
+        except hf.HFValidationError as error:
+            raise InkdaskError(f"{self.name} is not the name of a repo.") from error
+        except (hf.HTTPError, OSError) as error:  # hf.HTTPError is that of its HTTP client
+            raise InkdaskError(self._sentence(error, name)) from error
+
+    def _sentence(self, error: Exception, name: str) -> str:
+        file = f"{self}/{name}" if name else str(self)
+        revision = self.revision or constants.DEFAULT_REVISION
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        remedy = "set HF_TOKEN"
+        if huggingface_hub.get_token():
+            remedy = "the token in HF_TOKEN does not open it"
+        if isinstance(error, hf.GatedRepoError):
+            return f"{self} is open to those who accept its terms on that page: {remedy}."
+        if isinstance(error, hf.RepositoryNotFoundError) or status in (401, 403):
+            return f"{self} does not exist, or it is private: {remedy}."
+        if isinstance(error, hf.RevisionNotFoundError):
+            return f"{self} has no revision {revision}."
+        if isinstance(error, hf.RemoteEntryNotFoundError):
+            return f"{self} has no file {name} at revision {revision}."
+        if constants.HF_HUB_OFFLINE:
+            return f"{file} is not in the cache, and HF_HUB_OFFLINE forbids to download it."
+        if status is not None:
+            return f"{file} cannot be read: the Hub answers with status {status}."
+        lost = isinstance(error, hf.HTTPError)  # the connection
+        if isinstance(error, hf.LocalEntryNotFoundError) or (lost and not name):
+            return f"{file} is not in the cache, and the Hub cannot be reached."
+        if lost or "Consistency check failed" in str(error):
+            return f"The download of {file} broke off, and trying again did not help."
+        return f"{file} cannot be had: {' '.join(str(error).split()).rstrip('.')}."
+
+
+class Bucket:
+    """Files below an ``s3://`` prefix, kept in a cache of ours by their ETag.
+
+    The cache is ``inkdask`` in ``XDG_CACHE_HOME`` (``~/.cache``). A file is written under another
+    name until it is whole, and taken up again where it was left.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def names(self) -> list[str]:
+        """Return the names of its files."""
+        return [entry.name for entry in storage.list_folder(self.uri) if not entry.is_folder]
+
+    def pin(self, name: str, path: Path) -> dict[str, Any]:
+        """Return the file's own URI."""
+        return {"weights": storage.join(self.uri, name), "filename": None}
+
+    def get(self, name: str) -> Path:
+        """Return a file's copy in the cache, downloaded first if it is not there."""
+        uri = storage.join(self.uri, name)
+        size, etag = _size_and_etag(uri)
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inkdask"
+        folder = cache / hashlib.sha256(f"{uri} {size} {etag}".encode()).hexdigest()[:32]
+        path, part = folder / name, folder / f"{name}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f"{name}.lock"):
+                if not path.exists():
+                    _download(uri, size, part)
+                    _check(uri, size, etag, part)
+                    part.replace(path)
+        except OSError as error:
+            raise InkdaskError(f"{uri} cannot be kept in the cache {cache}: {error}.") from error
+        return path
+
+
+def _size_and_etag(uri: str) -> tuple[int, str]:
+    system, path = storage.filesystem(uri)
+    with storage.explained(uri):
+        info = system.info(path)
+    if info["type"] != "file":
+        raise InkdaskError(f"{uri} is not a file.")
+    return info["size"], info["ETag"].strip('"')
+
+
+def _download(uri: str, size: int, part: Path) -> None:
+    """Write an object to ``part``, after the bytes that are already there."""
+    with part.open("ab") as file, ThreadPoolExecutor(_AT_ONCE) as pool:
+        while (start := file.tell()) < size:
+            stop = min(size, start + _BLOCK * _AT_ONCE)
+            starts = range(start, stop, _BLOCK)
+            stops = [min(stop, s + _BLOCK) for s in starts]
+            for block in pool.map(storage.read_range, [uri] * len(starts), starts, stops):
+                file.write(block)
+
+
+def _check(uri: str, size: int, etag: str, part: Path) -> None:
+    """Compare a download with its object; one that differs is deleted.
+
+    Raises
+    ------
+    InkdaskError
+        When the size or the MD5 differs, or the object is another one by now.
+    """
+    with part.open("rb") as file:
+        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    # The ETag of an object uploaded in one piece is its MD5, unless a managed key encrypts it.
+    damaged = _IS_MD5.fullmatch(etag) and md5 != etag and not _has_managed_key(uri)
+    if part.stat().st_size != size or damaged or _size_and_etag(uri) != (size, etag):
+        part.unlink()
+        raise InkdaskError(f"{uri} did not arrive as it is there, or was replaced; try again.")
+
+
+def _has_managed_key(uri: str) -> bool:
+    system, path = storage.filesystem(uri)
+    bucket, key, _ = system.split_path(path)
+    with storage.explained(uri):
+        head = system.call_s3("head_object", Bucket=bucket, Key=key)
+    return head.get("ServerSideEncryption", "AES256") != "AES256"

@@ -1,0 +1,176 @@
+"""Weights fitted to their network exactly.
+
+The network is built without memory for its parameters, and the tensors of the file, which is
+mapped, become them. Names may carry the prefixes that wrappers leave (`_bare`), and nothing else
+may differ: a missing, unexpected or mis-shaped weight is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from inkdask.models import hub, registry
+from inkdask.models.checkpoint import Checkpoint, read
+from inkdask.models.sources import sha256
+from inkdask.types import InkdaskError, Network
+
+__all__ = ["Checkpoint", "build", "fit", "load", "read", "recognise"]
+
+# Wrappers leave these in names: LightningModule, DistributedDataParallel, torch.compile.
+_PREFIXES = ("model", "module", "backbone")
+# Parts that serve training alone: the encoder's classifier, and the 3-D decoder's auxiliary heads.
+_TRAINING_ONLY = {"fc", "aux_head_s1", "aux_head_s2"}
+
+
+def load(network: Network) -> nn.Module:
+    """Return the network with its weights, in float32 and evaluation mode.
+
+    Parameters
+    ----------
+    network
+        From `inkdask.models.registry.resolve`; its ``digest`` is that of the weights file.
+
+    Raises
+    ------
+    InkdaskError
+        When the weights cannot be had or read, are not those of ``network.digest``, or are not
+        exactly those of this network.
+    """
+    path = hub.fetch(network.model)
+    if sha256(path) != network.digest:
+        raise InkdaskError(
+            f"The weights {path} are not those this job was made with: their SHA-256 starts with "
+            f"{sha256(path)[:12]}, not {network.digest[:12]}."
+        )
+    checkpoint = read(path)
+    trained = _layers(checkpoint.facts)
+    if trained not in (None, network.layers):
+        raise InkdaskError(
+            f"The weights {path} are for {trained} layers (in_chans), not for {network.layers}."
+        )
+    return fit(build(network, checkpoint), checkpoint, network.model.architecture)
+
+
+def _layers(facts: dict[str, Any]) -> int | None:
+    """Return the number of layers that a file says its network reads."""
+    # Only in_chans is believed: ink models are trained with other layers than num_frames says.
+    try:
+        layers = int(facts["in_chans"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return layers if 1 <= layers <= 10_000 else None
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """Makes ``torch.empty`` return tensors without memory: what a network's parameters begin as.
+
+    Buffers that a network computes, such as rotary frequencies, are computed as ever.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build(network: Network, checkpoint: Checkpoint) -> nn.Module:
+    """Build the network that a checkpoint is for, its parameters on the meta device."""
+    # Networks come first: they make timm importable, and timm know them.
+    importlib.import_module("inkdask.models.networks")
+    import timm
+
+    options: dict[str, Any] = {"layers": network.layers, "tile": network.tile}
+    if any(_bare(name).startswith("normalization.") for name in checkpoint.tensors):
+        options["normalization"] = True
+    architecture = network.model.architecture
+    if not timm.is_model(architecture):
+        registry.known()  # a package that adds the model registers its network
+    if not timm.is_model(architecture):
+        raise InkdaskError(
+            f"There is no network {architecture}: known are {', '.join(registry.ARCHITECTURES)}."
+        )
+    try:
+        with _ParametersOnMeta():
+            return timm.create_model(architecture, **options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise InkdaskError(f"{architecture}({given}) cannot be built: {error}.") from error
+
+
+def fit(module: nn.Module, checkpoint: Checkpoint, architecture: str) -> nn.Module:
+    """Give a network the tensors of a checkpoint, all of them and no others."""
+    wanted = module.state_dict()
+    found = _by_bare_name(checkpoint)
+    state: dict[str, Tensor] = {}
+    missing, misshaped = [], []
+    for name, place in wanted.items():
+        tensor = found.pop(_bare(name), None)
+        if tensor is None and name.endswith("num_batches_tracked"):
+            # It counts training steps, and files from before torch 1.0 lack it.
+            tensor = torch.zeros((), dtype=torch.int64)
+        if tensor is None:
+            missing.append(name)
+        elif tensor.shape != place.shape:
+            misshaped.append(f"{name} {tuple(tensor.shape)} for {tuple(place.shape)}")
+        else:
+            state[name] = tensor.to(place.dtype)
+    unexpected = [name for name in found if not _TRAINING_ONLY & set(name.split("."))]
+    if missing or misshaped or unexpected:
+        faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+        listed = "; ".join(
+            f"{len(names)} {fault}, first {', '.join(names[:3])}"
+            for fault, names in faults.items()
+            if names
+        )
+        raise InkdaskError(
+            f"The weights {checkpoint.path} are not those of {architecture}: {listed}. "
+            f"{recognise(checkpoint.tensors)}"
+        )
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.float().eval().requires_grad_(False)
+
+
+def _bare(name: str) -> str:
+    """Return a weight's name without what wrappers put in front of it."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] in _PREFIXES:
+        del parts[0]
+    return ".".join(parts)
+
+
+def _by_bare_name(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if _bare(name) in found:
+            raise InkdaskError(f"{checkpoint.path} holds the weight {_bare(name)} twice.")
+        found[_bare(name)] = tensor
+    return found
+
+
+def recognise(names: Iterable[str]) -> str:
+    """Return a sentence on what network weights of these names belong to."""
+    bare = {_bare(name) for name in names}
+
+    def has(start: str) -> bool:
+        return any(name.startswith(start) for name in bare)
+
+    kind = ""
+    if has("layers.0.0.fn.to_qkv."):
+        kind = "timesformer"
+    elif has("layer4.0.conv3."):
+        decoder = "-3d-decoder" if has("decoder.decoder_blocks.") else ""
+        for depth, blocks in {50: 6, 101: 23, 152: 36}.items():
+            if has(f"layer3.{blocks - 1}.") and not has(f"layer3.{blocks}."):
+                kind = f"resnet3d-{depth}{decoder}"
+    elif has("depth.0.") and has("plane.0."):
+        kind = "depth-cnn"
+    return f"It looks like the weights of {kind}." if kind else "It is of no network known here."

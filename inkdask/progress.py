@@ -1,0 +1,160 @@
+"""What a person sees while a job runs: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+REFRESH = 0.5  # seconds between updates on a terminal
+PLAIN_INTERVAL = 5.0  # seconds between lines where there is none
+
+
+class Meter:
+    """Counts units of work, and shows them on standard error.
+
+    Use as a context manager, once for each phase of a job.
+
+    Parameters
+    ----------
+    phase
+        What is going on, such as ``"reading the ink"``.
+    total
+        Units in all.
+    unit
+        What is counted, in the plural.
+    peek
+        Units done so far, of work that `add` hears of only when it is finished.
+    """
+
+    def __init__(
+        self, phase: str, total: int, unit: str, peek: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.phase, self.total, self.unit = phase, total, unit
+        self._peek, self._finished = peek, 0
+        self._stop = threading.Event()
+        self.started = self._said = time.monotonic()
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]}"),
+                TextColumn("{task.fields[speed]}"),
+                TimeElapsedColumn(),
+                TextColumn("[dim]left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task(phase, total=total, unit=unit, speed="")
+
+    def __enter__(self) -> Meter:
+        self.started = self._said = time.monotonic()
+        if self._bar:
+            self._bar.start()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._watcher.join()
+        if self._bar:
+            self._show(self._bar)
+            self._bar.stop()
+        elif kind is None:
+            self._say()
+
+    def add(self, units: int) -> None:
+        """Count units that are done."""
+        self._finished += units
+
+    @property
+    def done(self) -> int:
+        """Units done so far."""
+        return min(max(self._finished, self._peek()), self.total)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(REFRESH):
+            if self._bar:
+                self._show(self._bar)
+            elif time.monotonic() - self._said >= PLAIN_INTERVAL and self.done < self.total:
+                self._say()
+
+    def _show(self, bar: Progress) -> None:
+        speed = f"{self.speed:,.1f}/s"
+        bar.update(self._task, completed=self.done, speed=speed)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the phase began."""
+        return time.monotonic() - self.started
+
+    @property
+    def speed(self) -> float:
+        """Units a second, on average."""
+        return self.done / max(self.seconds, 1e-9)
+
+    def _say(self) -> None:
+        self._said = time.monotonic()
+        left = (self.total - self.done) / max(self.speed, 1e-9)
+        share = 100 * self.done / max(self.total, 1)
+        rest = (
+            f", {clock(left)} left" if 0 < self.done < self.total else f" in {clock(self.seconds)}"
+        )
+        print(
+            f"{self.phase}: {self.done:,} of {self.total:,} {self.unit} ({share:.0f} %), "
+            f"{self.speed:,.1f} {self.unit}/s{rest}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person says them: ``42 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def amount(count: float) -> str:
+    """Bytes as a person says them: ``812 kB``, ``1.4 GB``."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min(int(math.log10(max(count, 1)) // 3), len(units) - 1)
+    scaled = count / 1000**power
+    return (
+        f"{scaled:.0f} {units[power]}"
+        if scaled >= 100 or not power
+        else f"{scaled:.1f} {units[power]}"
+    )
+
+
+def columns(rows: Mapping[str, str]) -> str:
+    """Names and values in two columns; lines are as long as they are, so that paths stay whole."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,0 +1,173 @@
+"""S3 as inkdask needs it: s3fs with one retry policy, checked lengths, and every request counted.
+
+botocore and s3fs each retry on their own, so that a server that never answers can hold a call for
+minutes (their waits multiply). Both are switched off here, and `_persist` is the only loop left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import errno
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import botocore.session  # type: ignore[import-untyped]
+import s3fs
+from aiohttp import ClientError as HttpError
+from botocore import exceptions as boto
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    wait_random_exponential,
+)
+
+from inkdask.counting import count
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 10  # seconds
+READ_TIMEOUT = 15  # seconds without a single byte
+TRIES = 8
+TRIES_IN_SILENCE = 3  # 3 x 15 s: a server that never answers is an error within a minute
+
+_SILENCE = (TimeoutError, boto.ConnectTimeoutError, boto.ReadTimeoutError)
+_PASSING = (*_SILENCE, ConnectionError, boto.ConnectionError, boto.HTTPClientError, HttpError)
+_LASTING = (boto.SSLError, boto.ProxyConnectionError)
+
+
+class TruncatedError(ConnectionError):
+    """A body ended before the length its header promised."""
+
+
+class S3FileSystem(s3fs.S3FileSystem):
+    """s3fs that counts, checks and retries; made by `connect`, which gives it its settings."""
+
+    retries = 1  # The loop is in `_persist`.
+
+    async def set_session(self, refresh: bool = False, kwargs: Any = None) -> Any:
+        """Open the session; s3fs closes only those of its own loop at exit, so zarr's is added."""
+        is_new = self._s3 is None
+        session = await super().set_session(refresh=refresh)
+        if is_new and self.asynchronous:
+            atexit.register(self.close_session, asyncio.get_running_loop(), self._s3creator)
+        return session
+
+    async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        async def call() -> Any:
+            count(requests=1)
+            return await super(S3FileSystem, self)._call_s3(method, *args, **kwargs)
+
+        return await _persist(call, method, kwargs)
+
+    async def _cat_file(
+        self,
+        path: str,
+        version_id: str | None = None,
+        start: int | None = None,
+        end: int | None = None,
+        **_: Any,
+    ) -> bytes:
+        bucket, key, _version = self.split_path(path)
+        request: dict[str, Any] = {"Bucket": bucket, "Key": key}
+        if start is not None or end is not None:
+            request["Range"] = await self._process_limits(path, start, end)
+
+        async def get() -> bytes:
+            count(requests=1)
+            response = await super(S3FileSystem, self)._call_s3("get_object", **request)
+            async with response["Body"] as body:
+                data: bytes = await body.read()
+            if len(data) != response["ContentLength"]:
+                raise TruncatedError(
+                    f"s3://{path} sent {len(data)} of {response['ContentLength']} bytes"
+                )
+            count(bytes_read=len(data))
+            return data
+
+        return await _persist(get, "get_object", request)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Credentials stay in the environment: they must not travel inside a pickled graph.
+        return connection, (self.asynchronous,)
+
+
+_lock = threading.Lock()
+_connections: dict[Any, S3FileSystem] = {}
+
+
+def connection(asynchronous: bool = False) -> S3FileSystem:
+    """Return this process's connection for the current ``AWS_*`` settings.
+
+    ``asynchronous`` gives the one for zarr, which runs its own event loop.
+    """
+    settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+    key = (os.getpid(), asynchronous, settings)
+    with _lock:
+        if key not in _connections:
+            _connections[key] = connect(asynchronous)
+        return _connections[key]
+
+
+def connect(asynchronous: bool) -> S3FileSystem:
+    """Open S3 with the standard ``AWS_*`` settings, anonymously when no credentials are found.
+
+    ``AWS_REQUEST_PAYER=requester`` reads requester-pays buckets.
+    """
+    try:
+        anonymous = botocore.session.get_session().get_credentials() is None
+    except boto.BotoCoreError as error:
+        log.debug("credentials: %s", error)
+        raise PermissionError(f"AWS credentials: {error}") from error
+    return S3FileSystem(
+        anon=anonymous,
+        asynchronous=asynchronous,
+        requester_pays=os.environ.get("AWS_REQUEST_PAYER") == "requester",
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        config_kwargs={
+            "connect_timeout": CONNECT_TIMEOUT,
+            "read_timeout": READ_TIMEOUT,
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+            "max_pool_connections": 128,
+            # Servers that only resemble S3 refuse the newer checksum headers.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        },
+    )
+
+
+async def _persist(call: Callable[[], Awaitable[Any]], method: str, request: dict[str, Any]) -> Any:
+    """Await ``call()`` again and again while its faults look passing."""
+
+    def again(state: RetryCallState) -> None:
+        count(retries=1)
+        log.debug("%s %s again: %r", method, request.get("Key", ""), state.outcome.exception())  # type: ignore[union-attr]
+
+    return await AsyncRetrying(
+        retry=retry_if_exception(_is_passing),
+        stop=_enough,
+        wait=wait_random_exponential(multiplier=0.2, max=5),
+        before_sleep=again,
+        reraise=True,
+    )(call)
+
+
+def _enough(state: RetryCallState) -> bool:
+    error = state.outcome.exception() if state.outcome else None
+    return state.attempt_number >= (TRIES_IN_SILENCE if isinstance(error, _SILENCE) else TRIES)
+
+
+def _is_passing(error: BaseException) -> bool:
+    if isinstance(error, _LASTING):
+        return False
+    if isinstance(error, _PASSING):
+        return True
+    response = getattr(error.__cause__, "response", None) or {}
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    busy = isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EREMOTEIO)
+    return busy or status >= 500 or status == 429

@@ -1,0 +1,319 @@
+"""A segment: the layers of one unrolled piece of papyrus, found, checked, and described.
+
+Opening one reads listings and headers only, and fails in seconds, in one sentence, on whatever
+would fail a job hours later: a missing, doubled, odd-sized, odd-typed or truncated layer.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import dask.array as da
+import numpy as np
+
+from inkdask import images, storage, tiff_header
+from inkdask.layers import LayerFile, check_unique, choose_layers, find_layers
+from inkdask.parallel import for_each
+from inkdask.tiff import TiffImage
+from inkdask.types import InkdaskError
+from inkdask.volume import DecodedStack, Source, TiffStack, lazy
+from inkdask.zarr_volume import open_zarr
+
+log = logging.getLogger(__name__)
+
+_ZARR_FILES = {"zarr.json", ".zarray", ".zgroup"}
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A segment whose headers have been read, and nothing else; picklable.
+
+    Attributes
+    ----------
+    uri
+        The path it was opened by.
+    name
+        The part of it that names the segment.
+    layers
+        Numbers of the layers, in the order in which they are read.
+    dtype
+        Type of the values on disk, uint8 or uint16; `volume` is always uint8.
+    identity
+        Changes when an input file does: made of sizes, ETags and modification times.
+    source
+        The files, and how they can be cut.
+    stored_bytes
+        Bytes of the layer files; 0 for zarr arrays, whose files would take long to list.
+    mask_uri
+        Picture that is non-zero where there is papyrus; None when there is none.
+    mask_source
+        The same, and how it can be cut.
+    window
+        Rows and columns that are kept, in pixels of the files; None for all (see `crop`).
+    """
+
+    uri: str
+    name: str
+    layers: tuple[int, ...]
+    dtype: np.dtype[Any]
+    identity: str
+    source: Source
+    stored_bytes: int
+    mask_uri: str | None = None
+    mask_source: DecodedStack | None = None
+    window: tuple[slice, slice] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, height and width."""
+        if self.window is None:
+            return self.source.shape
+        rows, columns = self.window
+        return len(self.layers), rows.stop - rows.start, columns.stop - columns.start
+
+    @property
+    def volume(self) -> da.Array:
+        """The layers as dask uint8 (z, y, x); chunks follow the files, and nothing is read."""
+        return lazy(self.source, f"{self.uri} {self.identity} {self.layers}", self.window)
+
+    @property
+    def mask(self) -> da.Array | None:
+        """Dask bool (y, x), True where there is papyrus; None without a mask."""
+        if self.mask_source is None:
+            return None
+        return lazy(self.mask_source, f"{self.mask_uri} {self.identity}", self.window)[0] > 0
+
+    def take(self, layers: slice) -> Segment:
+        """Keep some layers, in the order of the slice; the others are not read."""
+        return replace(self, source=self.source.take(layers), layers=self.layers[layers])
+
+    def crop(self, rows: slice, columns: slice) -> Segment:
+        """Keep a window in pixels; unlike slices of `volume`, it reads only pieces that meet it.
+
+        Raises
+        ------
+        InkdaskError
+            When the window is empty or reaches beyond the segment.
+        """
+        top, left = (span.start for span in self.window) if self.window else (0, 0)
+        _, height, width = self.shape
+        if not (
+            0 <= rows.start < rows.stop <= height and 0 <= columns.start < columns.stop <= width
+        ):
+            raise InkdaskError(
+                f"Rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop} are "
+                f"no window of {self.uri}, which has {height} x {width} pixels."
+            )
+        window = (
+            slice(top + rows.start, top + rows.stop),
+            slice(left + columns.start, left + columns.stop),
+        )
+        return replace(self, window=window)
+
+
+def open_segment(
+    uri: str,
+    layers: tuple[int, int] | None = None,
+    *,
+    window: int | None = None,
+    reverse: bool = False,
+    mask: str | None = None,
+    level: str = "0",
+) -> Segment:
+    """Find the layers of a segment, and read their headers.
+
+    Parameters
+    ----------
+    uri
+        Local path or ``s3://`` URI: a folder with ``layers`` or ``surface_volume`` in it, a folder
+        of layers itself (``<id>.tifs``), a zarr array, or an OME-Zarr group.
+    layers
+        First layer (inclusive) and last (exclusive), as the files are numbered.
+    window
+        Without ``layers``: as many layers, centred on the middle one. Default: all.
+    reverse
+        Read the layers from the last to the first.
+    mask
+        Picture that is non-zero where there is papyrus. Default: ``<id>_mask.png`` when there.
+    level
+        Level of an OME-Zarr group.
+
+    Raises
+    ------
+    InkdaskError
+        When there are no layers, one is missing, there twice, unreadable or truncated, or differs
+        from the others in size or type.
+    """
+    listing = storage.list_folder(uri)
+    name = _name(uri)
+    if _ZARR_FILES & {entry.name for entry in listing}:
+        source, numbers, dtype, identity = _open_array(uri, layers, window, level)
+        stored = 0
+    else:
+        folder, files = find_layers(uri, listing)
+        check_unique(files, layers)
+        files = files[choose_layers([file.number for file in files], folder, layers, window)]
+        source, dtype, identity = _open_files(files)
+        numbers = tuple(file.number for file in files)
+        stored = sum(file.size for file in files)
+    if reverse:
+        source, numbers = source.take(slice(None, None, -1)), numbers[::-1]
+    mask_uri = mask or _find_mask(uri, name, listing)
+    mask_source = _open_mask(mask_uri, source.shape[1:]) if mask_uri else None
+    if mask_source:
+        identity = _digest([identity, mask_source.identity])
+    segment = Segment(uri, name, numbers, dtype, identity, source, stored, mask_uri, mask_source)
+    log.debug("%s: layers %s are read, in this order", uri, " ".join(map(str, numbers)))
+    return segment
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a person wants to know of a segment: what `Segment` says, and two more things.
+
+    Attributes
+    ----------
+    layout
+        How the files store the layers, in words.
+    empty_share
+        Share of zero pixels in the middle layer, estimated from a few blocks of it; None where
+        nothing can be read without decoding whole layers.
+    """
+
+    uri: str
+    name: str
+    layers: tuple[int, ...]
+    shape: tuple[int, int, int]
+    dtype: str
+    layout: str
+    stored_bytes: int
+    empty_share: float | None
+    mask_uri: str | None
+
+
+def describe(segment: Segment) -> Description:
+    """Describe a segment; reads up to 16 pieces of its middle layer."""
+    return Description(
+        uri=segment.uri,
+        name=segment.name,
+        layers=segment.layers,
+        shape=segment.shape,
+        dtype=segment.dtype.name,
+        layout=segment.source.words,
+        stored_bytes=segment.stored_bytes,
+        empty_share=_empty_share(segment.source),
+        mask_uri=segment.mask_uri,
+    )
+
+
+def _empty_share(source: Source) -> float | None:
+    if isinstance(source, DecodedStack):
+        return None
+    layers, height, width = source.shape
+    middle = source.take(slice(layers // 2, layers // 2 + 1))
+    rows, columns = (
+        min(unit, side) for unit, side in zip(source.unit, (height, width), strict=True)
+    )
+    windows = [
+        (slice(y, y + rows), slice(x, x + columns))
+        for y in _spread(height, rows, 16 if columns == width else 4)
+        for x in _spread(width, columns, 4)
+    ]
+    return float(np.mean([(middle.block(*window).read() == 0).mean() for window in windows]))
+
+
+def _spread(length: int, piece: int, most: int) -> list[int]:
+    """Spread the starts of some pieces over a length, of at most every second piece."""
+    count = max(1, min(most, length // piece // 2))
+    return [(length - piece) * (2 * i + 1) // (2 * count) for i in range(count)]
+
+
+def _open_array(
+    uri: str, layers: tuple[int, int] | None, window: int | None, level: str
+) -> tuple[Source, tuple[int, ...], np.dtype[Any], str]:
+    """Open a zarr array, and choose its layers."""
+    source = open_zarr(uri, level)
+    numbers = source.numbers
+    if layers and not source.is_numbered and layers[1] - layers[0] == len(numbers):
+        # An array that was prepared for just this range, by a writer that kept no numbers.
+        numbers = tuple(range(*layers))
+    chosen = choose_layers(numbers, uri, layers, window)
+    return source.take(chosen), numbers[chosen], source.dtype, source.identity
+
+
+def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]:
+    """Read the headers of all layers, and check that they agree."""
+    headers = for_each(_read_header, files)
+    _check_alike(headers, "pixels", lambda image: f"{image.shape[1]} x {image.shape[0]}")
+    _check_alike(headers, "values", lambda image: image.dtype.name)
+    odd = [image for image in headers if image.oddity]
+    if odd:
+        log.warning("%s has %s (%d such layers)", odd[0].uri, odd[0].oddity, len(odd))
+    identity = _digest([(file.number, file.size, file.mark) for file in files])
+    tiffs = tuple(image for image in headers if isinstance(image, TiffImage))
+    if len(tiffs) == len(headers) and TiffStack(tiffs).can_be_cut:
+        return TiffStack(tiffs), tiffs[0].dtype, identity
+    words = " and ".join(dict.fromkeys(image.words for image in headers))
+    log.warning(
+        "%s and its neighbours (%s) cannot be read in parts: each process decodes every layer once "
+        "into a scratch zarr; `inkdask prepare` spares the next job that",
+        files[0].uri,
+        words,
+    )
+    return DecodedStack(tuple(headers), identity, words), headers[0].dtype, identity
+
+
+def _read_header(file: LayerFile) -> TiffImage | images.Picture:
+    read = tiff_header.read_header if file.is_tiff else images.read_header
+    return read(file.uri, file.size)
+
+
+def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) -> None:
+    """Check that all layers have the property; the odd one out is named, not the first."""
+    usual = collections.Counter(map(of, headers)).most_common(1)[0][0]
+    for image in headers:
+        if of(image) != usual:
+            raise InkdaskError(
+                f"{image.uri} has {of(image)} {what}, the other layers have {usual}."
+            )
+
+
+def find_mask(uri: str) -> str | None:
+    """Find the mask of the segment at ``uri``, or None."""
+    return _find_mask(uri, _name(uri), storage.list_folder(uri))
+
+
+def _find_mask(uri: str, name: str, listing: Sequence[storage.Entry]) -> str | None:
+    """Find the mask that lies in a segment: ``<id>_mask.png``, or the only ``*_mask.png``."""
+    masks = [entry.name for entry in listing if entry.name.lower().endswith("_mask.png")]
+    if f"{name}_mask.png" in masks:
+        masks = [f"{name}_mask.png"]
+    return storage.join(uri, masks[0]) if len(masks) == 1 else None
+
+
+def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
+    entry = storage.entry(uri)
+    image = _read_header(LayerFile(0, uri, entry.size, entry.mark))
+    if isinstance(image, images.Picture):
+        image = replace(image, is_mask=True)
+    if image.shape != shape:
+        raise InkdaskError(
+            f"The mask {uri} has {image.shape[1]} x {image.shape[0]} pixels, "
+            f"the layers have {shape[1]} x {shape[0]}."
+        )
+    return DecodedStack((image,), _digest([entry.size, entry.mark]), image.words)
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _name(uri: str) -> str:
+    """Name a segment after its folder: ``scroll5/20240301/layers/`` is ``20240301``."""
+    parts = [part for part in uri.split("/") if part not in ("", ".", "layers", "surface_volume")]
+    return parts[-1].removesuffix(".tifs").removesuffix(".zarr") if parts else "segment"

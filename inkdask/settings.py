@@ -1,0 +1,354 @@
+"""Every parameter once: its type, bounds, unit, default and description.
+
+The same model is the environment contract (``TILE_SIZE``), the command line (``--tile``), the
+keyword arguments of the Python API (``tile=``) and the table in the README. What a user gives
+directly wins over the environment, and the environment over the default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AliasChoices,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from inkdask.types import Precision, SettingsError
+
+ModelType = Literal[
+    "timesformer", "resnet3d-50", "resnet3d-101", "resnet3d-152", "resnet3d-152-3d-decoder"
+]
+
+
+class Settings(BaseSettings):
+    """All parameters of a job.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        From the constructor; use `Settings.of` for one sentence instead.
+    """
+
+    model_config = SettingsConfigDict(
+        case_sensitive=False,
+        env_ignore_empty=True,  # an Argo parameter left empty is a parameter not given
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
+        protected_namespaces=(),
+    )
+
+    # What is read
+    s3_path: str | None = Field(
+        None,
+        description="Segment to read: an `s3://` URI or a local path of the folder that holds "
+        "`layers/`. Required.",
+    )
+    start_layer: int | None = Field(
+        None, ge=0, description="First layer, inclusive. With END_LAYER: `--layers START:END`."
+    )
+    end_layer: int | None = Field(None, ge=1, description="Last layer, exclusive.")
+    surface_volume_zarr: str | None = Field(
+        None,
+        description="Read the layers from this zarr array instead: a prepared one, or an OME-Zarr "
+        "group, local or `s3://`. For prepare: write it there.",
+    )
+    roi_xyxy: Annotated[tuple[int, int, int, int] | None, NoDecode] = Field(
+        None,
+        json_schema_extra={"metavar": "X0,Y0,X1,Y1"},
+        description="Region of interest `x0,y0,x1,y1`, in pixels of the segment, x1 and y1 "
+        "exclusive: the picture is that part of the whole one.",
+    )
+    mask_path: str | None = Field(
+        None,
+        description="Picture that is non-zero where there is papyrus; tiles elsewhere are skipped. "
+        "Default: the segment's own `<id>_mask.png`, where it has one.",
+    )
+    z_downsample_mean_factor: Literal[1, 2] = Field(
+        1, description="Average this many neighbouring layers to one."
+    )
+    force_reverse: bool = Field(
+        False, description="Read the layers from the last to the first (the sheet lies face down)."
+    )
+
+    # With what it is read
+    model: Any = Field(
+        None,
+        description="Model key (see `inkdask models`), Hugging Face repo id, `s3://` URI or local "
+        "path of a checkpoint. Required.",
+    )
+    model_type: ModelType | None = Field(
+        None,
+        description="Architecture of a checkpoint that is not a known model; timesformer when "
+        "neither this nor the checkpoint's own description says.",
+    )
+    model_in_chans: int | None = Field(
+        None,
+        ge=1,
+        description="Layers that the network reads; a longer range is cropped about its centre. "
+        "Default: the model's.",
+    )
+    hf_token: SecretStr | None = Field(
+        None, description="Hugging Face token, for private model repositories."
+    )
+    clip: float | None = Field(
+        None, gt=0, le=255, description="Voxels are clipped to this value. Default: the model's."
+    )
+    divisor: float | None = Field(
+        None, gt=0, description="Voxels are divided by this value. Default: the model's."
+    )
+
+    # How it is cut and blended
+    tile: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        validation_alias=AliasChoices("tile", "tile_size"),
+        description="Side of a tile, in pixels. Default: the model's (TimeSformer: 64).",
+    )
+    stride: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Distance of neighbouring tiles, in pixels. Default: the model's "
+        "(TimeSformer: 16).",
+    )
+    blend_mode: Literal["hann", "gaussian"] = Field(
+        "hann", description="Window that weighs the pixels of a tile."
+    )
+    gaussian_sigma: float = Field(
+        0.0,
+        ge=0,
+        description="Standard deviation of the Gaussian window, in pixels; 0 is tile / 2.5.",
+    )
+
+    # How it is computed
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Tiles in one forward pass. Default: chosen for the device (256 on a GPU).",
+    )
+    precision: Precision = Field(
+        "auto", description="Arithmetic of the network; auto is bfloat16 where the hardware has it."
+    )
+    compile: bool = Field(
+        True, description="Allow `torch.compile`; it is used where it repays its own time."
+    )
+    compile_mode: Literal[
+        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+    ] = Field("reduce-overhead", description="Mode of `torch.compile`.")
+    chunk_size: int = Field(
+        1024,
+        ge=1,
+        description="Side of a chunk, in pixels, rounded up to a multiple of the stride and to "
+        "two tiles.",
+    )
+    cuda_visible_devices: str = Field(
+        "0", description="GPUs that the process may use, as CUDA counts them."
+    )
+
+    # Where it goes
+    output_path: str | None = Field(
+        None,
+        description="Folder for the picture, local or `s3://`. Default: `<S3_PATH>/predictions`.",
+    )
+    zarr_output_dir: str = Field(
+        "/tmp/partitions",  # noqa: S108  the contract's default
+        description="Folder for tile grids, local or `s3://`: interrupted jobs resume from it.",
+    )
+    step: Literal["prepare", "inference", "reduce"] = Field(
+        "inference",
+        description="What to do: prepare writes the layers to a zarr array; inference does the "
+        "whole job, or one part of it; reduce makes the picture when all parts are done.",
+    )
+    num_parts: int = Field(
+        1, ge=1, description="Parts that inference is divided into, for separate machines."
+    )
+    part_id: int = Field(
+        0, ge=0, description="The part that this inference does, from 0 to NUM_PARTS - 1."
+    )
+    use_zarr_compression: bool = Field(
+        False, description="Compress the zarr array that prepare writes."
+    )
+    overwrite: bool = Field(False, description="Start anew, even where a tile grid could resume.")
+    result_file: str = Field(
+        "/tmp/result_s3_url.txt",  # noqa: S108  the contract's default
+        description="File that receives the URI of the picture, last of all.",
+    )
+
+    @classmethod
+    def of(cls, **given: Any) -> Settings:
+        """Settings from what is given, the environment and the defaults.
+
+        ``layers=(0, 26)`` or ``"0:26"`` may stand for start_layer and end_layer.
+
+        Raises
+        ------
+        SettingsError
+            One sentence that names the variable.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise SettingsError(_sentence(error)) from None
+
+    def require(self, *names: str) -> None:
+        """Raise a SettingsError that names the first of these parameters that is missing."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise SettingsError(
+                    f"{env_name(name)} is not set: {_describe(Settings.model_fields[name])}"
+                )
+
+    def export_devices(self) -> None:
+        """Tell CUDA which GPUs this process may use, before it is loaded."""
+        os.environ["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
+
+    def export_token(self) -> None:
+        """Tell huggingface_hub the token, which must be in no graph and no log."""
+        if self.hf_token is not None:
+            os.environ["HF_TOKEN"] = self.hf_token.get_secret_value()
+
+    @property
+    def layers(self) -> tuple[int, int] | None:
+        """First layer (inclusive) and last (exclusive), or None when left to the model."""
+        if self.start_layer is None or self.end_layer is None:
+            return None
+        return self.start_layer, self.end_layer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_layers(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "layers" not in given:
+            return given
+        rest = {k: v for k, v in given.items() if k != "layers"}
+        layers = given["layers"]
+        if layers is None:
+            return rest
+        try:
+            start, end = layers.split(":") if isinstance(layers, str) else layers
+            rest.update(start_layer=int(start), end_layer=int(end))
+        except (ValueError, TypeError):
+            raise ValueError(f"layers must be START:END, such as 0:26, but is {layers!r}") from None
+        return rest
+
+    @model_validator(mode="after")
+    def _part_in_range(self) -> Settings:
+        if self.part_id >= self.num_parts:
+            raise ValueError(
+                f"PART_ID ({self.part_id}) must be less than NUM_PARTS ({self.num_parts})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_in_order(self) -> Settings:
+        if (self.start_layer is None) != (self.end_layer is None):
+            missing = "END_LAYER" if self.end_layer is None else "START_LAYER"
+            raise ValueError(f"{missing} is not set: give both ends of the layer range or neither")
+        if self.layers and self.layers[0] >= self.layers[1]:
+            raise ValueError(
+                f"START_LAYER ({self.start_layer}) must be less than END_LAYER ({self.end_layer}): "
+                "the range is empty"
+            )
+        return self
+
+    @field_validator("roi_xyxy", mode="before")
+    @classmethod
+    def _four_numbers(cls, value: Any) -> Any:
+        numbers = value.split(",") if isinstance(value, str) else value
+        if numbers is None:
+            return None
+        try:
+            x0, y0, x1, y1 = (int(number) for number in numbers)
+        except (ValueError, TypeError):
+            raise ValueError("must be four whole numbers x0,y0,x1,y1") from None
+        if not (0 <= x0 < x1 and 0 <= y0 < y1):
+            raise ValueError("must have 0 <= x0 < x1 and 0 <= y0 < y1")
+        return x0, y0, x1, y1
+
+    @field_validator("z_downsample_mean_factor", mode="before")
+    @classmethod
+    def _whole_number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.isdigit() else value
+
+    @field_validator(
+        "s3_path", "model", "surface_volume_zarr", "mask_path", "output_path", "zarr_output_dir",
+        "result_file", mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """Take path objects, and do not mind a slash at the end."""
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        return (text.rstrip("/") or "/") if isinstance(text, str) else text
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given directly, then the environment: no files nobody asked for."""
+        return init_settings, env_settings
+
+
+def parameters() -> Iterator[tuple[str, str, FieldInfo]]:
+    """Every parameter as (Python keyword, environment variable, pydantic field)."""
+    for name, field in Settings.model_fields.items():
+        yield name, env_name(name), field
+
+
+def env_name(name: str) -> str:
+    """The environment variable of a parameter: ``tile`` is ``TILE_SIZE``."""
+    alias = Settings.model_fields[name].validation_alias
+    return str(alias.choices[-1] if isinstance(alias, AliasChoices) else name).upper()
+
+
+def _describe(field: FieldInfo) -> str:
+    text = (field.description or "").replace("Required.", "").strip()
+    return text[0].lower() + text[1:] if text else ""
+
+
+def _sentence(error: ValidationError) -> str:
+    """Say the first thing that is wrong, and with which variable."""
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return message[0].upper() + message[1:] + "."
+    if first["type"] == "extra_forbidden":
+        return f"There is no parameter {name!r}."
+    known = name in Settings.model_fields
+    variable = env_name(name) if known else name.upper()
+    got = "" if variable == "HF_TOKEN" else f", but is {first['input']!r}"
+    return f"{variable}: {message[0].lower() + message[1:]}{got}."
+
+
+def markdown_table() -> str:
+    """The table of the README: ``python -m inkdask.settings`` prints it."""
+    rows = ["| Environment | Command line | Python | Default | Meaning |", "|---|---|---|---|---|"]
+    for name, variable, field in parameters():
+        option = "`S3_PATH`" if name == "s3_path" else f"`--{name.replace('_', '-')}`"
+        default = "" if field.default is None else f"`{field.default}`"
+        rows.append(f"| `{variable}` | {option} | `{name}` | {default} | {field.description} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

@@ -1,0 +1,297 @@
+"""Where files are: local paths and ``s3://`` URIs behind the same few functions.
+
+Every function names the file in the one sentence of its `InkdaskError`. File systems are made once
+per process, because their event loops and connections do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from fsspec.core import split_protocol
+from fsspec.implementations.local import LocalFileSystem
+
+from inkdask.counting import Counters, count, counters
+from inkdask.types import InkdaskError
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+    from inkdask.s3 import S3FileSystem
+
+__all__ = [
+    "Counters",
+    "Entry",
+    "counters",
+    "entry",
+    "exists",
+    "explain",
+    "explained",
+    "filesystem",
+    "is_local",
+    "join",
+    "list_folder",
+    "put_file",
+    "read_bytes",
+    "read_range",
+    "s3",
+    "write_bytes",
+    "zarr_store",
+]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file or folder in a listing.
+
+    ``mark`` (ETag or modification time) changes when the file does; ``size`` is in bytes.
+    """
+
+    name: str
+    size: int
+    mark: str
+    is_folder: bool
+
+
+def s3(asynchronous: bool = False) -> S3FileSystem:
+    """Return this process's S3 connection for the current ``AWS_*`` settings.
+
+    ``asynchronous`` gives the one for zarr, which runs its own event loop.
+    """
+    from inkdask.s3 import connection  # botocore takes its time, and local jobs need none of it
+
+    return connection(asynchronous)
+
+
+def is_local(uri: str) -> bool:
+    """Whether ``uri`` is a path of this machine (``/data/x``, ``file:///data/x``)."""
+    return split_protocol(uri)[0] in (None, "file", "local")
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """Return the fsspec file system of ``uri``, and the path there.
+
+    Raises
+    ------
+    InkdaskError
+        When ``uri`` is neither a local path nor an ``s3://`` URI.
+    """
+    if is_local(uri):
+        fs = LocalFileSystem()
+        return fs, fs._strip_protocol(uri)
+    protocol, path = split_protocol(uri)
+    if protocol not in ("s3", "s3a") or not path:
+        raise InkdaskError(f"{uri} is neither a local path nor an s3:// URI.")
+    with explained(uri):
+        return s3(), path.rstrip("/")
+
+
+def join(uri: str, *names: str) -> str:
+    """Join names below ``uri`` with single slashes."""
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or a folder is there."""
+    fs, path = filesystem(uri)
+    with explained(uri):
+        return bool(fs.exists(path))
+
+
+def list_folder(uri: str) -> list[Entry]:
+    """List a folder, sorted by name; empty when nothing is there.
+
+    Raises
+    ------
+    InkdaskError
+        When the bucket does not exist, or access is denied.
+    """
+    fs, path = filesystem(uri)
+    with explained(uri):
+        try:
+            found = fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if _code(error) == "NoSuchBucket":
+                raise
+            return []
+    # A listing of a file is the file itself, and "folder" markers name the folder.
+    entries = [_entry(info) for info in found if info["name"].rstrip("/") != path]
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def entry(uri: str) -> Entry:
+    """Look up a single file or folder.
+
+    Raises
+    ------
+    InkdaskError
+        When nothing is there.
+    """
+    fs, path = filesystem(uri)
+    with explained(uri):
+        return _entry(fs.info(path))
+
+
+def _entry(info: dict[str, Any]) -> Entry:
+    return Entry(
+        name=info["name"].rstrip("/").rsplit("/", 1)[-1],
+        size=info["size"] or 0,
+        mark=str(info.get("ETag") or info.get("mtime") or ""),
+        is_folder=info["type"] == "directory",
+    )
+
+
+def read_bytes(uri: str) -> bytes:
+    """Read a whole file."""
+    fs, path = filesystem(uri)
+    with explained(uri):
+        data: bytes = fs.cat_file(path)
+        if is_local(uri):
+            count(requests=1, bytes_read=len(data))
+        return data
+
+
+def read_range(uri: str, start: int, stop: int) -> bytes:
+    """Read bytes ``start`` to ``stop``, exactly.
+
+    Raises
+    ------
+    InkdaskError
+        When the file ends before ``stop``, and for all that `explain` knows.
+    """
+    fs, path = filesystem(uri)
+    with explained(uri):
+        data = (
+            _read_local(path, start, stop)
+            if is_local(uri)
+            else fs.cat_file(path, start=start, end=stop)
+        )
+    if len(data) != stop - start:
+        raise InkdaskError(
+            f"{uri} is truncated: bytes {start} to {stop} were asked for, {len(data)} are there."
+        )
+    return data
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file so that it is there complete or not at all; folders are made."""
+    fs, path = filesystem(uri)
+    with explained(uri):
+        if is_local(uri):
+            with _replacing(path) as part:
+                part.write_bytes(data)
+        else:
+            fs.pipe_file(path, data)
+
+
+def put_file(local: str | Path, uri: str) -> None:
+    """Copy a local file to ``uri`` so that it is there complete or not at all."""
+    fs, path = filesystem(uri)
+    with explained(uri):
+        if is_local(uri):
+            with _replacing(path) as part:
+                shutil.copyfile(local, part)
+        else:
+            fs.put_file(str(local), path)
+
+
+def zarr_store(uri: str, read_only: bool = False) -> Store:
+    """Return the zarr store at ``uri``, on the same connections, counters and retries."""
+    from zarr.storage import FsspecStore
+
+    from inkdask.zarr_stores import LocalStore
+
+    _, path = filesystem(uri)
+    if is_local(uri):
+        return LocalStore(path, read_only=read_only)
+    with explained(uri):
+        return FsspecStore(s3(asynchronous=True), path=path, read_only=read_only)
+
+
+def explain(error: BaseException, uri: str) -> InkdaskError:
+    """Say in one sentence what went wrong at ``uri``."""
+    if isinstance(error, InkdaskError):
+        return error
+    if isinstance(error, PermissionError):
+        if is_local(uri):
+            return InkdaskError(f"{uri}: permission denied.")
+        if "AWS credentials" in str(error):
+            return InkdaskError(f"{uri} cannot be read. {error}.")
+        anonymous = s3().anon
+        who = "no AWS credentials were found and it is not public" if anonymous else str(error)
+        return InkdaskError(f"Access to {uri} is denied: {who.rstrip('.')}.")
+    if _code(error) == "NoSuchBucket":
+        return InkdaskError(f"The bucket of {uri} does not exist.")
+    if isinstance(error, FileNotFoundError):
+        return InkdaskError(f"{uri} does not exist.")
+    if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
+        return InkdaskError(f"{uri} does not answer{_endpoint()}: several tries timed out.")
+    if type(error).__name__ == "EndpointConnectionError":
+        return InkdaskError(f"{uri} cannot be reached{_endpoint()}: nothing answers there.")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return InkdaskError(f"No space is left to write {uri}.")
+    return InkdaskError(f"{uri}: {_one_line(error)}.")
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Turn failures of storage inside the block into the `InkdaskError` of `explain`."""
+    try:
+        yield
+    except InkdaskError:
+        raise
+    except Exception as error:
+        if not _is_of_storage(error):
+            raise
+        raise explain(error, uri) from error
+
+
+def _is_of_storage(error: Exception) -> bool:
+    """Bugs must keep their traceback: only what file systems and networks raise is explained."""
+    home = type(error).__module__.split(".")[0]
+    return isinstance(error, OSError) or home in ("botocore", "aiobotocore", "aiohttp", "fsspec")
+
+
+def _read_local(path: str, start: int, stop: int) -> bytes:
+    with Path(path).open("rb") as file:
+        file.seek(start)
+        data = file.read(stop - start)
+    count(requests=1, bytes_read=len(data))
+    return data
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[Path]:
+    """Give a file beside ``path`` to write, which takes its name when the block succeeds."""
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    part = final.with_name(f".{final.name}.{uuid4().hex[:8]}.part")
+    try:
+        yield part
+        part.replace(final)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _code(error: BaseException) -> str:
+    """Return the code that S3 gave (``NoSuchBucket``, ``AccessDenied``, ...), or ``""``."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    return str(response["Error"].get("Code", "")) if response else ""
+
+
+def _endpoint() -> str:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    return f" at {endpoint} (AWS_ENDPOINT_URL)" if endpoint else ""
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.rstrip(".")

@@ -1,0 +1,179 @@
+"""The stored tile grid: what makes a job resumable, and a picture re-blendable without a GPU.
+
+One zarr 3 group for each job, named after the segment and the fingerprint of all that shapes the
+result, so that different jobs never meet:
+
+    <ZARR_OUTPUT_DIR>/<segment>-<fingerprint>.zarr
+        grid    uint16 (gy, gx, k, k)   0: no tile ran here; c: probability (c - 1) / 65534
+        valid   bool (y, x)             any layer is non-zero
+        tiles   int32 (rows, columns)   tiles run in each chunk; -1: the chunk is not done
+
+A chunk's data are written before its element of ``tiles``, and each has zarr chunks of its own,
+so a chunk is done or it is not, and writers never touch each other's objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import zarr
+
+from inkdask import outputs, storage
+from inkdask.inference import InferredChunk
+from inkdask.tiling import Tiling
+
+STEPS = 65534  # of a probability in 16 bits: 30 times finer than float16 near 1, and no larger
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """What a worker tells of a finished chunk.
+
+    Attributes
+    ----------
+    ran, empty
+        Tiles that went through the network, and tiles without data.
+    process
+        The worker's host and process id.
+    counters, peak_memory
+        What that process has read since it started, and the most memory it held, in bytes.
+    """
+
+    ran: int
+    empty: int
+    process: str
+    counters: storage.Counters
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class GridStore:
+    """Where a job's tile grid lies; small and picklable, opened once per process."""
+
+    uri: str
+    tiling: Tiling
+    k: int
+
+    @classmethod
+    def of(
+        cls,
+        folder: str,
+        segment: str,
+        fingerprint: Mapping[str, Any],
+        tiling: Tiling,
+        k: int,
+    ) -> GridStore:
+        """The store of the job with this fingerprint; nothing is read or written yet."""
+        return cls(storage.join(folder, f"{segment}-{digest(fingerprint)[:16]}.zarr"), tiling, k)
+
+    def create(self, fingerprint: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        """Make the empty store, or leave what is there for the job to go on from.
+
+        Raises
+        ------
+        InkdaskError
+            When the place cannot be written.
+        """
+        if overwrite or not storage.exists(storage.join(self.uri, "zarr.json")):
+            outputs.remove(self.uri)  # a removal that was stopped halfway may have left a part
+        tiling, k = self.tiling, self.k
+        side = [min(axis.step, axis.length) for axis in (tiling.y, tiling.x)]
+        tiles = [axis.grid_chunks[0] for axis in (tiling.y, tiling.x)]
+        with storage.explained(self.uri):
+            group = zarr.open_group(storage.zarr_store(self.uri), mode="a", zarr_format=3)
+            group.require_array(
+                "grid", shape=(*tiling.grid_shape, k, k), chunks=(*tiles, k, k), dtype="uint16",
+                fill_value=0, dimension_names=("gy", "gx", "ky", "kx"),
+            )  # fmt: skip
+            group.require_array(
+                "valid", shape=tiling.shape, chunks=tuple(side), dtype="bool",
+                fill_value=False, dimension_names=("y", "x"),
+            )  # fmt: skip
+            group.require_array(
+                "tiles", shape=tiling.block_shape, chunks=(1, 1), dtype="int32",
+                fill_value=-1, dimension_names=("row", "column"),
+            )  # fmt: skip
+            group.attrs.update({"fingerprint": dict(fingerprint)})
+
+    def tiles_run(self) -> np.ndarray:
+        """Tiles run in each chunk, int32 (rows, columns); -1 where the chunk is not done."""
+        return np.asarray(self._array("tiles")[:])
+
+    def write(self, chunk: InferredChunk, row: int, column: int) -> int:
+        """Store one finished chunk; returns how many of its tiles ran."""
+        y, x = self.tiling.y, self.tiling.x
+        tiles = (slice(*y.rows[row : row + 2]), slice(*x.rows[column : column + 2]))
+        pixels = (slice(*y.edges[row : row + 2]), slice(*x.edges[column : column + 2]))
+        ran = int(np.count_nonzero(~np.isnan(chunk.grid[:, :, 0, 0])))
+        with storage.explained(self.uri):
+            self._array("grid")[tiles] = encode(chunk.grid)
+            self._array("valid")[pixels] = chunk.valid
+            self._array("tiles")[row, column] = ran
+        return ran
+
+    def grid(self) -> da.Array:
+        """The stored probabilities, dask float32 (gy, gx, k, k), NaN where no tile ran."""
+        stored = da.from_zarr(
+            self._array("grid"), chunks=(*self.tiling.grid_chunks, self.k, self.k)
+        )
+        return stored.map_blocks(decode, dtype=np.float32, meta=np.empty((0,) * 4, np.float32))
+
+    def valid(self) -> da.Array:
+        """Which pixels have data, dask bool (y, x)."""
+        return da.from_zarr(self._array("valid"), chunks=self.tiling.chunks)
+
+    def _array(self, name: str) -> zarr.Array:
+        return open_array(storage.join(self.uri, name))
+
+
+def save_chunk(chunk: InferredChunk, store: GridStore, block_id: tuple[int, int]) -> ChunkReport:
+    """Store one chunk from the worker that computed it, and report."""
+    ran = store.write(chunk, *block_id)
+    total = chunk.grid.shape[0] * chunk.grid.shape[1]
+    return ChunkReport(ran, total - ran, process_name(), storage.counters(), peak_memory())
+
+
+def process_name() -> str:
+    """This process among all of a cluster: host and process id."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def peak_memory() -> int:
+    """The most memory this process has held so far, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # kilobytes on Linux
+
+
+def encode(grid: np.ndarray) -> np.ndarray:
+    """Probabilities to uint16 codes; NaN (no tile ran) becomes 0."""
+    ran = ~np.isnan(grid)
+    return np.where(ran, np.rint(np.where(ran, grid, 0) * STEPS) + 1, 0).astype(np.uint16)
+
+
+def decode(codes: np.ndarray) -> np.ndarray:
+    """Uint16 codes to float32 probabilities, off by at most 1 / 131068; 0 becomes NaN."""
+    probability = (codes.astype(np.float32) - 1) / STEPS
+    return np.where(codes > 0, probability, np.float32(np.nan))
+
+
+def digest(fingerprint: Mapping[str, Any]) -> str:
+    """SHA-256 of a fingerprint, the same for equal content."""
+    text = json.dumps(fingerprint, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@lru_cache(maxsize=32)
+def open_array(uri: str, version: str = "") -> zarr.Array:
+    """Open an array to read and write, once in a process for each version of what lies there."""
+    return zarr.open_array(storage.zarr_store(uri), mode="r+")

@@ -1,0 +1,103 @@
+"""The account of a job: what was computed, skipped and read, and how fast."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+
+from inkdask import engine, storage
+from inkdask.progress import amount, clock, columns
+from inkdask.store import ChunkReport, peak_memory, process_name
+from inkdask.tiling import Tiling
+
+
+class Summary:
+    """Adds up what the chunks of a job report.
+
+    Attributes
+    ----------
+    ran, empty, resumed
+        Tiles that went through the network, tiles without data, and tiles of chunks that an
+        earlier run had finished.
+    tiles
+        Tiles of the job.
+    """
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.inferring = 0.0  # seconds
+        self.tiles = self.ran = self.empty = self.resumed = 0
+        self._start = storage.counters()
+        self._processes: dict[str, ChunkReport] = {}
+        self._before = dict(engine.on_workers(_named_counters))
+
+    def resume(self, tiles_run: np.ndarray, mine: np.ndarray, tiling: Tiling) -> None:
+        """Count what is there before the job, and what the job is to do.
+
+        ``tiles_run`` is that of `GridStore.tiles_run`, and ``mine`` is True for the chunks of this
+        job's part.
+        """
+        sizes = np.outer(*tiling.grid_chunks)
+        self.tiles = int(sizes[mine].sum())
+        self.resumed = int(sizes[mine & (tiles_run >= 0)].sum())
+
+    @property
+    def missing(self) -> int:
+        """Tiles that this run is to compute or to find empty."""
+        return self.tiles - self.resumed
+
+    def add(self, report: ChunkReport) -> None:
+        """Count a finished chunk."""
+        self.ran += report.ran
+        self.empty += report.empty
+        latest = self._processes.get(report.process)
+        if latest is None or report.counters.requests >= latest.counters.requests:
+            self._processes[report.process] = report
+
+    @property
+    def here(self) -> storage.Counters:
+        """What this process has done since the job began."""
+        return storage.counters() - self._start
+
+    @property
+    def progress(self) -> int:
+        """Tiles run in this process so far, and those found empty."""
+        return self.here.tiles + self.empty
+
+    @property
+    def read(self) -> storage.Counters:
+        """Bytes, requests and retries of all processes of the job."""
+        others = (
+            report.counters - self._before.get(process, storage.Counters())
+            for process, report in self._processes.items()
+            if process != process_name()
+        )
+        return sum(others, start=self.here)
+
+    @property
+    def peak_memory(self) -> int:
+        """The most memory that any one process of the job held, in bytes."""
+        return max([peak_memory(), *(r.peak_memory for r in self._processes.values())])
+
+    def say(self, uri: str) -> None:
+        """Print the account on standard error."""
+        read, seconds = self.read, time.monotonic() - self.began
+        tiles = f"{self.ran:,} run, {self.empty:,} skipped as empty"
+        if self.resumed:
+            tiles += f", {self.resumed:,} resumed from an earlier run"
+        speed = f"{self.ran / self.inferring:,.1f} tiles/s" if self.inferring else "none was left"
+        retries = f", {read.retries:,} retried" if read.retries else ""
+        rows = {
+            "tiles": tiles,
+            "time": f"{clock(seconds)} ({speed})",
+            "read": f"{amount(read.bytes_read)} in {read.requests:,} requests{retries}",
+            "memory": f"{amount(self.peak_memory)} at most in one process",
+            "result": uri,
+        }
+        print(columns(rows), file=sys.stderr, flush=True)
+
+
+def _named_counters() -> tuple[str, storage.Counters]:
+    return process_name(), storage.counters()

@@ -1,0 +1,175 @@
+"""A synthetic segment: papyrus in layers, with ink that only depth shows.
+
+The sheet wanders up and down through the layers, as a real one does where the traced surface is
+not quite right. Ink brightens the voxels a little above the sheet's middle and darkens those as far
+below it by the same amount. So the sum over depth does not know of the ink, and a single layer
+meets it bright here, dark there and mostly not at all, under fibres that are stronger; only who
+follows the sheet through the layers can read the letters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from inkdask import letters
+from inkdask.types import InkdaskError
+
+#: Philodemus' "fourfold cure", PHerc. 1005: nothing to fear in god, nothing to suspect in death;
+#: the good is easily won, the terrible easily borne.
+TETRAPHARMAKOS = (
+    "ΑΦΟΒΟΝΟΘΕΟΣΑΝΥΠΟΠΤΟΝ",
+    "ΟΘΑΝΑΤΟΣΚΑΙΤΑΓΑΘΟΝ",
+    "ΜΕΝΕΥΚΤΗΤΟΝΤΟΔΕΔΕΙ",
+    "ΝΟΝΕΥΕΚΚΑΡΤΕΡΗΤΟΝ",
+)
+
+# All in units of the uint8 scale that networks read; distances along depth in layers.
+_AIR = 60.0  # between the sheets
+_SHEET = 110.0  # the sheet's middle, above air
+_THICKNESS = 4.0
+_INK = 15.0
+_INK_DEPTH, _INK_WIDTH = 3.0, 1.2
+_WANDER = 6.0  # the sheet strays at most this far from its middle layer
+_NOISE = 28.0  # standard deviation of a voxel
+
+
+def segment(
+    text: Sequence[str] = TETRAPHARMAKOS,
+    height: int = 640,
+    width: int = 1664,
+    layers: int = 26,
+    seed: int = 79,
+) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
+    """Make a segment; the same arguments always make the same one.
+
+    Parameters
+    ----------
+    text
+        Lines of Greek capitals (`inkdask.letters.ALPHABET`), written as large as they fit.
+    height, width
+        Size in pixels.
+    layers
+        Number of layers.
+    seed
+        Seeds the fibres, the outline, the sheet and the scribe.
+
+    Returns
+    -------
+    volume
+        uint16 (z, y, x): zero outside the papyrus, and nowhere else in what ``>> 8`` leaves of it.
+    truth
+        bool (y, x): where there is ink.
+
+    Raises
+    ------
+    InkdaskError
+        The text holds a letter that the scribe does not know.
+    """
+    rng = np.random.default_rng(seed)
+    shape = height, width
+    papyrus = _outline(shape, rng)
+    ink = _writing(text, shape, rng) * papyrus
+
+    sheet = (layers - 1) / 2 + _WANDER * np.tanh(_smooth_noise(shape, 60, 60, rng) / 1.6)
+    # Papyrus is two plies glued crosswise: strips along x above, strips along y below.
+    above, below = _fibres(shape, rng), _fibres(shape[::-1], rng).T
+    volume = np.zeros((layers, height, width), np.uint16)
+    for z in range(layers):
+        u = (z - sheet).astype(np.float32)  # layers below the sheet's middle
+        share = 1 / (1 + np.exp(1.5 * u))
+        fibres = share * above + (1 - share) * below
+        layer = _AIR + _SHEET * np.exp(-((u / _THICKNESS) ** 2)) * (1 + fibres)
+        layer += _INK * ink * (_bell(u + _INK_DEPTH) - _bell(u - _INK_DEPTH))
+        layer += _NOISE * rng.standard_normal(shape, np.float32)
+        volume[z] = papyrus * (np.clip(layer, 1, 255) * 256).astype(np.uint16)
+    return volume, ink > 0.5
+
+
+def write_segment(
+    out: Path,
+    text: Sequence[str] = TETRAPHARMAKOS,
+    height: int = 640,
+    width: int = 1664,
+    layers: int = 26,
+    seed: int = 79,
+) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
+    """Make a segment as `segment` does and write it the way scanned ones are stored.
+
+    Writes ``layers/00.tif``, ``layers/01.tif``, ... (uint16, strips of 64 rows) and
+    ``truth.png`` (255 where there is ink) into the folder ``out``. The layers of an earlier
+    segment are removed.
+
+    Raises
+    ------
+    InkdaskError
+        The text holds a letter that the scribe does not know, or the folder holds layers but no
+        ``truth.png``: a real segment is never overwritten.
+    OSError
+        The folder cannot be written.
+    """
+    folder, answer = out / "layers", out / "truth.png"
+    if folder.exists() and not answer.exists():
+        raise InkdaskError(f"{folder} holds layers that are not synthetic: choose another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    volume, truth = segment(text, height, width, layers, seed)
+    Image.fromarray(truth.astype(np.uint8) * 255).save(answer)
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.tif"):
+        old.unlink()
+    for z, layer in enumerate(volume):
+        tifffile.imwrite(folder / f"{z:02d}.tif", layer, rowsperstrip=64)
+    return volume, truth
+
+
+def _bell(u: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.exp(-((u / np.float32(_INK_WIDTH)) ** 2))
+
+
+def _writing(
+    text: Sequence[str], shape: tuple[int, int], rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Ink cover (y, x), 0 to 1: the text in the middle of the page, as large as it fits."""
+    height, width = shape
+    margin = 0.14 * min(shape)
+    letter = letters.letter_height(text, height - 2 * margin, width - 2 * margin)
+    block = letter * (letters.LINE_PITCH * (len(text) - 1) + 1)
+    return letters.write(text, shape, ((height - block) / 2, margin), letter, rng)
+
+
+def _outline(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Where there is papyrus (y, x): torn edges, and a corner is lost."""
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    unit = 0.1 * min(shape)
+    border = np.minimum(np.minimum(y, shape[0] - 1 - y), np.minimum(x, shape[1] - 1 - x))
+    lost = np.hypot(y - 1.10 * shape[0], x - 1.02 * shape[1])  # around the lower right corner
+    edge = np.minimum(border, lost - 3.6 * unit)
+    torn = 0.26 * _smooth_noise(shape, 60, 60, rng) + 0.09 * _smooth_noise(shape, 14, 14, rng)
+    torn += 0.04 * _smooth_noise(shape, 1.5, 4, rng)
+    return edge + unit * torn > 0.5 * unit
+
+
+def _fibres(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Draw strips and fibres along x: relative brightness (y, x) with mean 0."""
+    fine = 0.14 * _smooth_noise(shape, 1.2, 70, rng)
+    coarse = 0.12 * _smooth_noise(shape, 5, 160, rng)
+    strips = fine + coarse + 0.04 * _smooth_noise(shape, 1, 12, rng)
+    # Fibres are not ruled: shift each column by a slow wave.
+    wave = 6 * _smooth_noise(shape, 120, 120, rng)
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    return strips[np.clip(y + wave.astype(int), 0, shape[0] - 1), x]
+
+
+def _smooth_noise(
+    shape: tuple[int, int], sigma_y: float, sigma_x: float, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Gaussian noise smoothed to a scale of (sigma_y, sigma_x) pixels, unit variance, (y, x)."""
+    fy, fx = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])
+    blur = np.exp(-2 * np.pi**2 * ((sigma_y * fy) ** 2 + (sigma_x * fx) ** 2))
+    noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) * blur, shape)
+    return (noise / noise.std()).astype(np.float32)

@@ -1,0 +1,270 @@
+"""TIFF layers by byte range: only the pieces that meet a window are fetched and decoded.
+
+A `TiffImage` says where the pieces (strips or tiles) of one layer lie; `inkdask.tiff_header` makes
+it. A `TiffBlock` is one window of all layers: picklable, free of open files, and carrying the
+places of its own pieces only, so that the largest tables never travel twice. Pieces decode straight
+into the block's uint8 output; a uint16 layer keeps its high byte, as the models were trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from inkdask import storage
+from inkdask.parallel import for_each
+from inkdask.types import InkdaskError
+
+MERGE_GAP = 256  # bytes between two pieces that are still fetched as one range
+RUN_BYTES = 8 << 20  # of a range: an S3 request costs milliseconds of CPU, however short it is
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a TIFF stores its pixels; layers written alike share one.
+
+    Attributes
+    ----------
+    shape
+        Height and width in pixels.
+    dtype
+        ``|u1``, ``<u2`` or ``>u2``: with the byte order of the file.
+    piece
+        Height and width of a piece: a strip or a tile.
+    is_tiled
+        Whether pieces are tiles: those at the border are as large as all others.
+    samples
+        Values for each pixel that lie together (3 for interleaved RGB); the first is read.
+    compression, predictor
+        Tags 259 and 317.
+    jpeg
+        Tables and colour spaces for JPEG pieces.
+    words
+        The layout as a person says it.
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    piece: tuple[int, int]
+    is_tiled: bool
+    samples: int
+    compression: int
+    predictor: int
+    jpeg: tuple[bytes | None, Any, Any] | None
+    words: str
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes from one pixel to the next."""
+        return self.samples * np.dtype(self.dtype).itemsize
+
+    def pieces(self, rows: slice, columns: slice) -> tuple[slice, slice]:
+        """Return the rows and columns of pieces that meet a window of pixels."""
+        height, width = self.piece
+        return (
+            slice(rows.start // height, -(-rows.stop // height)),
+            slice(columns.start // width, -(-columns.stop // width)),
+        )
+
+    def decode(self, data: memoryview, rows: int) -> np.ndarray:
+        """Decode a piece of ``rows`` rows: ``dtype`` (rows, width of a piece)."""
+        width = self.piece[1]
+        size = rows * width * self.pixel_bytes
+        dtype = np.dtype(self.dtype)
+        if self.jpeg:
+            tables, colours, wanted = self.jpeg
+            pixels = tifffile.TIFF.DECOMPRESSORS[self.compression](
+                data, tables=tables, colorspace=colours, outcolorspace=wanted
+            )
+            data = memoryview(pixels.reshape(-1))
+        elif self.compression != 1:
+            data = tifffile.TIFF.DECOMPRESSORS[self.compression](data, out=size)
+        if len(data) < size:
+            raise ValueError(f"{len(data)} bytes where {size} belong")
+        values = np.frombuffer(data, dtype, size // dtype.itemsize)
+        values = values.reshape(rows, width, self.samples)
+        if self.predictor != 1:
+            values = values.astype(dtype.newbyteorder("="))
+            tifffile.TIFF.UNPREDICTORS[self.predictor](values, axis=-2, out=values)
+        return values[:, :, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class TiffImage:
+    """One layer: a layout, and where its pieces lie in the file.
+
+    Attributes
+    ----------
+    uri
+        The file.
+    layout
+        How it stores its pixels.
+    offsets, counts
+        int64 (rows of pieces, columns of pieces): first byte, and number of bytes. A piece of no
+        bytes is all zero.
+    oddity
+        What is left unread of the file, for a warning; empty as a rule.
+    """
+
+    uri: str
+    layout: Layout
+    offsets: np.ndarray
+    counts: np.ndarray
+    oddity: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.layout.shape
+
+    @property
+    def words(self) -> str:
+        """The layout as a person says it."""
+        return self.layout.words
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a value, in this machine's byte order."""
+        return np.dtype(self.layout.dtype).newbyteorder("=")
+
+    def decode(self) -> np.ndarray:
+        """Read the whole image as uint8 (y, x)."""
+        height, width = self.shape
+        return TiffBlock.of([self], slice(0, height), slice(0, width)).read()[0]
+
+
+@dataclass(frozen=True, eq=False)
+class TiffBlock:
+    """A window of all layers, to be read in a task.
+
+    Attributes
+    ----------
+    uris, layouts
+        File and layout of each layer.
+    rows, columns
+        The window, in pixels.
+    offsets, counts
+        int64, the pieces that meet the window: layer by layer, row by row.
+    """
+
+    uris: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    rows: slice
+    columns: slice
+    offsets: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, images: Sequence[TiffImage], rows: slice, columns: slice) -> TiffBlock:
+        """Cut a window out of all layers; reads nothing."""
+        offsets, counts = [], []
+        for image in images:
+            window = image.layout.pieces(rows, columns)
+            offsets.append(image.offsets[window].ravel())
+            counts.append(image.counts[window].ravel())
+        return cls(
+            tuple(image.uri for image in images),
+            tuple(image.layout for image in images),
+            rows,
+            columns,
+            np.concatenate(offsets),
+            np.concatenate(counts),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, height and width."""
+        return (
+            len(self.uris),
+            self.rows.stop - self.rows.start,
+            self.columns.stop - self.columns.start,
+        )
+
+    def read(self) -> np.ndarray:
+        """Fetch and decode the window: uint8 (z, y, x).
+
+        Raises
+        ------
+        InkdaskError
+            When a layer cannot be read or decoded, naming the file and the position in it.
+        """
+        out = np.empty(self.shape, np.uint8)
+        for_each(lambda run: run.read_into(out), self._runs())
+        return out
+
+    def _runs(self) -> Iterator[_Run]:
+        """Join the pieces that lie one after the other in a file, up to `RUN_BYTES`."""
+        first = 0
+        for z, layout in enumerate(self.layouts):
+            down, across = layout.pieces(self.rows, self.columns)
+            places = [
+                (row * layout.piece[0], column * layout.piece[1])
+                for row in range(down.start, down.stop)
+                for column in range(across.start, across.stop)
+            ]
+            last = first + len(places)
+            offsets, counts = self.offsets[first:last], self.counts[first:last]
+            gaps = offsets[1:] - (offsets[:-1] + counts[:-1])
+            is_far = (gaps < 0) | (gaps > MERGE_GAP)
+            is_long = np.diff((offsets - offsets[0]) // RUN_BYTES) > 0
+            cuts = np.flatnonzero(is_far | is_long) + 1
+            for i, j in zip([0, *cuts], [*cuts, len(places)], strict=True):
+                yield _Run(self, z, layout, places[i:j], offsets[i:j], counts[i:j])
+            first = last
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Pieces of one layer that are fetched as one range."""
+
+    block: TiffBlock
+    z: int
+    layout: Layout
+    places: list[tuple[int, int]]  # of each piece: its first row and column
+    offsets: np.ndarray
+    counts: np.ndarray
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Fetch the pieces, and decode them into the block ``out``, uint8 (z, y, x)."""
+        uri, start = self.block.uris[self.z], int(self.offsets[0])
+        stop = int(self.offsets[-1] + self.counts[-1])
+        data = memoryview(storage.read_range(uri, start, stop) if stop > start else b"")
+        spans = zip((self.offsets - start).tolist(), self.counts.tolist(), strict=True)
+        for (row, column), (offset, count) in zip(self.places, spans, strict=True):
+            rows = self.layout.piece[0]
+            if not self.layout.is_tiled:  # The last strip ends with the image.
+                rows = min(rows, self.layout.shape[0] - row)
+            try:
+                piece = (
+                    self.layout.decode(data[offset : offset + count], rows)
+                    if count
+                    else np.zeros((rows, self.layout.piece[1]), np.uint8)
+                )
+            except Exception as error:
+                raise InkdaskError(
+                    f"{uri} is corrupt at row {row}, column {column} "
+                    f"(bytes {start + offset} to {start + offset + count}): {error}."
+                ) from error
+            _paste(piece, row, column, out[self.z], self.block.rows.start, self.block.columns.start)
+
+
+def _paste(piece: np.ndarray, row: int, column: int, out: np.ndarray, top: int, left: int) -> None:
+    """Copy what a piece at (row, column) has in common with ``out`` at (top, left)."""
+    y0, y1 = max(row, top), min(row + piece.shape[0], top + out.shape[0])
+    x0, x1 = max(column, left), min(column + piece.shape[1], left + out.shape[1])
+    _narrow(
+        piece[y0 - row : y1 - row, x0 - column : x1 - column],
+        out[y0 - top : y1 - top, x0 - left : x1 - left],
+    )
+
+
+def _narrow(values: np.ndarray, out: np.ndarray) -> None:
+    """Put uint8 values, or the high bytes of uint16 values, into ``out``, in one pass."""
+    if values.dtype.itemsize == 2 and values.dtype.isnative:
+        np.right_shift(values, 8, out=out, casting="unsafe")
+    else:  # The high byte of a value in the other byte order is the low byte in this one.
+        np.copyto(out, values.view(values.dtype.newbyteorder("=")), casting="unsafe")

@@ -1,0 +1,167 @@
+"""The headers of TIFF layers, parsed once and by small range reads: the pixels stay where they are.
+
+The TIFF 6.0 specification (Adobe, 1992) has the terms; tifffile does the parsing.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import IO, Any, cast
+
+import numpy as np
+import tifffile
+
+from inkdask import storage
+from inkdask.tiff import Layout, TiffImage
+from inkdask.types import InkdaskError
+
+HEADER_READ = 4096  # bytes: covers the tags of most files, and little of the pixels
+CUT_BYTES, CUT_ROWS = 1 << 20, 64  # most of a piece, where the pieces can be chosen
+
+_JPEG = (7, 33007)
+_BYTES = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, zstd
+
+
+def read_header(uri: str, size: int) -> TiffImage:
+    """Parse the header of a TIFF of ``size`` bytes by small range reads.
+
+    Raises
+    ------
+    InkdaskError
+        When it is no TIFF, is cut short, or stores pixels in a way that cannot be read.
+    """
+    try:
+        with tifffile.TiffFile(cast("IO[bytes]", _RangeFile(uri, size)), _multifile=False) as tif:
+            page = tif.pages.first
+            more_pages = tif.pages.is_multipage
+            image = _describe(uri, page)
+    except InkdaskError:
+        raise
+    except Exception as error:
+        raise InkdaskError(f"{uri} cannot be read as a TIFF: {error}.") from error
+    # Pieces of no bytes may claim to lie anywhere.
+    end = int((image.offsets + image.counts).max(initial=0, where=image.counts > 0))
+    if end > size:
+        raise InkdaskError(
+            f"{uri} is truncated: its pixels reach to byte {end}, the file has {size} bytes."
+        )
+    if more_pages:
+        image = replace(image, oddity="several pages, of which the first is read")
+    return image
+
+
+def _describe(uri: str, page: Any) -> TiffImage:
+    """Turn tifffile's page into a `TiffImage`."""
+    bits, kind = page.bitspersample, page.sampleformat
+    if kind != 1 or bits not in (8, 16) or page.fillorder != 1 or page.imagedepth != 1:
+        raise InkdaskError(f"{uri} is no TIFF of uint8 or uint16, but {page.dtype or bits}.")
+    if page.compression not in (*_BYTES, *_JPEG):
+        raise InkdaskError(f"{uri} is compressed by {page.compression!r}, which cannot be read.")
+    if page.predictor not in (1, 2) or (page.predictor == 2 and page.compression in _JPEG):
+        raise InkdaskError(f"{uri} has predictor {page.predictor!r}, which cannot be read.")
+    height, width = page.imagelength, page.imagewidth
+    if not height * width:
+        raise InkdaskError(f"{uri} has no pixels.")
+    piece = (
+        (page.tilelength, page.tilewidth)
+        if page.is_tiled
+        else (min(page.rowsperstrip, height), width)
+    )
+    grid = (-(-height // piece[0]), -(-width // piece[1]))
+    separate = page.planarconfig == 2
+    samples = 1 if separate else page.samplesperpixel
+    dtype = np.dtype(f"{page.parent.byteorder}u{bits // 8}")
+    # Planes follow each other in the tables: those of the first sample come first.
+    offsets = np.array(page.dataoffsets[: grid[0] * grid[1]], np.int64).reshape(grid)
+    counts = np.array(page.databytecounts[: grid[0] * grid[1]], np.int64).reshape(grid)
+    words = _words(page, piece, grid)
+    if not page.is_tiled and page.compression == 1 and page.predictor == 1:
+        row_bytes = width * samples * dtype.itemsize
+        piece, offsets, counts = _recut(height, row_bytes, piece, offsets, counts)
+    jpeg = None
+    if page.compression in _JPEG:
+        colours = tifffile.tifffile.jpeg_decode_colorspace(
+            page.photometric, page.planarconfig, page.extrasamples, page.is_jfif
+        )
+        jpeg = (page.jpegtables, *colours)
+    layout = Layout(
+        shape=(height, width),
+        dtype=dtype.str,
+        piece=piece,
+        is_tiled=page.is_tiled,
+        samples=samples,
+        compression=int(page.compression),
+        predictor=int(page.predictor),
+        jpeg=jpeg,
+        words=words,
+    )
+    channels = f"{page.samplesperpixel} channels, of which the first is read"
+    return TiffImage(uri, layout, offsets, counts, channels if page.samplesperpixel > 1 else "")
+
+
+def _recut(
+    height: int, row_bytes: int, piece: tuple[int, int], offsets: np.ndarray, counts: np.ndarray
+) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    """Cut anew an image whose uncompressed rows all follow each other, whatever its strips were."""
+    starts = piece[0] * np.arange(len(offsets))
+    rows = np.minimum(piece[0], height - starts)
+    in_order = offsets[:, 0] == offsets[0, 0] + starts * row_bytes
+    if not in_order.all() or (counts[:, 0] != rows * row_bytes).any():
+        return piece, offsets, counts
+    # A power of two, so that blocks made of these pieces share edges with the chunks of tiles.
+    step = min(1 << max(CUT_BYTES // row_bytes, 1).bit_length() - 1, CUT_ROWS)
+    starts = np.arange(0, height, step)[:, None]
+    rows = np.minimum(step, height - starts)
+    return (step, piece[1]), offsets[0, 0] + starts * row_bytes, rows * row_bytes
+
+
+def _words(page: Any, piece: tuple[int, int], grid: tuple[int, int]) -> str:
+    if page.is_tiled:
+        cut = f"{piece[1]} x {piece[0]} tiles"
+    elif grid[0] == 1:
+        cut = "one strip"
+    else:
+        cut = f"{piece[0]}-row strips"
+    codec = "uncompressed" if page.compression == 1 else tifffile.COMPRESSION(page.compression).name
+    return f"TIFF, {cut}, {codec.replace('ADOBE_', '')}"
+
+
+class _RangeFile(io.RawIOBase):
+    """A file that fetches what is read of it, a little ahead, and keeps it: for headers."""
+
+    def __init__(self, uri: str, size: int) -> None:
+        self.name = uri
+        self._size = size
+        self._position = 0
+        self._held: list[tuple[int, bytes]] = []
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        start = min(self._position, self._size)
+        stop = self._size if size < 0 else min(start + size, self._size)
+        self._position = stop
+        for held, data in self._held:
+            if held <= start and stop <= held + len(data):
+                return data[start - held : stop - held]
+        data = storage.read_range(self.name, start, min(max(stop, start + HEADER_READ), self._size))
+        self._held.append((start, data))
+        return data[: stop - start]
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)

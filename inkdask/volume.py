@@ -1,0 +1,189 @@
+"""The surface volume as a lazy dask array, whatever its files are.
+
+A source knows its files and how they can be cut; `lazy` makes one task for each block of it. What a
+block reads follows the files, so that a full pass fetches each byte once: full-width bands for
+strips, aligned squares for tiles and zarr chunks. Tasks carry small frozen descriptions, and
+decode straight into their uint8 output.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+
+from inkdask.images import CHUNK, DecodedBlock, Image
+from inkdask.tiff import TiffBlock, TiffImage
+
+BLOCK_BYTES = 64 << 20  # of decoded uint8 over all layers: the size a block grows to
+BLOCK_SIDE = 1024  # pixels: no block is taller, because the chunks with the tiles are about this
+
+
+class Block(Protocol):
+    """A window of a source, picklable and free of open files."""
+
+    def read(self) -> np.ndarray:
+        """Read the window: uint8 (z, y, x)."""
+        ...
+
+
+class Source(Protocol):
+    """Files that hold a volume."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, height and width."""
+        ...
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Height and width of the largest piece that can only be read whole."""
+        ...
+
+    @property
+    def words(self) -> str:
+        """The layout as a person says it."""
+        ...
+
+    def block(self, rows: slice, columns: slice) -> Block:
+        """Cut out a window; reads nothing."""
+        ...
+
+    def take(self, layers: slice) -> Source:
+        """The same files, of some layers only."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TiffStack:
+    """TIFF layers that can be read in parts."""
+
+    images: tuple[TiffImage, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # noqa: D102
+        return (len(self.images), *self.images[0].shape)
+
+    @property
+    def unit(self) -> tuple[int, int]:  # noqa: D102
+        pieces = [image.layout.piece for image in self.images]
+        return max(height for height, _ in pieces), max(width for _, width in pieces)
+
+    @property
+    def words(self) -> str:  # noqa: D102
+        return " and ".join(dict.fromkeys(image.layout.words for image in self.images))
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether a task can hold a piece of all layers; one-strip images may be too tall."""
+        height, width = self.unit
+        is_small = self.shape[0] * height * width <= BLOCK_BYTES or height <= BLOCK_SIDE
+        one_piece = any(image.offsets.size == 1 for image in self.images)
+        return is_small or (self.images[0].layout.is_tiled and not one_piece)
+
+    def block(self, rows: slice, columns: slice) -> TiffBlock:  # noqa: D102
+        return TiffBlock.of(self.images, rows, columns)
+
+    def take(self, layers: slice) -> TiffStack:  # noqa: D102
+        return TiffStack(self.images[layers])
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedStack:
+    """Layers that are decoded as a whole (`inkdask.images`); ``identity`` changes with them."""
+
+    images: tuple[Image, ...]
+    identity: str
+    words: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # noqa: D102
+        return (len(self.images), *self.images[0].shape)
+
+    @property
+    def unit(self) -> tuple[int, int]:  # noqa: D102
+        return CHUNK, CHUNK
+
+    def block(self, rows: slice, columns: slice) -> DecodedBlock:  # noqa: D102
+        return DecodedBlock(self.images, self.identity, rows, columns)
+
+    def take(self, layers: slice) -> DecodedStack:  # noqa: D102
+        return DecodedStack(self.images[layers], self.identity, self.words)
+
+
+def block_step(shape: tuple[int, int, int], unit: tuple[int, int]) -> tuple[int, int]:
+    """Choose the height and width of a block.
+
+    Parameters
+    ----------
+    shape
+        Layers, height and width of the volume.
+    unit
+        Height and width of what is read in one piece.
+
+    Returns
+    -------
+    tuple of int
+        The unit times powers of two, as large as `BLOCK_BYTES` over all layers and `BLOCK_SIDE`
+        allow (powers of two, so that blocks and the chunks made of them share their edges). Blocks
+        may be twice as wide as tall: tiles of a row follow each other, and are one request.
+    """
+    layers, height, width = shape
+    rows, columns = min(unit[0], height), min(unit[1], width)
+    pixels = max(BLOCK_BYTES // layers, rows * columns)
+    while True:
+        taller = rows * 2 <= max(BLOCK_SIDE, unit[0]) and rows < height
+        wider = columns <= BLOCK_SIDE and columns < width
+        if 2 * rows * columns > pixels or not (taller or wider):
+            return min(rows, height), min(columns, width)
+        if wider and (columns <= rows or not taller):
+            columns *= 2
+        else:
+            rows *= 2
+
+
+def lazy(source: Source, identity: str, window: tuple[slice, slice] | None = None) -> da.Array:
+    """Make the dask array uint8 (z, y, x) of a source; nothing is read.
+
+    Parameters
+    ----------
+    source
+        The files.
+    identity
+        Changes when they do; the names of the tasks follow from it.
+    window
+        Rows and columns to keep. Blocks at its border read no more than it needs.
+    """
+    layers, height, width = source.shape
+    rows, columns = window or (slice(0, height), slice(0, width))
+    step = block_step(source.shape, source.unit)
+    bands, blocks = _cut(rows, step[0]), _cut(columns, step[1])
+    name = f"read-{tokenize(identity, type(source).__name__, source.shape, rows, columns)}"
+    graph: dict[Any, Any] = {
+        (name, 0, i, j): (_read, source.block(band, block))
+        for (i, band), (j, block) in itertools.product(enumerate(bands), enumerate(blocks))
+    }
+    chunks = (
+        (layers,),
+        tuple(band.stop - band.start for band in bands),
+        tuple(block.stop - block.start for block in blocks),
+    )
+    layer = HighLevelGraph.from_collections(name, graph)
+    return da.Array(layer, name, chunks, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
+
+
+def _read(block: Block) -> np.ndarray:
+    return block.read()
+
+
+def _cut(span: slice, step: int) -> Sequence[slice]:
+    """Cut a span of pixels at the multiples of ``step``."""
+    inner = range(span.start - span.start % step + step, span.stop, step)
+    edges = [span.start, *inner, span.stop]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]

@@ -1,0 +1,211 @@
+"""Surface volumes that are zarr arrays already: prepared ones, and OME-Zarr.
+
+zarr 2 or 3, (z, y, x) or (y, x, z), alone or as a level of an OME-Zarr group (0.4 or 0.5:
+https://ngff.openmicroscopy.org).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import zarr
+
+from inkdask import storage
+from inkdask.types import InkdaskError
+from inkdask.volume import BLOCK_BYTES
+
+LAYERS_ATTRIBUTE = "layers"  # of an array that inkdask prepared: the numbers of its layers
+FINISHED_ATTRIBUTE = "finished"  # of such an array: False until its last block is there
+
+
+@dataclass(frozen=True)
+class ZarrSource:
+    """An array that holds a volume.
+
+    Attributes
+    ----------
+    uri, path
+        The store, and the array inside it.
+    identity
+        Changes with the array.
+    shape
+        Layers, height and width.
+    dtype
+        uint8 or uint16.
+    first
+        Index of the first layer that is read.
+    stride
+        1, or -1 for layers in reverse.
+    depth
+        The axis of the layers; axes of length one before the last three do not count.
+    unit
+        Height and width of the chunks (or shards) that are read in one piece.
+    numbers
+        The numbers of all layers.
+    is_numbered
+        Whether the array itself says these numbers; otherwise they count from 0.
+    words
+        The layout as a person says it.
+    """
+
+    uri: str
+    path: str
+    identity: str
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    first: int
+    stride: int
+    depth: int
+    unit: tuple[int, int]
+    numbers: tuple[int, ...]
+    is_numbered: bool
+    words: str
+
+    @property
+    def name(self) -> str:
+        """URI of the array."""
+        return storage.join(self.uri, self.path) if self.path else self.uri
+
+    def block(self, rows: slice, columns: slice) -> ZarrBlock:
+        """Cut out a window; reads nothing."""
+        return ZarrBlock(self, rows, columns)
+
+    def take(self, layers: slice) -> ZarrSource:
+        """Return the same array, of some layers only."""
+        chosen = range(self.shape[0])[layers]
+        first = self.first + self.stride * chosen.start
+        return replace(
+            self,
+            shape=(len(chosen), *self.shape[1:]),
+            first=first,
+            stride=self.stride * chosen.step,
+            numbers=self.numbers[layers],
+        )
+
+
+@dataclass(frozen=True)
+class ZarrBlock:
+    """A window of an array, to be read in a task; ``rows`` and ``columns`` are in pixels."""
+
+    source: ZarrSource
+    rows: slice
+    columns: slice
+
+    def read(self) -> np.ndarray:
+        """Read the window: uint8 (z, y, x)."""
+        source = self.source
+        array = _array(os.getpid(), source.uri, source.path, source.identity)
+        ends = (source.first, source.first + source.stride * (source.shape[0] - 1))
+        layers = slice(min(ends), max(ends) + 1)
+        window = [self.rows, self.columns]
+        window.insert(source.depth, layers)
+        index = (0,) * (array.ndim - 3) + tuple(window)
+        try:
+            pixels = np.asarray(array[index])
+        except Exception as error:
+            raise InkdaskError(
+                f"{source.name} cannot be read at rows "
+                f"{self.rows.start} to {self.rows.stop}, columns {self.columns.start} to "
+                f"{self.columns.stop}: {error}."
+            ) from error
+        pixels = np.moveaxis(pixels, source.depth, 0)[:: source.stride]
+        if pixels.dtype == np.uint16:
+            return (pixels >> 8).astype(np.uint8)
+        return np.ascontiguousarray(pixels)
+
+
+def open_zarr(uri: str, level: str = "0") -> ZarrSource:
+    """Describe the array at ``uri``, or level ``level`` of the group there.
+
+    Raises
+    ------
+    InkdaskError
+        When there is no such level, or the array is no volume of uint8 or uint16.
+    """
+    with storage.explained(uri):
+        node: Any = zarr.open(storage.zarr_store(uri, read_only=True), mode="r")
+        path, axes = "", None
+        if isinstance(node, zarr.Group):
+            path, axes = _level(node, uri, level)
+            node = node[path]
+    name = storage.join(uri, path) if path else uri
+    if node.attrs.get(FINISHED_ATTRIBUTE) is False:
+        raise InkdaskError(f"{name} is not finished: run inkdask prepare again, and it resumes.")
+    shape = node.shape[-3:]
+    if node.ndim < 3 or any(length != 1 for length in node.shape[:-3]):
+        raise InkdaskError(f"{name} is no volume: its shape is {node.shape}.")
+    if node.dtype not in (np.uint8, np.uint16):
+        raise InkdaskError(f"{name} is no array of uint8 or uint16, but {node.dtype}.")
+    axes = axes or getattr(node.metadata, "dimension_names", None)
+    depth = _depth(shape, axes)
+    pieces = (node.shards or node.chunks)[-3:]
+    unit = [length for axis, length in enumerate(pieces) if axis != depth]
+    if shape[depth] * unit[0] * unit[1] > BLOCK_BYTES:  # shards too large to be read whole
+        unit = [length for axis, length in enumerate(node.chunks[-3:]) if axis != depth]
+    kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
+    numbers = kept or range(shape[depth])
+    plane = [length for axis, length in enumerate(shape) if axis != depth]
+    chunks = " x ".join(str(length) for length in node.chunks)
+    return ZarrSource(
+        uri=uri,
+        path=path,
+        identity=_identity(name, node),
+        shape=(shape[depth], plane[0], plane[1]),
+        dtype=np.dtype(node.dtype).newbyteorder("="),
+        first=0,
+        stride=1,
+        depth=depth,
+        unit=(unit[0], unit[1]),
+        numbers=tuple(int(number) for number in numbers),
+        is_numbered=bool(kept),
+        words=f"zarr {node.metadata.zarr_format}, {chunks} chunks"
+        + (" in shards" if node.shards else ""),
+    )
+
+
+def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, tuple[str, ...] | None]:
+    """Find a level of an OME-Zarr group, and the names of its axes."""
+    attributes: Any = group.attrs.asdict()
+    images = (attributes.get("ome") or attributes).get("multiscales")
+    if not images:
+        if level in group:
+            return level, None
+        raise InkdaskError(f"{uri} is a zarr group without an array {level!r}.")
+    levels = [dataset["path"] for dataset in images[0]["datasets"]]
+    if level not in levels:
+        raise InkdaskError(f"{uri} has no level {level!r}; it has {', '.join(levels)}.")
+    axes = [axis["name"] if isinstance(axis, dict) else axis for axis in images[0].get("axes", [])]
+    return level, tuple(axes) or None
+
+
+def _depth(shape: tuple[int, ...], axes: tuple[str | None, ...] | None) -> int:
+    """Find the axis of the layers: by its name, or as the shorter of the first and the last."""
+    names = [str(name).lower() for name in axes or ()][-3:]
+    for name in ("z", "depth", "layer", "c", "channel"):
+        if name in names:
+            return names.index(name)
+    return 2 if shape[2] < shape[0] else 0
+
+
+def _identity(name: str, array: zarr.Array) -> str:
+    """Digest of the array's metadata, and of when they were written."""
+    marks = [
+        entry.mark
+        for entry in storage.list_folder(name)
+        if entry.name in ("zarr.json", ".zarray", ".zattrs")
+    ]
+    text = json.dumps([array.metadata.to_dict(), marks], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=16)
+def _array(process: int, uri: str, path: str, identity: str) -> zarr.Array:
+    """Open an array once in each process."""
+    with storage.explained(uri):
+        return zarr.open_array(storage.zarr_store(uri, read_only=True), path=path, mode="r")

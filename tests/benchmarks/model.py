@@ -1,0 +1,232 @@
+"""How fast the networks run, without anything around them.
+
+    python -m tests.benchmarks.model                    # TimeSformer and ResNet3D-50
+    python -m tests.benchmarks.model --compile          # the same, and compiled
+    python -m tests.benchmarks.model resnet3d-152-3d-decoder --tile 256
+
+Every network is measured against its plain reference (for TimeSformer the package
+`timesformer-pytorch`, for ResNet3D the network as it was trained), in float32 and in bfloat16, and
+against the speed of this machine's own matrix products in the same dtype: a path whose share of
+that ceiling is 100 % would spend no time on anything else. Paths take turns, and the best time of
+each counts, so that other work on the machine disturbs them alike.
+"""
+
+import argparse
+import copy
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from timesformer_pytorch import TimeSformer
+from torch.utils.flop_counter import FlopCounterMode
+
+from inkdask.models import networks  # noqa: F401
+from inkdask.models.fast import prepare
+from inkdask.models.hardware import cores, fast_float32, precision_for
+from inkdask.models.registry import ARCHITECTURES
+from inkdask.predictor import BATCH_VOXELS
+from inkdask.types import ModelSpec, Network
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@dataclass
+class Path:
+    """One way to run a network, and its best time so far."""
+
+    name: str
+    dtype: torch.dtype
+    forward: torch.nn.Module
+    batches: list[int]
+    flops: float  # a tile, as this path computes it
+    autocast: bool = False
+    seconds: float = float("inf")  # a tile
+
+    def measure(self, tile):
+        """Time every batch size the first time, and the best of them from then on."""
+        for batch in self.batches:
+            x = tile.repeat(batch, 1, 1, 1, 1)
+            x = x if self.autocast else x.to(self.dtype)
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
+                seconds = timed(lambda x=x: self.forward(x)) / batch
+            if seconds < self.seconds:
+                self.seconds, best = seconds, batch
+        if len(self.batches) > 1:
+            self.batches = [best]
+
+
+def timed(function):
+    """Seconds of a call: on a GPU the best of as many as fill half a second."""
+    best, end = float("inf"), now() + (0.5 if DEVICE.type == "cuda" else 0)
+    while True:
+        start = now()
+        function()
+        best = min(best, now() - start)
+        if now() >= end:
+            return best
+
+
+def now():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Ceiling:
+    """Operations a second of plain matrix products: the best of the sizes, over all rounds."""
+
+    SIZES = ((2048, 2048, 2048), (1668, 512, 4096), (4096, 2048, 512))
+    LARGE = ((8192, 8192, 8192), (32768, 4096, 4096))
+
+    def __init__(self, dtype):
+        sizes = self.LARGE if DEVICE.type == "cuda" else self.SIZES
+        self.pairs = [
+            (
+                torch.randn(m, k, device=DEVICE, dtype=dtype),
+                torch.randn(n, k, device=DEVICE).to(dtype),
+            )
+            for m, k, n in sizes
+        ]
+        self.flops = 0.0
+
+    def measure(self):
+        for a, b in self.pairs:
+            seconds = timed(lambda a=a, b=b: torch.nn.functional.linear(a, b))
+            self.flops = max(self.flops, 2 * a.shape[0] * a.shape[1] * b.shape[0] / seconds)
+
+
+class Reference(torch.nn.Module):
+    """The package's TimeSformer behind the interface of ours."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.network = TimeSformer(
+            dim=512, image_size=64, patch_size=16, num_frames=layers, num_classes=16, channels=1,
+            depth=8, heads=6, dim_head=64,
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.network(x.transpose(1, 2)).view(-1, 1, 4, 4)
+
+
+def paths(architecture, layers, tile, compiled):
+    """All ways to run a network, all with the same weights."""
+    import timm  # importable since networks was imported
+
+    torch.manual_seed(0)
+    ours = timm.create_model(architecture, layers=layers, tile=tile).eval().requires_grad_(False)
+    plain = copy.deepcopy(ours)
+    if architecture == "ink_timesformer":
+        plain = Reference(layers).eval().requires_grad_(False)
+        ours.load_state_dict(plain.network.state_dict())
+    spec = Network(ModelSpec("", architecture, "", layers, tile), layers, tile, 0, 1, 1, "")
+    best = precision_for(spec, DEVICE)
+    batches = batch_sizes(layers * tile * tile)
+    chosen = batches[len(batches) // 2]
+    work = count(plain, layers, tile)
+
+    plain = plain.to(DEVICE)
+    yield Path("plain", torch.float32, plain, batches, work)
+    yield Path("plain, autocast", torch.bfloat16, plain, batches, work, autocast=True)
+    if compiled:
+        other = torch.compile(copy.deepcopy(plain), dynamic=False, mode="reduce-overhead")
+        yield Path("plain, compiled", best, other, [chosen], work, best is torch.bfloat16)
+    done = count(ours, layers, tile)
+    for dtype in dict.fromkeys((torch.float32, best)):
+        fast = copy.deepcopy(ours).to(DEVICE)
+        prepare(fast, dtype)
+        yield Path("inkdask", dtype, fast, batches, done)
+        if compiled:
+            options = {"freezing": True} if DEVICE.type == "cpu" else {"triton.cudagraphs": True}
+            other = torch.compile(fast, dynamic=False, options=options)
+            yield Path("inkdask, compiled", dtype, other, [chosen], done)
+
+
+def batch_sizes(voxels):
+    """Batch sizes to try: the one that the predictor chooses, its half and its double."""
+    chosen = max(1, BATCH_VOXELS[DEVICE.type] // voxels)
+    return sorted({max(1, chosen // 2), chosen, 2 * chosen})
+
+
+def count(network, layers, tile):
+    """Operations of a tile: all products, of attention too, as the counter sees them."""
+    x = torch.empty(1, 1, layers, tile, tile, device="meta")
+    network = copy.deepcopy(network).to("meta")
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with math, FlopCounterMode(display=False) as counter:
+        network(x)
+    return counter.get_total_flops()
+
+
+def machine():
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else torch.cpu.get_capabilities()
+    name = name if isinstance(name, str) else name["cpu_name"]
+    versions = ", ".join(f"{p} {version(p)}" for p in ("inkdask", "torch", "timesformer-pytorch"))
+    return (
+        f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("networks", nargs="*", default=["timesformer", "resnet3d-50"])
+    parser.add_argument("--layers", type=int, default=26)
+    parser.add_argument(
+        "--tile", type=int, help="side of a ResNet3D tile; default 64, 256 on a GPU"
+    )
+    parser.add_argument("--rounds", type=int, default=4, help="turns of every path")
+    parser.add_argument("--compile", action="store_true", help="measure compiled networks too")
+    options = parser.parse_args()
+    if unknown := set(options.networks) - set(ARCHITECTURES):
+        parser.error(f"no network {', '.join(unknown)}; known are {', '.join(ARCHITECTURES)}")
+    torch.set_num_threads(cores())
+    torch.set_grad_enabled(False)
+    fast_float32(DEVICE)
+
+    rows = []
+    ceilings = {}
+    for name in options.networks:
+        tile = options.tile or (256 if DEVICE.type == "cuda" else 64)
+        tile = 64 if name == "timesformer" else tile
+        x = torch.rand(1, 1, options.layers, tile, tile, device=DEVICE)
+        ways = list(paths(ARCHITECTURES[name], options.layers, tile, options.compile))
+        for dtype in {way.dtype for way in ways} - set(ceilings):
+            ceilings[dtype] = Ceiling(dtype)
+        for _ in range(options.rounds):
+            for ceiling in ceilings.values():
+                ceiling.measure()
+            for way in ways:
+                way.measure(x)
+        rows += [(f"{name}, {options.layers} x {tile} x {tile}", way) for way in ways]
+        del ways  # their memory
+
+    print(f"{machine()}\n")
+    for dtype, ceiling in ceilings.items():
+        print(f"Matrix products in {NAMES[dtype]}: {ceiling.flops / 1e12:.3f} TFLOP/s.\n")
+    print(TABLE)
+    references = {}
+    for name, way in rows:
+        if way.name.startswith("plain") and "compiled" not in way.name:
+            references[name] = min(way.seconds, references.get(name, float("inf")))
+    for name, way in rows:
+        ceiling = ceilings[way.dtype].flops
+        plain = next(w.flops for n, w in rows if n == name)
+        cells = (
+            name, way.name, NAMES[way.dtype], way.batches[0], f"{1 / way.seconds:.2f}",
+            f"{references[name] / way.seconds:.2f}", f"{way.flops / 1e9:.1f}",
+            f"{plain / way.seconds / ceiling:.0%}", f"{way.flops / way.seconds / ceiling:.0%}",
+        )  # fmt: skip
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+TABLE = """\
+| network | path | dtype | batch | tiles/s | times the best plain eager | GFLOP a tile \
+| of the ceiling, for the plain network's work | for the work done |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+if __name__ == "__main__":
+    main()

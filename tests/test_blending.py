@@ -1,0 +1,81 @@
+"""The blend against a plain overlap-add, for any tiling, window and output size."""
+
+import dask.array as da
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import interpolate
+
+from inkdask.blending import blend, taper, upsampling
+from inkdask.tiling import Tiling
+
+
+def overlap_add(grid, valid, tiling, window, sigma):
+    """Sum upsampled, windowed tiles one by one in float64."""
+    tile = tiling.tile
+    total = np.zeros([max(side, tile) for side in tiling.shape])
+    weight = np.zeros_like(total)
+    w = np.outer(taper(tile, window, sigma), taper(tile, window, sigma))
+    for i, y in enumerate(tiling.y.origins):
+        for j, x in enumerate(tiling.x.origins):
+            if np.isnan(grid[i, j]).any():
+                continue
+            p = torch.from_numpy(grid[i, j].astype(np.float64))[None, None]
+            up = interpolate(p, size=(tile, tile), mode="bilinear", align_corners=False)
+            total[y : y + tile, x : x + tile] += w * up[0, 0].numpy()
+            weight[y : y + tile, x : x + tile] += w
+    out = np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
+    return np.where(valid, out[: valid.shape[0], : valid.shape[1]], 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_blend_equals_overlap_add(data):
+    tile = data.draw(st.integers(2, 24))
+    k = data.draw(st.integers(1, tile))
+    shape = data.draw(st.tuples(st.integers(1, 130), st.integers(1, 130)))
+    stride = data.draw(st.integers(max(tile // 5, 1), tile))
+    tiling = Tiling.of(shape, tile, stride, chunk=data.draw(st.integers(1, 80)))
+    window = data.draw(st.sampled_from(["hann", "gaussian"]))
+    sigma = data.draw(st.sampled_from([0.0, 3.0]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    grid = rng.random((*tiling.grid_shape, k, k), np.float32)
+    grid[rng.random(tiling.grid_shape) < 0.3] = np.nan
+    valid = rng.random(shape) < 0.8
+
+    lazy = blend(
+        da.from_array(grid, chunks=(*tiling.grid_chunks, k, k)),
+        da.from_array(valid, chunks=tiling.chunks),
+        tiling,
+        window,
+        sigma,
+    )
+    assert lazy.chunks == tiling.chunks
+    assert lazy.dtype == np.float32
+    got = lazy.compute(scheduler="sync")
+    assert got.dtype == np.float32
+    expected = overlap_add(grid, valid, tiling, window, sigma)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+def test_hann_has_no_zero_ends_and_sums_to_a_constant():
+    w = taper(64)
+    assert w.min() > 0
+    for stride in (32, 16):
+        sums = w.reshape(-1, stride).sum(axis=0)
+        np.testing.assert_allclose(sums, 64 / stride / 2)
+
+
+def test_gaussian_default_width():
+    np.testing.assert_allclose(taper(64, "gaussian"), taper(64, "gaussian", 64 / 2.5))
+
+
+@pytest.mark.parametrize(("tile", "k"), [(64, 4), (64, 64), (5, 1), (7, 3)])
+def test_upsampling_is_torchs(tile, k):
+    values = np.eye(k)
+    expected = interpolate(
+        torch.from_numpy(values)[None], size=tile, mode="linear", align_corners=False
+    )[0].numpy()  # (k, tile)
+    np.testing.assert_allclose(upsampling(tile, k), expected.T, atol=1e-12)

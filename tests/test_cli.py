@@ -1,0 +1,104 @@
+"""The command line as a person meets it."""
+
+import subprocess
+import sys
+
+import dask.array as da
+import numpy as np
+import pytest
+import tifffile
+
+from inkdask import cli
+from inkdask.information import expected_memory
+from inkdask.models.registry import known
+from inkdask.tiling import Tiling
+from tests.oracle import papyrus
+from tests.test_workflow import own_environment  # noqa: F401
+
+
+@pytest.fixture
+def segment(tmp_path):
+    folder = tmp_path / "20231210"
+    (folder / "layers").mkdir(parents=True)
+    for number, layer in enumerate(papyrus((3, 400, 300))):
+        tifffile.imwrite(
+            folder / "layers" / f"{number:02d}.tif",
+            layer.astype(np.uint16) << 8,
+            rowsperstrip=64,
+            compression="zlib",
+        )
+    return folder
+
+
+def said(capsys, *arguments):
+    cli.main(arguments)
+    return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_info_says_what_is_there(segment, capsys):
+    rows = said(capsys, "info", str(segment))
+    assert rows["segment"] == str(segment)
+    assert rows["layers"] == "3 (0 to 2)"
+    assert rows["size"] == "400 x 300 pixels"
+    assert "uint16" in rows["type"]
+    assert "64-row strips" in rows["layout"]
+    assert rows["tiles"].startswith("352 of 64 px at stride 16")
+    assert "chunks" in rows
+    assert "MB" in rows["memory"]
+
+
+def test_info_counts_the_tiles_that_are_asked_about(segment, capsys):
+    rows = said(capsys, "info", str(segment), "--layers", "1:3", "--tile", "32", "--stride", "32")
+    assert rows["layers"] == "2 (1 to 2)"
+    assert rows["tiles"].startswith("130 of 32 px at stride 32")
+
+
+def test_info_of_nothing_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["info", str(tmp_path / "nothing")])
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert "nothing" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_the_memory_of_a_job_does_not_grow_with_the_height():
+    estimates = [
+        expected_memory(
+            da.zeros((26, 512 * count, 4000), dtype="uint8", chunks=(26, 512, 4000)),
+            Tiling.of((512 * count, 4000), 64, 16, 1024),
+        )
+        for count in (8, 40)
+    ]
+    assert estimates[0] == estimates[1]
+    assert estimates[0] < 1.5e9
+
+
+def test_models_are_listed(capsys):
+    cli.main(["models"])
+    text = capsys.readouterr().out
+    for key in known():
+        assert key in text
+
+
+def test_the_command_is_a_command_of_dask_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "dask", "ink", "models"], capture_output=True, text=True, check=True
+    )
+    assert "timesformer-scroll5" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["run", "--stride", "x"], 2, "STRIDE"),
+        (["run", "--no-such-option"], 2, "no-such-option"),
+        (["walk"], 2, "walk"),
+        (["run", "/nowhere", "--model", "demo"], 1, "/nowhere"),
+    ],
+)
+def test_mistakes_exit_with_a_code_and_no_traceback(arguments, code, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == code
+    assert says in capsys.readouterr().err

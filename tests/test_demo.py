@@ -1,0 +1,111 @@
+"""The demo: its network, its measure, its picture, and the whole of it through the pipeline."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from inkdask import demo
+from inkdask.models import hub, networks, registry, weights
+from inkdask.types import InkdaskError
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(0)
+    truth = rng.random(200) < 0.3
+    score = rng.integers(0, 12, 200) + 3 * truth  # with many ties
+    ink, bare = score[truth][:, None], score[~truth][None]
+    pairs = (ink > bare).mean() + (ink == bare).mean() / 2
+    assert demo.auc(score, truth) == pytest.approx(pairs)
+    assert demo.auc(truth.astype(int), truth) == 1
+    assert demo.auc(np.zeros(200, int), truth) == 0.5
+
+
+def test_bundled_weights_are_small_and_say_where_they_come_from():
+    path = hub.fetch(registry.KNOWN["demo"])
+    assert path.stat().st_size <= 2_000_000
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    assert metadata["licence"] == "MIT"
+    assert metadata["trained_by"].startswith("python examples/train_demo.py")
+
+
+def test_bundled_weights_fit_their_network():
+    network = registry.resolve("demo")
+    module = weights.load(network)
+    assert isinstance(module, networks.depth_cnn.DepthCNN)
+    assert not module.training
+    with torch.inference_mode():
+        logits = module(torch.rand(2, 1, network.layers, network.tile, network.tile))
+    assert logits.shape == (2, 1, network.k, network.k)
+
+
+def test_network_sees_each_tile_for_itself():
+    module = weights.load(registry.resolve("demo"))
+    tiles = torch.rand(3, 1, 26, 64, 64)
+    with torch.inference_mode():
+        together, alone = module(tiles), module(tiles[1:2])
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_side_by_side_sets_panels_at_one_scale():
+    white = np.full((300, 750), 255, np.uint8)
+    panels = [("a", 0.5, white), ("b", None, white), ("c", 0.75, white), ("d", None, white)]
+    page = demo.side_by_side(panels)
+    assert page.width == 1600
+    red = np.asarray(page.convert("RGB"))[..., 0]
+    bright = (red == red.max()).mean(axis=1) > 0.9
+    turns = np.diff(bright.astype(int), prepend=0, append=0)
+    starts, ends = np.flatnonzero(turns == 1), np.flatnonzero(turns == -1)
+    assert len(starts) == 2
+    assert ends[0] - starts[0] == ends[1] - starts[1] == round(740 * 300 / 750)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    # What the environment says of other jobs is nothing to the demo.
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "TILE_SIZE": "32",
+            "STRIDE": "32",
+            "FORCE_REVERSE": "true",
+            "MODEL": "none",
+            "START_LAYER": "3",
+            "END_LAYER": "7",
+            "OUTPUT_PATH": str(out / "elsewhere"),
+            "RESULT_FILE": str(out / "result.txt"),
+        }.items():
+            patch.setenv(name, value)
+        demo.run(out, 128, 256)
+        return demo.run(out, 400, 1040)
+
+
+def test_only_the_network_sees_the_letters(result):
+    assert result.auc >= 0.98
+    assert result.auc_layer < 0.6
+    assert result.auc_mean < 0.6
+    assert f"{result.auc:.3f}" in str(result)
+
+
+def test_a_second_run_replaces_the_first(result):
+    out = result.truth.parent
+    assert result.prediction == out / "predictions" / "prediction_demo_00_26.png"
+    prediction, truth = (np.asarray(Image.open(p)) for p in (result.prediction, result.truth))
+    assert prediction.shape == truth.shape == (400, 1040)
+    assert prediction.dtype == np.uint8
+    # The measure is that of the picture on disk.
+    papyrus = np.asarray(Image.open(out / "layers" / "00.tif")) > 0
+    assert demo.auc(prediction[papyrus], truth[papyrus] > 0) == pytest.approx(result.auc)
+    assert Image.open(result.side_by_side).width == 1600
+    assert len(list((out / "layers").iterdir())) == 26
+    assert not (out / "elsewhere").exists()
+
+
+def test_unwritable_folder_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        InkdaskError, match=r"^The demo cannot write to .*file/demo: Not a directory\.$"
+    ):
+        demo.run(tmp_path / "file" / "demo", 128, 256)

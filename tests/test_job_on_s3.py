@@ -1,0 +1,68 @@
+"""The whole job on an S3 server: each byte about once, parts alone, and through faults."""
+
+import io
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+import inkdask
+from inkdask import storage
+from tests.oracle import naive_map, papyrus, picture
+from tests.test_workflow import assert_same_picture, depth_slope, own_environment  # noqa: F401
+
+HEIGHT, WIDTH = 1250, 1400
+
+
+@pytest.fixture(scope="module")
+def volume():
+    return papyrus((5, HEIGHT, WIDTH))
+
+
+def upload(volume, place, **layout):
+    """Write uint16 layers to S3, and return their bytes."""
+    size = 0
+    for number, layer in enumerate(volume):
+        file = io.BytesIO()
+        tifffile.imwrite(file, layer.astype(np.uint16) << 8, **layout)
+        storage.write_bytes(f"{place}/layers/{number:02d}.tif", file.getvalue())
+        size += len(file.getvalue())
+    return size
+
+
+def read_by(job):
+    before = storage.counters()
+    result = job()
+    return result, storage.counters() - before
+
+
+@pytest.mark.parametrize("layout", [{"rowsperstrip": 32}, {"tile": (256, 256)}])
+def test_a_job_reads_each_byte_about_once(s3, volume, layout):
+    size = upload(volume, f"{s3}/seg", **layout)
+    # The stored grid is on the local disk, and read back from there: that counts too.
+    uri, read = read_by(lambda: inkdask.run(f"{s3}/seg", model=depth_slope, stride=64))
+    assert read.bytes_read <= 1.15 * size
+    got = np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
+    assert_same_picture(got, picture(naive_map(volume, depth_slope, stride=64)), share=1e-3)
+
+
+def test_a_region_reads_little_beside_itself(s3, volume):
+    size = upload(volume, f"{s3}/seg", tile=(128, 128))
+    roi = (300, 400, 300 + 310, 400 + 280)  # 5 % of the area
+    _, read = read_by(lambda: inkdask.run(f"{s3}/seg", model=depth_slope, stride=64, roi_xyxy=roi))
+    assert read.bytes_read <= 0.15 * size
+
+
+def test_a_job_through_faults_gives_the_same_picture(s3, faults, volume, capsys):
+    part = volume[:, :500, :600]
+    upload(part, f"{s3}/seg", rowsperstrip=8)
+    expected = picture(naive_map(part, depth_slope, stride=64))
+    faults.inject(["503", "reset", "500", "truncate"], every=25, latency=0.05)
+    uri = inkdask.run(f"{s3}/seg", model=depth_slope, stride=64, zarr_output_dir=f"{s3}/partitions")
+    happened = faults.injected()
+    faults.inject()
+    assert sum(happened.values()) > 0
+    assert "retried" in capsys.readouterr().err
+    got = np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
+    assert_same_picture(got, expected, share=1e-3)

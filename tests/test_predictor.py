@@ -1,0 +1,543 @@
+"""The predictor: what it computes, in which thread and on which path, and what in trouble."""
+
+import json
+import pickle
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import inkdask.predictor
+from inkdask.models import fast, hardware, weights
+from inkdask.models.fast import Compilation, Experience, is_prepared, prepare
+from inkdask.predictor import Predictor, predictor
+from inkdask.types import InkdaskError, ModelSpec, Network
+
+LAYERS, TILE, K = 3, 16, 4
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+def network(function=None, **values):
+    model = ModelSpec("toy", "ink_toy", "nowhere", LAYERS, TILE)
+    spec = {"clip": 200.0, "divisor": 100.0, "digest": "0", "function": function, **values}
+    return Network(model, LAYERS, TILE, K, **spec)
+
+
+def pool(x):
+    """Logits that depend on every voxel of a tile: (b, 1, z, t, t) to (b, 1, k, k)."""
+    depth = torch.arange(1, x.shape[2] + 1, dtype=x.dtype, device=x.device)
+    x = (x[:, 0] * depth[:, None, None]).mean(1, keepdim=True)
+    return nn.functional.avg_pool2d(x, TILE // K) - 1
+
+
+class Toy(nn.Module):
+    """A network with weights, the same at any batch size."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(1, 8, (LAYERS, 4, 4), stride=4, bias=False)
+        self.norm = nn.BatchNorm3d(8)
+        self.mix = nn.Conv2d(8, 1, 1)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x):
+        return self.mix(self.norm(self.conv(x)).relu()[:, :, 0])
+
+
+@pytest.fixture
+def block():
+    return np.random.default_rng(0).integers(0, 256, (LAYERS, 40, 50), dtype=np.uint8)
+
+
+@pytest.fixture
+def origins():
+    ys, xs = np.meshgrid([0, 5, 24], [0, 16, 33, 34], indexing="ij")
+    return np.stack([ys.ravel(), xs.ravel()], axis=1)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Let the spec's weights be those of a new toy network, and return it."""
+    torch.manual_seed(0)
+    module = Toy().eval().requires_grad_(False)
+    monkeypatch.setattr(weights, "load", lambda network: module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def own_caches(monkeypatch, tmp_path):
+    monkeypatch.setattr(inkdask.predictor, "_predictors", {})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+
+
+def by_hand(forward, block, origins, clip=200.0, divisor=100.0):
+    """Every tile on its own, cut and normalised with NumPy."""
+    out = []
+    for y, x in origins:
+        tile = np.minimum(block[:, y : y + TILE, x : x + TILE].astype(np.float32), clip) / divisor
+        with torch.no_grad():
+            out.append(torch.sigmoid(forward(torch.from_numpy(tile)[None, None]))[0, 0].numpy())
+    return np.stack(out)
+
+
+# What it computes.
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 5, 12, 100])
+def test_probabilities_are_those_of_the_tiles_one_by_one(block, origins, batch_size):
+    got = Predictor(network(pool, batch_size=batch_size)).predict(block, origins)
+    assert isinstance(got, np.ndarray)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, by_hand(pool, block, origins), atol=1e-6)
+    assert got.std() > 0.01
+
+
+@pytest.mark.parametrize(("clip", "divisor"), [(200.0, 200.0), (255.0, 255.0), (90.5, 40.0)])
+def test_voxels_are_clipped_and_divided(block, origins, clip, divisor):
+    got = Predictor(network(pool, clip=clip, divisor=divisor)).predict(block, origins)
+    np.testing.assert_allclose(got, by_hand(pool, block, origins, clip, divisor), atol=1e-6)
+
+
+def test_a_callable_may_return_numpy(block, origins):
+    got = Predictor(network(lambda x: pool(x).numpy().astype(np.float64))).predict(block, origins)
+    np.testing.assert_allclose(got, by_hand(pool, block, origins), atol=1e-6)
+
+
+def test_a_callable_gets_float32_tensors_in_batches_and_no_padding(block, origins):
+    seen = []
+
+    def record(x):
+        seen.append((x.dtype, tuple(x.shape)))
+        return pool(x)
+
+    Predictor(network(record, batch_size=5, precision="bfloat16")).predict(block, origins)
+    shape = (1, LAYERS, TILE, TILE)
+    assert seen == [(torch.float32, (n, *shape)) for n in (5, 5, 2)]
+
+
+def test_no_tiles_need_no_network(block):
+    def never(x):
+        raise AssertionError
+
+    got = Predictor(network(never)).predict(block, np.empty((0, 2), int))
+    assert got.shape == (0, K, K)
+    assert got.dtype == np.float32
+
+
+def test_a_block_may_be_strided_and_read_only(block, origins):
+    expected = by_hand(pool, block, origins)
+    padded = np.zeros((LAYERS, 50, 60), np.uint8)
+    padded[:, 5:45, 5:55] = block
+    view = padded[:, 5:45, 5:55]
+    view.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = Predictor(network(pool)).predict(view, origins.astype(np.uint16))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_wrong_number_of_layers_names_both(block, origins):
+    with pytest.raises(InkdaskError, match="2 layers and the network of 'toy' reads 3"):
+        Predictor(network(pool)).predict(block[:2], origins)
+
+
+def test_a_wrong_shape_of_logits_is_an_error(block, origins):
+    with pytest.raises(InkdaskError, match=r"shape \(4, 1, 2, 2\) for 4 tiles, not \(4, 1, 4, 4\)"):
+        Predictor(network(lambda x: pool(x)[:, :, ::2, ::2], batch_size=4)).predict(block, origins)
+
+
+def test_an_error_in_a_callable_comes_through(block, origins):
+    def broken(x):
+        raise ZeroDivisionError("in the callable")
+
+    with pytest.raises(ZeroDivisionError, match="in the callable"):
+        Predictor(network(broken)).predict(block, origins)
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 7, 256])
+def test_a_gpu_gets_batches_of_few_sizes_that_waste_less_than_half(batch_size):
+    ours = Predictor(network(batch_size=batch_size, precision="float32"))
+    ours.device = torch.device("cuda")
+    sizes = {b: ours._way(b)[1] for b in range(1, batch_size + 1)}
+    assert all(b <= size < 2 * b for b, size in sizes.items())
+    assert len(set(sizes.values())) <= np.log2(batch_size) + 1
+    ours.device = torch.device("cpu")
+    assert all(ours._way(b)[1] == b for b in sizes)
+
+
+# One network a process, one thread a network.
+
+
+def test_a_process_has_one_predictor_of_a_network():
+    spec = network(precision="float32")
+    with ThreadPoolExecutor(8) as threads:
+        found = set(threads.map(lambda _: predictor(pickle.loads(pickle.dumps(spec))), range(32)))
+    assert len(found) == 1
+    assert predictor(network(precision="bfloat16")) not in found
+
+
+def test_copies_of_a_callable_share_a_predictor_by_digest():
+    first = predictor(network(lambda x: pool(x), digest="a"))
+    assert predictor(network(lambda x: pool(x), digest="a")) is first
+    assert predictor(network(lambda x: pool(x), digest="b")) is not first
+
+
+def test_all_forward_passes_run_in_one_thread(block, origins):
+    names, running = set(), []
+
+    def record(x):
+        running.append(1)
+        assert len(running) == 1, "two forward passes at once"
+        names.add(threading.current_thread().name)
+        running.pop()
+        return pool(x)
+
+    ours = Predictor(network(record, batch_size=2))
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(lambda _: ours.predict(block, origins), range(8)))
+    assert len(names) == 1
+    assert names.pop().startswith("inkdask-predictor")
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_weights_are_loaded_once(block, origins, monkeypatch):
+    loads = []
+
+    def load(network):
+        loads.append(network)
+        return Toy().eval()
+
+    monkeypatch.setattr(weights, "load", load)
+    spec = network()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: predictor(spec).predict(block, origins), range(8)))
+    assert loads == [spec]
+
+
+# Precision, devices, cores.
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch, native):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    cpu = torch.device("cpu")
+    expected = torch.bfloat16 if native else torch.float32
+    assert hardware.precision_for(network(), cpu) is expected
+    assert hardware.precision_for(network(precision="float32"), cpu) is torch.float32
+    assert hardware.precision_for(network(precision="bfloat16"), cpu) is torch.bfloat16
+    assert hardware.precision_for(network(pool), cpu) is torch.float32
+
+
+def test_a_batch_is_sized_for_the_device_unless_named(monkeypatch):
+    def size(layers, tile, **values):
+        return Predictor(Network(network().model, layers, tile, 4, 1, 1, "0", **values)).batch_size
+
+    monkeypatch.setattr(inkdask.predictor, "device_for", lambda network: torch.device("cpu"))
+    assert size(26, 64) == 4
+    assert size(62, 256) == 1
+    assert size(26, 64, batch_size=7) == 7
+    monkeypatch.setattr(inkdask.predictor, "device_for", lambda network: torch.device("cuda"))
+    assert size(26, 64, precision="float32") == 256
+    assert size(62, 256, precision="float32") == 6
+
+
+def test_cores_of_a_process_of_its_own(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,1")
+    assert hardware.cores() == 3
+    for value in ("", "0", "many"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert hardware.cores() == hardware.CPU_COUNT
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert hardware.cores() == hardware.CPU_COUNT
+
+
+def test_cores_of_a_dask_worker(monkeypatch):
+    import distributed
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Dask's nanny sets it
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        assert client.submit(hardware.cores).result() == 3
+
+
+def test_the_cores_asked_for_are_those_torch_uses(block, origins, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(inkdask.predictor, "cores", lambda: 2)
+
+    def record(x):
+        seen.append(torch.get_num_threads())
+        return pool(x)
+
+    try:
+        Predictor(network(record)).predict(block, origins)
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {2}
+
+
+# The fast path, and the plain one it is checked against.
+
+
+@pytest.mark.parametrize(("precision", "worst"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_the_fast_path_agrees_with_the_plain_network(block, origins, toy, precision, worst):
+    expected = by_hand(toy, block, origins)
+    ours = Predictor(network(precision=precision))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = ours.predict(block, origins)
+    assert isinstance(toy.norm, nn.Identity)  # folded
+    assert ours.dtype is toy.conv.weight.dtype is getattr(torch, precision)
+    assert np.abs(got - expected).max() < worst
+
+
+def test_a_wrong_fast_path_gives_way_with_one_warning(block, origins, monkeypatch):
+    class WrongInBfloat16(Toy):
+        def forward(self, x):
+            return super().forward(x) + (3 if x.dtype is torch.bfloat16 else 0)
+
+    torch.manual_seed(0)
+    module = WrongInBfloat16().eval()
+    expected = by_hand(module, block, origins)
+    monkeypatch.setattr(weights, "load", lambda network: module)
+    ours = Predictor(network(precision="bfloat16"))
+    with pytest.warns(RuntimeWarning, match=r"fast path of 'toy' .*bfloat16 on cpu") as caught:
+        got = [ours.predict(block, origins) for _ in range(2)]
+    assert len(caught) == 1
+    assert ours.dtype is torch.float32
+    np.testing.assert_allclose(got, [expected] * 2, atol=1e-6)
+
+
+def test_nan_is_no_agreement():
+    x = torch.ones(2)
+    assert fast.agree(lambda x: x, lambda x: x, x, 0.0)
+    assert not fast.agree(lambda x: x * torch.nan, lambda x: x, x, 1.0)
+
+
+def test_preparation_keeps_what_needs_float32():
+    module = nn.Sequential(nn.BatchNorm3d(1), nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2)).eval()
+    module.register_buffer("frequencies", torch.rand(3))
+    assert not is_prepared(module, torch.bfloat16)
+    prepare(module, torch.bfloat16)
+    assert isinstance(module[2], nn.Identity)
+    assert module[1].weight.dtype is torch.bfloat16
+    assert module[1].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert module[0].weight.dtype is module.frequencies.dtype is torch.float32
+    assert module(torch.rand(1, 1, 3, 3, 3).bfloat16()).dtype is torch.bfloat16
+
+
+def test_what_needs_no_preparation_is_known():
+    linear = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    assert is_prepared(linear, torch.float32)
+    assert not is_prepared(linear, torch.bfloat16)
+    assert not is_prepared(Toy(), torch.float32)
+
+
+# Memory.
+
+
+def out_of_memory_beyond(limit, calls):
+    def function(x):
+        calls.append(len(x))
+        if len(x) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return pool(x)
+
+    return function
+
+
+def test_running_out_of_memory_halves_the_batch_and_remembers(block, origins):
+    calls = []
+    ours = Predictor(network(out_of_memory_beyond(3, calls), batch_size=11))
+    expected = by_hand(pool, block, origins)
+    np.testing.assert_allclose(ours.predict(block, origins), expected, atol=1e-6)
+    assert calls == [11, 6, 3, 3, 3, 3]
+    assert ours.batch_size == 3
+    calls.clear()
+    np.testing.assert_allclose(ours.predict(block, origins), expected, atol=1e-6)
+    assert calls == [3] * 4
+
+
+def test_no_memory_for_a_single_tile_is_an_error(block, origins):
+    ours = Predictor(network(out_of_memory_beyond(0, []), batch_size=4))
+    with pytest.raises(InkdaskError, match="no room for a single tile of 'toy'"):
+        ours.predict(block, origins)
+
+
+# Compilation.
+
+
+@pytest.fixture
+def repays(monkeypatch):
+    """Let compiling repay from the second block on, and the compiled network be the faster one."""
+    monkeypatch.setattr(Compilation, "repays", lambda self, seconds, to_come: True)
+    times = iter([2.0, 1.0])
+    monkeypatch.setattr(fast, "_seconds", lambda forward, x: next(times))
+
+
+def test_compiled_for_one_shape_and_padded_to_it(block, origins, toy, repays):
+    expected = by_hand(toy, block, origins)
+    ours = Predictor(network(batch_size=7, precision="float32"))
+    ours.predict(block, origins)
+    assert ours._compiled is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        np.testing.assert_allclose(ours.predict(block, origins), expected, atol=1e-4)
+    assert ours._compiled is not None
+
+    calls = {"compiled": [], "eager": []}
+    compiled, eager = ours._compiled, ours._forward
+    ours._compiled = lambda x: calls["compiled"].append(len(x)) or compiled(x)
+    ours._forward = lambda x: calls["eager"].append(len(x)) or eager(x)
+    np.testing.assert_allclose(ours.predict(block, origins), expected, atol=1e-4)
+    assert calls == {"compiled": [7, 7], "eager": []}
+    np.testing.assert_allclose(ours.predict(block, origins[:3]), expected[:3], atol=1e-4)
+    assert calls == {"compiled": [7, 7], "eager": [3]}  # too few to be worth the padding
+
+    notes = list((fast.cache_folder()).glob("inkdask-*.json"))
+    assert len(notes) == 1
+    assert json.loads(notes[0].read_text())["gain"] == 2.0
+    assert len(list(fast.cache_folder().iterdir())) > 1  # the compiler's own cache is there too
+
+
+def test_failing_to_compile_is_one_warning_and_no_harm(block, origins, toy, repays):
+    ours = Predictor(network(compile_mode="no-such-mode", precision="float32"))
+    first = ours.predict(block, origins)
+    with pytest.warns(RuntimeWarning, match="compile failed for 'toy'") as caught:
+        got = [ours.predict(block, origins) for _ in range(3)]
+    assert len(caught) == 1
+    assert all(np.array_equal(result, first) for result in got)
+
+
+def test_a_compiled_network_that_differs_is_not_used(toy, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **options: lambda x: module(x) + 1)
+    compilation = Compilation(network(compile_mode="default"), toy, 2)
+    x = torch.rand(2, 1, LAYERS, TILE, TILE)
+    with pytest.warns(RuntimeWarning, match="changes the result for 'toy'"):
+        assert compilation.compile(x, 0.01) is None
+    assert not compilation.note.exists()
+
+
+def test_a_compiled_network_that_is_slower_is_not_used_and_the_next_run_knows(toy, monkeypatch):
+    times = iter([1.0, 1.25])
+    monkeypatch.setattr(fast, "_seconds", lambda forward, x: next(times))
+    monkeypatch.setattr(torch, "compile", lambda module, **options: lambda x: module(x))
+    compilation = Compilation(network(compile_mode="default"), toy, 2)
+    assert compilation.repays(1.0, 1e6)
+    assert compilation.compile(torch.rand(2, 1, LAYERS, TILE, TILE), 0.01) is None
+    assert Compilation(network(compile_mode="default"), toy, 2).experience().gain == 0.8
+    assert not Compilation(network(compile_mode="default"), toy, 2).repays(1.0, 1e9)
+    assert Compilation(network(compile_mode="default"), toy, 3).repays(1.0, 1e9)  # another shape
+
+
+@pytest.mark.parametrize("values", [{"compile": False}, {"function": pool}])
+def test_compiling_may_be_forbidden(block, origins, toy, repays, monkeypatch, values):
+    monkeypatch.setattr(Compilation, "compile", lambda *args: pytest.fail("compiled"))
+    ours = Predictor(network(**values))
+    for _ in range(3):
+        ours.predict(block, origins)
+
+
+def test_compiling_repays_from_a_number_of_tiles_that_experience_lowers(toy):
+    compilation = Compilation(network(), toy, 4)
+    cold = compilation.experience()
+    enough = fast.MARGIN * cold.seconds / (0.2 * (1 - 1 / cold.gain))  # at 0.2 s a tile
+    assert not compilation.repays(0.2, 0.99 * enough)
+    assert compilation.repays(0.2, 1.01 * enough)
+    compilation._write(Experience(seconds=cold.seconds / 10, gain=cold.gain))
+    assert compilation.repays(0.2, 0.11 * enough)
+    assert not compilation.repays(0.2, 0.09 * enough)
+    compilation.note.write_text("broken")
+    assert compilation.experience() == cold
+
+
+@pytest.mark.parametrize(("to_come", "expected"), [(None, 12), (0, 0), (50, 50), (5000, 96)])
+def test_the_decision_is_told_how_many_tiles_are_to_come(
+    block, origins, toy, monkeypatch, to_come, expected
+):
+    told = []
+    monkeypatch.setattr(Compilation, "repays", lambda self, seconds, n: told.append((seconds, n)))
+    ours = Predictor(network())
+    for _ in range(2):
+        ours.predict(block, origins, to_come)
+    ((seconds, n),) = told  # not before the first block: nothing is known of the time a tile takes
+    assert n == expected
+    assert seconds > 0
+
+
+def test_the_decision_can_fall_in_the_middle_of_a_block(block, origins, toy, monkeypatch):
+    expected = by_hand(toy, block, origins)
+    told, compiled = [], []
+    monkeypatch.setattr(Compilation, "repays", lambda self, seconds, n: told.append(n) or True)
+
+    def compile_it(compilation, x, tolerance):
+        return lambda x: compiled.append(len(x)) or compilation.module(x)
+
+    monkeypatch.setattr(Compilation, "compile", compile_it)
+    got = Predictor(network(batch_size=2, precision="float32")).predict(block, origins)
+    assert told == [8]  # after four batches
+    assert compiled == [2, 2]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", None])
+def test_where_compiled_code_is_kept(monkeypatch, tmp_path, variable):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    if variable:
+        monkeypatch.setenv(variable, str(tmp_path / "named"))
+    expected = {
+        "TORCHINDUCTOR_CACHE_DIR": tmp_path / "named",
+        "XDG_CACHE_HOME": tmp_path / "named" / "inkdask" / "inductor",
+        None: tmp_path / "home" / ".cache" / "inkdask" / "inductor",
+    }
+    assert fast.cache_folder() == expected[variable]
+
+
+def test_a_note_that_cannot_be_written_is_no_harm(toy, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "below"))
+    compilation = Compilation(network(), toy, 4)
+    compilation._write(Experience(1.0, 2.0))
+    assert not compilation.note.exists()
+
+
+# On a GPU.
+
+
+class TestGPU:
+    pytestmark = gpu
+
+    def test_the_result_is_that_of_the_cpu_as_numpy(self, block, origins, toy):
+        expected = by_hand(toy, block, origins)
+        ours = Predictor(network(batch_size=5))
+        got = ours.predict(block, origins)
+        assert ours.device.type == "cuda"
+        assert isinstance(got, np.ndarray)
+        np.testing.assert_allclose(got, expected, atol=0.02)
+
+    def test_cuda_graphs_give_the_same(self, block, origins, toy, repays):
+        ours = Predictor(network(batch_size=5))
+        plain = ours.predict(block, origins)
+        for _ in range(3):
+            np.testing.assert_allclose(ours.predict(block, origins), plain, atol=0.02)
+        assert ours._compiled is not None
+
+    def test_real_lack_of_memory_halves_the_batch(self, block, origins):
+        def greedy(x):
+            torch.empty(len(x) << 40, dtype=torch.uint8, device="cuda") if len(x) > 3 else None
+            return pool(x)
+
+        ours = Predictor(network(greedy, batch_size=12))
+        expected = by_hand(pool, block, origins)
+        np.testing.assert_allclose(ours.predict(block, origins), expected, atol=1e-5)
+        assert ours.batch_size == 3

@@ -1,0 +1,123 @@
+"""The prepared array: the same voxels, the same picture, resumable, and never read unfinished."""
+
+import dask
+import numpy as np
+import pytest
+import zarr
+from PIL import Image
+
+import inkdask
+from inkdask import preparation, storage
+from inkdask.types import InkdaskError
+from tests.oracle import papyrus
+from tests.test_workflow import depth_slope, own_environment, write_layers  # noqa: F401
+
+HEIGHT, WIDTH = 310, 1500
+
+
+@pytest.fixture
+def volume():
+    return papyrus((7, HEIGHT, WIDTH))
+
+
+@pytest.fixture
+def segment(tmp_path, volume):
+    return write_layers(tmp_path / "seg", volume)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_the_array_holds_the_layers(segment, volume, home, compress):
+    uri = storage.join(home, "volume.zarr")
+    got = inkdask.prepare(
+        segment, layers=(2, 7), surface_volume_zarr=uri, use_zarr_compression=compress
+    )
+    assert got == uri
+    array = zarr.open_array(storage.zarr_store(uri), mode="r")
+    assert np.array_equal(array[:], volume[2:7])
+    assert (array.shards, array.chunks) == ((5, 1024, 1024), (5, 128, 128))
+    assert array.attrs["layers"] == [2, 3, 4, 5, 6]
+    assert bool(array.compressors) is compress
+    assert not storage.exists(f"{uri}.done")
+
+
+def test_inference_from_it_gives_the_same_picture(segment):
+    """The range is counted once: by the numbers of the layers, not from the array's first."""
+    uri = inkdask.run(segment, step="prepare", layers=(2, 7))
+    options = {"model": depth_slope, "layers": (5, 7)}
+    direct = np.asarray(Image.open(inkdask.run(segment, **options)))
+    prepared = np.asarray(Image.open(inkdask.run(segment, surface_volume_zarr=uri, **options)))
+    assert direct.any()
+    assert np.array_equal(direct, prepared)
+
+
+def test_a_stopped_run_resumes_and_nothing_reads_it_meanwhile(
+    segment, volume, tmp_path, monkeypatch
+):
+    uri = str(tmp_path / "volume.zarr")
+    copied = []
+    copy = preparation._copy_block
+
+    def failing(block, *, block_id, **rest):
+        if copied:
+            raise InkdaskError("the disk is full")
+        copy(block, block_id=block_id, **rest)
+        copied.append(block_id)
+
+    monkeypatch.setattr(preparation, "_copy_block", failing)
+    one_by_one = dask.config.set(scheduler="synchronous")
+    with one_by_one, pytest.raises(InkdaskError, match="full"):
+        inkdask.prepare(segment, surface_volume_zarr=uri)
+    with pytest.raises(InkdaskError, match="volume.zarr is not finished"):
+        inkdask.run(segment, model=depth_slope, surface_volume_zarr=uri)
+
+    def counting(block, *, block_id, **rest):
+        assert block_id not in copied
+        copied.append(block_id)
+        copy(block, block_id=block_id, **rest)
+
+    monkeypatch.setattr(preparation, "_copy_block", counting)
+    inkdask.prepare(segment, surface_volume_zarr=uri)
+    assert len(copied) == 2
+    assert np.array_equal(zarr.open_array(uri, mode="r")[:], volume)
+
+
+def test_a_finished_array_is_kept_and_one_of_other_files_is_replaced(segment, volume, monkeypatch):
+    uri = inkdask.prepare(segment)
+    monkeypatch.setattr(preparation, "_copy_block", None)
+    assert inkdask.prepare(segment) == uri
+    monkeypatch.undo()
+    place = uri + "-2"
+    inkdask.prepare(segment, surface_volume_zarr=place)
+    write_layers(segment, 255 - volume, replace=True)
+    inkdask.prepare(segment, surface_volume_zarr=place)
+    assert np.array_equal(zarr.open_array(place, mode="r")[:], 255 - volume)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["array", "group", "folder"])
+def test_what_inkdask_did_not_write_is_not_replaced(segment, tmp_path, kind, overwrite):
+    place = tmp_path / "precious.zarr"
+    if kind == "array":
+        attributes = {"source": "precious", "layers": [1, 2]}
+        zarr.create_array(str(place), shape=(2, 3, 4), dtype="uint8", attributes=attributes)
+    elif kind == "group":
+        zarr.create_group(str(place))
+    place.mkdir(exist_ok=True)
+    (place / "thesis.txt").write_text("years of work")
+    with pytest.raises(InkdaskError, match="precious.zarr"):
+        inkdask.prepare(segment, surface_volume_zarr=str(place), overwrite=overwrite)
+    assert (place / "thesis.txt").exists()
+
+
+def test_another_codec_or_range_starts_anew_in_the_same_process(segment, volume, tmp_path):
+    place = str(tmp_path / "volume.zarr")
+    for options in ({}, {"use_zarr_compression": True}, {"layers": (1, 6)}):
+        inkdask.prepare(segment, surface_volume_zarr=place, **options)
+        first, last = options.get("layers", (0, 7))
+        assert np.array_equal(zarr.open_array(place, mode="r")[:], volume[first:last])
+
+
+def test_layer_numbers_that_an_array_keeps_are_believed(segment, tmp_path):
+    place = inkdask.prepare(segment, layers=(0, 5))
+    with pytest.raises(InkdaskError, match="05, 06 missing"):
+        inkdask.run(segment, model=depth_slope, layers=(2, 7), surface_volume_zarr=place)

@@ -1,0 +1,285 @@
+"""What is known about models, and how a user's words become a network."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inkdask.models import registry
+from inkdask.types import InkdaskError, ModelSpec
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.ckpt"
+    path.write_bytes(b"weights")
+    return path
+
+
+def test_known_models_are_those_of_the_field() -> None:
+    shapes = {
+        key: (
+            spec.architecture,
+            spec.layers,
+            spec.tile,
+            spec.stride,
+            spec.tile // spec.pixels_per_logit,
+        )
+        for key, spec in registry.KNOWN.items()
+    }
+    assert shapes == {
+        "timesformer-scroll5": ("ink_timesformer", 26, 64, 16, 4),
+        "timesformer-gp-scroll1": ("ink_timesformer", 26, 64, 16, 4),
+        "resnet3d-152-3d-decoder-2um": ("ink_resnet3d_152_decoder3d", 62, 256, 128, 64),
+        "resnet50-3um": ("ink_resnet3d_50", 18, 256, 128, 64),
+        "demo": ("ink_depth_cnn", 26, 64, 16, 16),
+    }
+    for key, spec in registry.KNOWN.items():
+        assert spec.key == key
+        assert spec.architecture in registry.ARCHITECTURES.values()
+        assert spec.licence
+        with pytest.raises(FrozenInstanceError):
+            spec.tile = 1  # type: ignore[misc]
+
+
+def test_nothing_here_imports_torch() -> None:
+    code = (
+        "import sys; from inkdask.models import registry; registry.known();"
+        "registry.resolve('demo'); print({'torch', 'timm', 'cupy'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_the_demo_travels_with_the_package() -> None:
+    network = registry.resolve("demo")
+    assert network.model.weights == "package://inkdask.models/demo.safetensors"
+    assert (network.layers, network.tile, network.k) == (26, 64, 16)
+    assert pickle.loads(pickle.dumps(network)) == network
+
+
+def test_a_file_is_resolved_by_its_path_and_digest(weights: Path) -> None:
+    network = registry.resolve(str(weights))
+    assert network.model == ModelSpec(str(weights), "ink_timesformer", str(weights))
+    assert (network.layers, network.tile, network.k) == (26, 64, 4)
+    assert (network.clip, network.divisor) == (200, 200)
+    assert network.digest == hashlib.sha256(b"weights").hexdigest()
+    weights.write_bytes(b"others")
+    assert registry.resolve(str(weights)).digest == hashlib.sha256(b"others").hexdigest()
+
+
+def test_a_relative_path_is_the_same_file_elsewhere(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(weights.parent)
+    network = registry.resolve(weights.name)
+    assert network.model.weights == str(weights)
+    assert network.model.key == weights.name
+
+
+def test_the_architecture_sets_the_shape(weights: Path) -> None:
+    network = registry.resolve(str(weights), model_type="resnet3d-152-3d-decoder")
+    assert network.model.architecture == "ink_resnet3d_152_decoder3d"
+    assert (network.layers, network.tile, network.k, network.model.stride) == (62, 256, 64, 128)
+
+
+def test_what_the_user_says_wins(weights: Path) -> None:
+    weights.with_suffix(".toml").write_text("layers = 30\ntile = 128\nclip = 255\ndivisor = 255\n")
+    network = registry.resolve(
+        str(weights), model_type="resnet3d-50", layers=20, tile=64, clip=100, divisor=50.5,
+        precision="float32", batch_size=3, compile=False, compile_mode="default",
+    )  # fmt: skip
+    assert (network.layers, network.tile, network.k) == (20, 64, 16)
+    assert (network.clip, network.divisor) == (100, 50.5)
+    assert (network.precision, network.batch_size) == ("float32", 3)
+    assert (network.compile, network.compile_mode) == (False, "default")
+    # The model itself is as its maker describes it.
+    assert (network.model.layers, network.model.tile) == (30, 128)
+
+
+def test_tiles_fit_the_logits(weights: Path) -> None:
+    with pytest.raises(InkdaskError, match=r"multiple of 16 pixels, not 100\.$"):
+        registry.resolve(str(weights), tile=100)
+
+
+def test_an_unknown_model_is_told_what_there_is() -> None:
+    with pytest.raises(InkdaskError) as caught:
+        registry.resolve("timesfomer")
+    sentence = str(caught.value)
+    assert sentence.startswith("There is no model timesfomer: known are ")
+    assert all(key in sentence for key in registry.KNOWN)
+    assert all(word in sentence for word in ("file", "Hugging Face", "s3://", "callable"))
+    with pytest.raises(InkdaskError, match=r"^MODEL_TYPE must be one of timesformer, .*not resnet"):
+        registry.resolve("demo", model_type="resnet")
+
+
+# --- models that others add
+
+
+SIDECAR = {"model_type": "resnet3d-50", "layers": 18, "divisor": 255, "licence": "CC0"}
+
+
+@pytest.mark.parametrize("name", ["mine.toml", "mine.json", "inkdask.toml", "inkdask.json"])
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_file_beside_the_weights_describes_them(name: str, folder: bool, weights: Path) -> None:
+    text = json.dumps(SIDECAR)
+    if name.endswith(".toml"):
+        text = "\n".join(f"{word} = {json.dumps(value)}" for word, value in SIDECAR.items())
+    (weights.parent / name).write_text(text)
+    network = registry.resolve(str(weights.parent if folder else weights))
+    assert network.model.architecture == "ink_resnet3d_50"
+    assert (network.layers, network.tile, network.divisor) == (18, 256, 255)
+    assert network.model.licence == "CC0"
+    assert network.model.weights == str(weights)
+
+
+def test_the_weights_own_description_comes_first(weights: Path) -> None:
+    weights.with_name("inkdask.toml").write_text("layers = 10")
+    weights.with_suffix(".json").write_text('{"epochs": 5}')  # somebody else's
+    assert registry.resolve(str(weights)).layers == 10
+    weights.with_suffix(".json").write_text('{"layers": 11}')
+    assert registry.resolve(str(weights)).layers == 11
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("layers = ", "cannot be read"),
+        ("layers = 26\nframes = 26", "says 'frames'; it may say model_type, "),
+        ("layers = 'many'", "layers must be a number above 0"),
+        ("layers = 2.5", "layers must be a number above 0"),
+        ("tile = 0", "tile must be a number above 0"),
+        ("divisor = true", "divisor must be a number above 0"),
+        ("licence = 1", "licence must be a text"),
+    ],
+)
+def test_a_wrong_description_is_named(text: str, sentence: str, weights: Path) -> None:
+    path = weights.with_suffix(".toml")
+    path.write_text(text)
+    with pytest.raises(InkdaskError) as caught:
+        registry.resolve(str(weights))
+    assert str(path) in str(caught.value)
+    assert sentence in str(caught.value)
+
+
+THEIRS = ModelSpec("theirs", "their_network", "them/theirs", layers=7)
+MORE = [ModelSpec("more-1", "ink_timesformer", "them/1"), ModelSpec("more-2", "a", "them/2")]
+CLASH = ModelSpec("demo", "their_network", "them/demo")
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Install packages whose entry points are the names of this module's values."""
+    entries = [
+        EntryPoint(name, f"{__name__}:{name}", registry.ENTRY_POINTS)
+        for name in ("THEIRS", "MORE", "CLASH", "SIDECAR", "MISSING")
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+    registry.known.cache_clear()
+    yield
+    registry.known.cache_clear()
+
+
+@pytest.mark.usefixtures("plugins")
+def test_packages_add_models_and_cannot_break_ours() -> None:
+    with pytest.warns(UserWarning, match="are left out") as warned:
+        known = registry.known()
+    assert known == registry.KNOWN | {spec.key: spec for spec in (THEIRS, *MORE)}
+    reasons = [str(warning.message) for warning in warned]
+    assert len(reasons) == 3
+    assert "the key demo is taken" in reasons[0]
+    assert "'model_type' is not a ModelSpec" in reasons[1]
+    assert "MISSING" in reasons[2]
+
+
+@pytest.mark.filterwarnings("ignore:Models of")
+@pytest.mark.usefixtures("plugins")
+def test_an_architecture_of_a_package_may_be_asked_for(weights: Path) -> None:
+    network = registry.resolve(str(weights), model_type="their_network")
+    assert network.model.architecture == "their_network"
+
+
+# --- callables
+
+
+def quarter(x: Tensor) -> Tensor:
+    return x.mean(dim=2)[:, :, ::16, ::16]
+
+
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x.amax(dim=2)[:, :, ::2, ::2]
+
+
+def test_a_function_is_tried_on_one_tile() -> None:
+    network = registry.resolve(quarter, layers=5, tile=32)
+    assert (network.layers, network.tile, network.k) == (5, 32, 2)
+    assert network.function is quarter
+    assert network.model.key == "quarter"
+    assert network.model.pixels_per_logit == 16
+    assert registry.resolve(quarter).digest == network.digest
+    assert registry.resolve(lambda x: quarter(x) + 1).digest != network.digest
+
+
+def test_a_module_and_numpy_will_do() -> None:
+    network = registry.resolve(Half().eval())
+    assert (network.model.key, network.k) == ("Half", 32)
+    assert registry.resolve(lambda x: np.zeros((1, 1, 8, 8), np.float32)).k == 8
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (lambda x: x, r"of shape \(1, 1, k, k\) for .* not shape \(1, 1, 26, 64, 64\)\.$"),
+        (lambda x: x[:, :, 0, :4, :8], r"not shape \(1, 1, 4, 8\)\.$"),
+        (lambda x: x.mean(), r"not shape \(\)\.$"),
+        (lambda x: "ink", r"not str\.$"),
+        (lambda x: torch.zeros(1, 1, 65, 65), r"not shape \(1, 1, 65, 65\)\.$"),
+        (lambda x: 1 / 0, r"failed on a tile of shape .*: ZeroDivisionError: division by zero\.$"),
+        (Half(), r"^The model Half is in training mode: call its eval\(\) first\.$"),
+    ],
+)
+def test_functions_that_are_no_models(model: Any, sentence: str) -> None:
+    with pytest.raises(InkdaskError, match=sentence):
+        registry.resolve(model)
+
+
+def test_a_function_must_be_able_to_travel(tmp_path: Path) -> None:
+    with (
+        (tmp_path / "log").open("w") as log,
+        pytest.raises(InkdaskError, match="cannot travel to workers"),
+    ):
+        registry.resolve(lambda x: (quarter(x), log)[0])
+
+
+def test_an_edited_function_is_another_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "def toy(x):\n    return {} * x.mean((2, 3, 4))[..., None, None]\n"
+    digests: set[str] = set()
+    for factor in (1, 2, 2):
+        (tmp_path / "toy_network.py").write_text(source.format(factor))
+        importlib.invalidate_caches()
+        sys.modules.pop("toy_network", None)
+        toy = importlib.import_module("toy_network").toy
+        digests.add(registry.resolve(toy, layers=2, tile=8).digest)
+    assert len(digests) == 2

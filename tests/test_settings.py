@@ -1,0 +1,142 @@
+"""One model for the environment, the command line, Python and the README."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from inkdask.cli import inkdask_
+from inkdask.settings import Settings, env_name, markdown_table, parameters
+from inkdask.types import SettingsError
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name, variable, _ in parameters():
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+# Required, then optional, then those of later versions that are built.
+CONTRACT = (
+    *("MODEL", "S3_PATH", "START_LAYER", "END_LAYER"),
+    *("CUDA_VISIBLE_DEVICES", "HF_TOKEN", "TILE_SIZE", "STRIDE", "BATCH_SIZE", "MODEL_TYPE"),
+    *("ZARR_OUTPUT_DIR", "COMPILE", "COMPILE_MODE", "CHUNK_SIZE", "RESULT_FILE"),
+    *("OUTPUT_PATH", "FORCE_REVERSE", "BLEND_MODE", "GAUSSIAN_SIGMA", "MODEL_IN_CHANS"),
+    *("STEP", "NUM_PARTS", "PART_ID", "USE_ZARR_COMPRESSION"),
+    *("SURFACE_VOLUME_ZARR", "ROI_XYXY", "Z_DOWNSAMPLE_MEAN_FACTOR", "MASK_PATH"),
+)
+
+
+@pytest.mark.parametrize("variable", CONTRACT)
+def test_the_contract_names_it(variable):
+    assert variable in {variable for _, variable, _ in parameters()}
+
+
+def test_every_parameter_is_described():
+    for name, _, field in parameters():
+        assert field.description, name
+        assert field.description.endswith("."), name
+
+
+def test_every_parameter_is_an_option_with_its_variable():
+    text = CliRunner().invoke(inkdask_, ["run", "--help"]).output.replace("\n", " ")
+    for name, variable, _ in parameters():
+        if name != "s3_path":
+            assert f"--{name.replace('_', '-')}" in text
+            assert f"[{variable}]" in text
+
+
+def test_given_wins_over_environment_wins_over_default(monkeypatch):
+    assert Settings.of().chunk_size == 1024
+    monkeypatch.setenv("CHUNK_SIZE", "512")
+    assert Settings.of().chunk_size == 512
+    assert Settings.of(chunk_size=256).chunk_size == 256
+
+
+def test_environment_values_are_typed(monkeypatch):
+    for variable, value in {
+        "TILE_SIZE": "128", "COMPILE": "0", "FORCE_REVERSE": "true", "START_LAYER": "03",
+        "END_LAYER": "29", "GAUSSIAN_SIGMA": "2.5", "S3_PATH": "s3://bucket/segment/",
+        "ROI_XYXY": "1, 2,30,40", "Z_DOWNSAMPLE_MEAN_FACTOR": "2",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(variable, value)
+    settings = Settings.of()
+    assert settings.tile == 128
+    assert settings.compile is False
+    assert settings.force_reverse is True
+    assert settings.layers == (3, 29)
+    assert settings.gaussian_sigma == 2.5
+    assert settings.roi_xyxy == (1, 2, 30, 40)
+    assert settings.z_downsample_mean_factor == 2
+    assert settings.s3_path == "s3://bucket/segment"
+
+
+def test_an_empty_variable_is_not_given(monkeypatch):
+    monkeypatch.setenv("BATCH_SIZE", "")
+    assert Settings.of().batch_size is None
+
+
+@pytest.mark.parametrize("layers", [(3, 29), "3:29", [3, 29]])
+def test_layers_stand_for_both_ends(layers):
+    assert Settings.of(layers=layers).layers == (3, 29)
+
+
+def test_layers_given_win_over_both_variables(monkeypatch):
+    monkeypatch.setenv("START_LAYER", "1")
+    monkeypatch.setenv("END_LAYER", "2")
+    assert Settings.of(layers="3:29").layers == (3, 29)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"layers": "3"}, "START:END"),
+        ({"layers": "a:b"}, "START:END"),
+        ({"start_layer": 3}, "END_LAYER"),
+        ({"end_layer": 3}, "START_LAYER"),
+        ({"layers": (5, 5)}, "START_LAYER"),
+        ({"layers": (6, 5)}, "START_LAYER"),
+        ({"tile": 0}, "TILE_SIZE"),
+        ({"stride": "x"}, "STRIDE"),
+        ({"blend_mode": "box"}, "BLEND_MODE"),
+        ({"model_type": "unet"}, "MODEL_TYPE"),
+        ({"precision": "int4"}, "PRECISION"),
+        ({"tiel": 64}, "tiel"),
+        ({"part_id": 2, "num_parts": 2}, "PART_ID"),
+        ({"roi_xyxy": "1,2,3"}, "ROI_XYXY"),
+        ({"roi_xyxy": "3,0,3,9"}, "ROI_XYXY"),
+        ({"z_downsample_mean_factor": "3"}, "Z_DOWNSAMPLE_MEAN_FACTOR"),
+    ],
+)
+def test_a_bad_value_is_one_sentence_that_names_the_variable(given, says):
+    with pytest.raises(SettingsError) as caught:
+        Settings.of(**given)
+    sentence = str(caught.value)
+    assert says in sentence
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    assert caught.value.exit_code == 2
+
+
+def test_require_names_what_is_missing():
+    with pytest.raises(SettingsError, match=r"^MODEL is not set"):
+        Settings.of().require("model")
+
+
+def test_a_token_is_never_shown():
+    settings = Settings.of(hf_token="hf_secret")
+    assert "hf_secret" not in repr(settings)
+    assert "hf_secret" not in str(settings.model_dump())
+
+
+def test_variable_names():
+    assert env_name("tile") == "TILE_SIZE"
+    assert env_name("s3_path") == "S3_PATH"
+
+
+def test_the_table_in_the_readme_is_the_models():
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    command = "python -m inkdask.settings"
+    inside = readme.split(f"<!-- {command} -->\n")[1].split(f"<!-- end of {command} -->")[0]
+    assert inside.strip() == markdown_table(), f"paste what `{command}` prints"

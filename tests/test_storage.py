@@ -1,0 +1,233 @@
+"""Local paths and S3 behind the same calls: what is there, what is read, and every way to fail."""
+
+import multiprocessing
+import os
+import pickle
+
+import numpy as np
+import pytest
+import zarr
+
+from inkdask import s3 as s3_module
+from inkdask import storage
+from inkdask.types import InkdaskError
+
+
+def test_join_knows_the_root_and_stray_slashes():
+    assert storage.join("s3://bucket/a/", "b", "c") == "s3://bucket/a/b/c"
+    assert storage.join("/data", "b") == "/data/b"
+    assert storage.join("/", "b") == "/b"
+
+
+def test_write_list_and_read(home):
+    uri = storage.join(home, "a", "b.bin")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, bytes(range(200)))
+    assert storage.exists(uri)
+    assert storage.exists(storage.join(home, "a"))
+    assert storage.read_bytes(uri) == bytes(range(200))
+    assert storage.read_range(uri, 7, 12) == bytes(range(7, 12))
+    [folder] = storage.list_folder(home)
+    assert (folder.name, folder.is_folder) == ("a", True)
+    [entry] = storage.list_folder(storage.join(home, "a"))
+    assert (entry.name, entry.size, entry.is_folder) == ("b.bin", 200, False)
+    assert entry == storage.entry(uri)
+    assert storage.list_folder(storage.join(home, "nothing")) == []
+
+
+def test_mark_changes_with_the_file(home):
+    uri = storage.join(home, "x")
+    storage.write_bytes(uri, b"one")
+    before = storage.entry(uri).mark
+    storage.write_bytes(uri, b"two")
+    assert before
+    assert storage.entry(uri).mark != before
+
+
+def test_put_file(home, tmp_path):
+    local = tmp_path / "local.bin"
+    local.write_bytes(b"ink" * 1000)
+    uri = storage.join(home, "sub", "copy.bin")
+    storage.put_file(local, uri)
+    assert storage.read_bytes(uri) == local.read_bytes()
+
+
+def test_failed_local_write_leaves_the_old_file(tmp_path, monkeypatch):
+    uri = str(tmp_path / "file")
+    storage.write_bytes(uri, b"old")
+    monkeypatch.setattr("pathlib.Path.replace", _raise_disk_full)
+    with pytest.raises(InkdaskError, match=r"No space is left to write .*file"):
+        storage.write_bytes(uri, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert storage.read_bytes(uri) == b"old"
+
+
+def _raise_disk_full(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_range_beyond_the_end_is_a_truncated_file(home):
+    uri = storage.join(home, "short")
+    storage.write_bytes(uri, b"0123456789")
+    with pytest.raises(InkdaskError, match=r"short is truncated: bytes 8 to 20 .* 2 are there"):
+        storage.read_range(uri, 8, 20)
+
+
+def test_missing_file_is_named(home):
+    uri = storage.join(home, "nothing.tif")
+    for read in (storage.read_bytes, storage.entry, lambda uri: storage.read_range(uri, 0, 5)):
+        with pytest.raises(InkdaskError, match=r"nothing\.tif does not exist"):
+            read(uri)
+
+
+def test_missing_bucket_is_named_at_once(s3):
+    before = storage.counters()
+    for ask in (storage.list_folder, storage.read_bytes):
+        with pytest.raises(InkdaskError, match="bucket of s3://no-such-bucket/x does not exist"):
+            ask("s3://no-such-bucket/x")
+    assert storage.counters().retries == before.retries
+
+
+def test_other_protocols_are_refused():
+    with pytest.raises(InkdaskError, match="ftp://host/x is neither a local path nor an s3:// URI"):
+        storage.read_bytes("ftp://host/x")
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(storage, "_read_local", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        storage.read_range("/tmp/x", 0, 1)
+
+
+def test_denied_is_one_sentence_at_once(s3, faults):
+    faults.inject(["403"])
+    before = storage.counters()
+    with pytest.raises(InkdaskError, match=rf"^Access to {s3}/layers is denied: AccessDenied\.$"):
+        storage.list_folder(f"{s3}/layers")
+    assert storage.counters().retries == before.retries
+
+
+def test_public_buckets_need_no_credentials(s3, monkeypatch):
+    for name in ("public", "private"):
+        storage.write_bytes(f"{s3}/{name}", name.encode())
+    storage.s3().chmod(f"{s3}/public", "public-read")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert storage.read_bytes(f"{s3}/public") == b"public"
+    with pytest.raises(InkdaskError, match="no AWS credentials were found and it is not public"):
+        storage.read_bytes(f"{s3}/private")
+
+
+def test_unknown_profile_is_an_error_of_the_user(s3, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(InkdaskError, match="profile .*nobody.* could not be found"):
+        storage.read_bytes(f"{s3}/x")
+
+
+def test_requester_pays(s3, monkeypatch):
+    assert not storage.s3().requester_pays
+    monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
+    assert storage.s3().requester_pays
+
+
+def test_one_connection_for_each_process_and_setting(s3, monkeypatch):
+    assert storage.s3() is storage.s3()
+    assert storage.s3() is not storage.s3(asynchronous=True)
+    before = storage.s3()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "other")
+    assert storage.s3() is not before
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert storage.s3() is not storage.s3(asynchronous=True)
+
+
+def test_pickled_connection_holds_no_secret(s3):
+    for connection in (storage.s3(), storage.zarr_store(f"{s3}/x.zarr")):
+        assert b"testing-secret" not in pickle.dumps(connection)
+    assert pickle.loads(pickle.dumps(storage.s3())) is storage.s3()
+
+
+def test_counters_count_bodies_and_requests(home):
+    uri = storage.join(home, "x")
+    storage.write_bytes(uri, bytes(1000))
+    before = storage.counters()
+    storage.read_range(uri, 0, 100)
+    storage.read_bytes(uri)
+    assert storage.counters() - before == storage.Counters(bytes_read=1100, requests=2, retries=0)
+
+
+def test_zarr_store(home):
+    uri = storage.join(home, "x.zarr")
+    written = zarr.create_array(storage.zarr_store(uri), shape=(20, 20), chunks=(5, 20), dtype="u1")
+    written[:] = pixels = np.arange(400).reshape(20, 20).astype(np.uint8)
+    store = pickle.loads(pickle.dumps(storage.zarr_store(uri, read_only=True)))
+    before = storage.counters()
+    np.testing.assert_array_equal(zarr.open_array(store, mode="r")[:], pixels)
+    assert (storage.counters() - before).bytes_read > 4 * 20
+
+
+@pytest.mark.parametrize("kind", ["503", "500", "reset", "truncate"])
+def test_passing_faults_are_retried_and_counted(s3, faults, kind):
+    data = np.random.default_rng(0).bytes(100_000)
+    storage.write_bytes(f"{s3}/x", data)
+    faults.inject([kind], every=3, match="GET .*/x$")
+    before = storage.counters()
+    for start in range(0, 100_000, 10_000):
+        assert storage.read_range(f"{s3}/x", start, start + 10_000) == data[start : start + 10_000]
+    read = storage.counters() - before
+    assert read.bytes_read == 100_000
+    injected = faults.injected()[kind]
+    assert injected >= 4
+    # The HTTP client itself repeats a request whose idle connection was dropped.
+    assert read.retries == injected or kind == "reset"
+
+
+def test_writes_are_retried(s3, faults):
+    faults.inject(["503", "reset"], every=2, match="PUT")
+    for number in range(6):
+        storage.write_bytes(f"{s3}/{number}", bytes([number]))
+    faults.inject()
+    assert [storage.read_bytes(f"{s3}/{number}") for number in range(6)] == [
+        bytes([number]) for number in range(6)
+    ]
+
+
+def test_lasting_faults_end(s3, faults, monkeypatch):
+    monkeypatch.setattr(s3_module, "TRIES", 3)
+    faults.inject(["503"])
+    with pytest.raises(InkdaskError, match=f"^{s3}/x: .*SlowDown"):
+        storage.read_bytes(f"{s3}/x")
+    assert faults.injected() == {"503": 3}
+
+
+def test_silence_is_an_error_within_a_minute(s3, faults, monkeypatch):
+    # The true time limits are too long for a test; what they add up to is not.
+    assert s3_module.TRIES_IN_SILENCE * (s3_module.READ_TIMEOUT + 1) < 60
+    monkeypatch.setattr(s3_module, "READ_TIMEOUT", 0.3)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "new-connection")
+    faults.inject(["stall"])
+    with pytest.raises(InkdaskError, match=f"^{s3}/layers does not answer at {faults.url} "):
+        storage.list_folder(f"{s3}/layers")
+    assert faults.injected() == {"stall": s3_module.TRIES_IN_SILENCE}
+
+
+def test_unreachable_endpoint_is_named(no_credentials, monkeypatch):
+    monkeypatch.setattr(s3_module, "TRIES", 2)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(InkdaskError, match=r"^s3://bucket/x cannot be reached at http://127\.0"):
+        storage.read_bytes("s3://bucket/x")
+
+
+def test_forked_process_connects_anew(s3):
+    storage.write_bytes(f"{s3}/x", b"from the parent")
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_read_into, args=(sender, f"{s3}/x"))
+    child.start()
+    assert receiver.poll(60)
+    assert receiver.recv() == b"from the parent"
+    child.join(10)
+
+
+def _read_into(sender, uri):
+    sender.send(storage.read_bytes(uri))

@@ -1,0 +1,109 @@
+"""The stored grid: nothing lost in 16 bits, done or not done, and independent writers."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from inkdask.inference import InferredChunk
+from inkdask.store import GridStore, decode, digest, encode
+from inkdask.tiling import Tiling
+from inkdask.types import InkdaskError
+
+probabilities = st.floats(0, 1, width=32)
+
+
+@given(arrays(np.float32, (3, 4, 2, 2), elements=probabilities))
+def test_sixteen_bits_are_enough(grid):
+    grid[1, 2] = np.nan
+    back = decode(encode(grid))
+    assert back.dtype == np.float32
+    assert np.array_equal(np.isnan(back), np.isnan(grid))
+    assert np.nanmax(np.abs(back - grid)) <= 1 / 131068 + 1e-7
+
+
+def chunk_of(tiling, row, column, value, k=4):
+    grid = np.full(
+        (tiling.y.grid_chunks[row], tiling.x.grid_chunks[column], k, k), value, np.float32
+    )
+    valid = np.ones((tiling.y.chunks[row], tiling.x.chunks[column]), bool)
+    return InferredChunk(grid, valid)
+
+
+@pytest.fixture
+def tiling():
+    return Tiling.of((300, 431), tile=64, stride=16, chunk=128)
+
+
+def test_what_is_written_is_read_and_the_rest_is_missing(tmp_path, tiling):
+    store = GridStore.of(str(tmp_path), "seg", {"a": 1}, tiling, k=4)
+    store.create({"a": 1})
+    assert (store.tiles_run() == -1).all()
+    assert store.write(chunk_of(tiling, 1, 2, 0.25), 1, 2) == np.prod(
+        [tiling.y.grid_chunks[1], tiling.x.grid_chunks[2]]
+    )
+    assert np.argwhere(store.tiles_run() >= 0).tolist() == [[1, 2]]
+    grid, valid = store.grid().compute(), store.valid().compute()
+    ours = (slice(tiling.y.rows[1], None), slice(tiling.x.rows[2], None))
+    np.testing.assert_allclose(grid[ours], 0.25, atol=1e-5)
+    grid[ours] = np.nan
+    assert np.isnan(grid).all()
+    assert valid[tiling.y.edges[1] :, tiling.x.edges[2] :].all()
+    assert valid.sum() == tiling.y.chunks[1] * tiling.x.chunks[2]
+
+
+def test_an_empty_chunk_is_done_too(tmp_path, tiling):
+    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
+    store.create({})
+    assert store.write(chunk_of(tiling, 0, 0, np.nan), 0, 0) == 0
+    assert store.tiles_run()[0, 0] == 0
+
+
+def test_writers_side_by_side_lose_nothing(tmp_path, tiling):
+    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
+    store.create({})
+    rows, columns = tiling.block_shape
+    places = [(i, j) for i in range(rows) for j in range(columns)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda p: store.write(chunk_of(tiling, *p, sum(p) / 10), *p), places))
+    assert (store.tiles_run() > 0).all()
+    grid = store.grid().compute()
+    for i, j in places:
+        at = grid[tiling.y.rows[i], tiling.x.rows[j], 0, 0]
+        assert at == pytest.approx((i + j) / 10, abs=1e-5)
+
+
+def test_creating_again_keeps_what_is_done_unless_overwritten(tmp_path, tiling):
+    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
+    store.create({})
+    store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
+    store.create({})
+    assert store.tiles_run()[0, 0] > 0
+    store.create({}, overwrite=True)
+    assert (store.tiles_run() == -1).all()
+
+
+def test_other_jobs_have_other_places(tmp_path, tiling):
+    places = {
+        GridStore.of(str(tmp_path), "seg", identity, tiling, 4).uri
+        for identity in ({"stride": 16}, {"stride": 32}, {"layers": [1, 2]}, {"layers": [2, 1]})
+    }
+    assert len(places) == 4
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_place_is_one_sentence(tmp_path, tiling):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InkdaskError, match="permission denied"):
+        GridStore.of(str(tmp_path), "seg", {}, tiling, 4).create({})
+
+
+def test_a_place_below_a_file_is_one_sentence(tmp_path, tiling):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InkdaskError, match="file"):
+        GridStore.of(str(tmp_path / "file"), "seg", {}, tiling, 4).create({})

@@ -1,0 +1,104 @@
+"""The synthetic segment: the same every time, shaped like a scanned one, its ink well hidden."""
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from inkdask import letters, synthetic
+from inkdask.demo import auc
+from inkdask.types import InkdaskError
+
+SMALL = {"height": 160, "width": 352}
+TEXT = ("ΝΗΔΥΜΟΣ", "ΥΠΝΟΣ")
+
+
+@pytest.fixture(scope="module")
+def made():
+    return synthetic.segment(height=400, width=1040)
+
+
+def test_the_same_seed_makes_the_same_segment():
+    volume, truth = synthetic.segment(TEXT, **SMALL, layers=5, seed=1)
+    again, truth_again = synthetic.segment(TEXT, **SMALL, layers=5, seed=1)
+    other, _ = synthetic.segment(TEXT, **SMALL, layers=5, seed=2)
+    np.testing.assert_array_equal(volume, again)
+    np.testing.assert_array_equal(truth, truth_again)
+    assert (volume != other).mean() > 0.5
+
+
+def test_shape_and_papyrus(made):
+    volume, truth = made
+    assert volume.shape == (26, *truth.shape)
+    assert truth.shape == (400, 1040)
+    assert (volume.dtype, truth.dtype) == (np.uint16, np.bool_)
+    papyrus = volume[0] > 0
+    # Outside is zero in every layer, inside in none, after the shift to uint8 too.
+    assert (((volume >> 8) > 0) == papyrus).all()
+    assert 0.6 < papyrus.mean() < 0.95
+    assert not (truth & ~papyrus).any()
+    assert 0.08 < truth.mean() < 0.25
+    # There are tiles without data.
+    height, width = truth.shape
+    corners = [
+        papyrus[y : y + 64, x : x + 64].any() for y in (0, height - 64) for x in (0, width - 64)
+    ]
+    assert not all(corners)
+
+
+def test_no_layer_nor_their_mean_shows_the_ink(made):
+    volume, truth = made
+    papyrus = volume[0] > 0
+    seen = [auc(layer[papyrus], truth[papyrus]) for layer in volume >> 8]
+    assert 0.4 < min(seen) <= max(seen) < 0.6
+    assert 0.4 < auc((volume >> 8).sum(axis=0)[papyrus], truth[papyrus]) < 0.6
+
+
+@pytest.mark.parametrize("character", letters.ALPHABET)
+def test_every_letter_is_written_where_it_should_be(character):
+    rng = np.random.default_rng(0)
+    page = letters.write([character], (160, 160), (40, 40), 80, rng)
+    assert page.dtype == np.float32
+    assert 0 <= page.min() <= page.max() == 1
+    y, x = np.nonzero(page)
+    assert 10 < y.min() < 60
+    assert 110 < y.max() < 150
+    assert 25 < x.min() < 60
+    assert x.max() < 50 + 80 * (letters.GLYPHS[character][0] + 0.1)
+
+
+def test_text_is_as_large_as_fits():
+    letter = letters.letter_height(TEXT, 100, 10_000)
+    assert letter * (letters.LINE_PITCH + 1) == pytest.approx(100)
+    assert letters.letter_height(TEXT, 10_000, 100) < letter
+
+
+def test_a_letter_the_scribe_does_not_know():
+    with pytest.raises(InkdaskError, match="cannot write 'Q'"):
+        synthetic.segment(("ΑΒQ",), **SMALL)
+
+
+def test_files_hold_the_segment(tmp_path):
+    volume, truth = synthetic.write_segment(tmp_path, TEXT, **SMALL, layers=7, seed=4)
+    files = sorted((tmp_path / "layers").iterdir())
+    assert [file.name for file in files] == [f"{z:02d}.tif" for z in range(7)]
+    np.testing.assert_array_equal(np.stack([tifffile.imread(file) for file in files]), volume)
+    with tifffile.TiffFile(files[0]) as tif:
+        assert len(tif.pages[0].dataoffsets) > 1  # many strips
+    picture = np.asarray(Image.open(tmp_path / "truth.png"))
+    np.testing.assert_array_equal(picture, truth * np.uint8(255))
+
+
+def test_a_second_segment_replaces_the_first(tmp_path):
+    synthetic.write_segment(tmp_path, TEXT, **SMALL, layers=7)
+    synthetic.write_segment(tmp_path, TEXT, **SMALL, layers=5)
+    assert len(list((tmp_path / "layers").iterdir())) == 5
+
+
+def test_layers_of_somebody_else_are_left_alone(tmp_path):
+    (tmp_path / "layers").mkdir()
+    scan = tmp_path / "layers" / "00.tif"
+    scan.write_bytes(b"years of work")
+    with pytest.raises(InkdaskError, match="not synthetic"):
+        synthetic.write_segment(tmp_path, TEXT, **SMALL)
+    assert scan.read_bytes() == b"years of work"

@@ -1,0 +1,313 @@
+"""TIFF layers by byte range: every layout gives what tifffile gives, and each byte is read once."""
+
+import io
+import itertools
+import pickle
+import tracemalloc
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from inkdask import storage, tiff, tiff_header, volume
+from inkdask.parallel import THREADS
+from inkdask.segment import open_segment
+from inkdask.types import InkdaskError
+from inkdask.volume import TiffStack, lazy
+from tests.files import encode, random_volume, write_layers
+
+SHAPE = (2, 290, 333)
+CODECS = [None, "lzw", "zlib", "packbits", "zstd"]
+LAYOUTS = {
+    "one-strip": {},
+    "16-rows": {"rowsperstrip": 16},
+    "odd-rows": {"rowsperstrip": 37},
+    "tiles": {"tile": (256, 256)},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Let small images have many blocks."""
+    monkeypatch.setattr(volume, "BLOCK_SIDE", 128)
+    monkeypatch.setattr(tiff_header, "CUT_ROWS", 16)
+    monkeypatch.setattr(tiff, "RUN_BYTES", 50_000)
+
+
+def by_tifffile(folder, layers=SHAPE[0]):
+    """Read layers as tifffile does: uint8 (z, y, x)."""
+    files = [storage.read_bytes(f"{folder}/{number:02d}.tif") for number in range(layers)]
+    pixels = np.stack([tifffile.imread(io.BytesIO(data)) for data in files])
+    return (pixels >> 8).astype(np.uint8) if pixels.dtype.itemsize == 2 else pixels
+
+
+def open_image(data, tmp_path, name="image.tif"):
+    path = tmp_path / name
+    path.write_bytes(data)
+    return tiff_header.read_header(str(path), len(data))
+
+
+@pytest.mark.parametrize("dtype", ["|u1", "<u2", ">u2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_layout_reads_as_tifffile_does(home, codec, layout, dtype):
+    pixels = random_volume(SHAPE, dtype)
+    order = ">" if dtype[0] == ">" else "<"
+    folder = storage.join(home, "layers")
+    write_layers(folder, pixels, compression=codec, byteorder=order, **LAYOUTS[layout])
+    expected = by_tifffile(folder)
+    segment = pickle.loads(pickle.dumps(open_segment(home)))
+    np.testing.assert_array_equal(segment.volume.compute(scheduler="synchronous"), expected)
+    rng = np.random.default_rng(len(f"{codec} {layout} {dtype}"))
+    for _ in range(1 if home.startswith("s3") else 3):
+        y, x = (np.sort(rng.choice(side + 1, 2, replace=False)).tolist() for side in SHAPE[1:])
+        window = segment.crop(slice(*y), slice(*x)).volume
+        np.testing.assert_array_equal(
+            window.compute(scheduler="synchronous"), expected[:, y[0] : y[1], x[0] : x[1]]
+        )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """One image in several layouts: a list of (TiffImage, uint8 pixels)."""
+    folder = tmp_path_factory.mktemp("files")
+    found = []
+    pixels = random_volume(SHAPE)[0]
+    for codec, layout in itertools.product([None, "lzw"], LAYOUTS):
+        data = encode(pixels, compression=codec, **LAYOUTS[layout])
+        found.append((open_image(data, folder, f"{codec}-{layout}.tif"), pixels >> 8))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_window_of_mixed_layouts(files, data):
+    y = sorted(data.draw(st.lists(st.integers(0, SHAPE[1]), min_size=2, max_size=2, unique=True)))
+    x = sorted(data.draw(st.lists(st.integers(0, SHAPE[2]), min_size=2, max_size=2, unique=True)))
+    block = tiff.TiffBlock.of([image for image, _ in files], slice(*y), slice(*x))
+    expected = np.stack([pixels for _, pixels in files])[:, y[0] : y[1], x[0] : x[1]]
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(block)).read(), expected)
+
+
+@pytest.mark.parametrize("dtype", ["|u1", "<u2", ">u2"])
+@pytest.mark.parametrize("codec", ["lzw", "zlib", "zstd"])
+def test_horizontal_predictor(tmp_path, codec, dtype):
+    pixels = random_volume(SHAPE, dtype)[0]
+    order = ">" if dtype[0] == ">" else "<"
+    for layout in LAYOUTS.values():
+        data = encode(pixels, compression=codec, predictor=True, byteorder=order, **layout)
+        high = pixels if dtype == "|u1" else pixels >> 8
+        np.testing.assert_array_equal(open_image(data, tmp_path).decode(), high)
+
+
+def written_by_pillow(pixels):
+    """A TIFF by libtiff, which puts the tags after the pixels."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "TIFF", compression="tiff_lzw")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        written_by_pillow,
+        lambda pixels: encode(pixels, bigtiff=True, rowsperstrip=16),
+        lambda pixels: encode(pixels, bigtiff=True, byteorder=">", tile=(64, 64)),
+        lambda pixels: encode(pixels, compression="lzw", rowsperstrip=1),
+        lambda pixels: encode(pixels, tile=(512, 512)),
+        lambda pixels: encode(pixels, rowsperstrip=2**31),
+        lambda pixels: encode(pixels, compression="lzw", tile=(32, 320)),
+        lambda pixels: encode(pixels, description="x" * 10_000, rowsperstrip=5),
+    ],
+)
+def test_unusual_files(tmp_path, write):
+    pixels = random_volume(SHAPE, "<u2")[0]
+    image = open_image(write(pixels), tmp_path)
+    np.testing.assert_array_equal(image.decode(), pixels >> 8)
+    assert not image.oddity
+
+
+def test_jpeg_inside(tmp_path):
+    pixels = random_volume(SHAPE, "|u1")[0]
+    for layout in ({"tile": (64, 64)}, {"rowsperstrip": 16}):
+        data = encode(pixels, compression="jpeg", **layout)
+        expected = tifffile.imread(io.BytesIO(data))
+        np.testing.assert_array_equal(open_image(data, tmp_path).decode(), expected)
+
+
+def test_pieces_left_out_are_zero(tmp_path):
+    pixels = random_volume((1, 128, 128))[0]
+    pixels[:64, 64:] = 0
+    tiles = [pixels[:64, :64], None, pixels[64:, :64], pixels[64:, 64:]]
+    file = io.BytesIO()
+    tifffile.imwrite(file, iter(tiles), shape=pixels.shape, dtype=pixels.dtype, tile=(64, 64))
+    image = open_image(file.getvalue(), tmp_path)
+    assert 0 in image.counts
+    np.testing.assert_array_equal(image.decode(), pixels >> 8)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "lzw", "predictor": True}, {"tile": (64, 64)}]
+)
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_colour_gives_the_first_channel(tmp_path, planar, options):
+    colours = random_volume((3, 100, 120))
+    pixels = np.moveaxis(colours, 0, -1) if planar == "contig" else colours
+    options = {"rowsperstrip": 10, **options} if "tile" not in options else options
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, photometric="rgb", planarconfig=planar, **options)
+    image = open_image(file.getvalue(), tmp_path)
+    assert image.oddity == "3 channels, of which the first is read"
+    np.testing.assert_array_equal(image.decode(), colours[0] >> 8)
+
+
+def test_several_pages_give_the_first(tmp_path):
+    pages = random_volume((3, 100, 120))
+    file = io.BytesIO()
+    tifffile.imwrite(file, pages, photometric="minisblack", metadata=None)
+    image = open_image(file.getvalue(), tmp_path)
+    assert image.oddity == "several pages, of which the first is read"
+    np.testing.assert_array_equal(image.decode(), pages[0] >> 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "cannot be read as a TIFF"),
+        (b"<html>not found</html>", "cannot be read as a TIFF"),
+        (b"II*\0\xff\xff\xff\x0f", "cannot be read as a TIFF"),
+        (encode(np.ones((9, 9), np.float32)), "no TIFF of uint8 or uint16, but float32"),
+        (encode(np.ones((9, 9), np.int16)), "no TIFF of uint8 or uint16, but int16"),
+        (encode(np.ones((9, 9), bool)), "no TIFF of uint8 or uint16, but bool"),
+        (encode(np.ones((9, 9), np.uint8), compression="jpeg2000"), "compressed by .*JPEG"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_its_header(tmp_path, data, message):
+    with pytest.raises(InkdaskError, match=rf"odd\.tif .*{message}"):
+        open_image(data, tmp_path, "odd.tif")
+
+
+@pytest.mark.parametrize("codec", [None, "lzw"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_truncated_file_fails_by_its_header(tmp_path, codec, layout):
+    data = encode(random_volume(SHAPE)[0], compression=codec, **LAYOUTS[layout])
+    with pytest.raises(InkdaskError, match=rf"cut\.tif is truncated: .* has {len(data) - 9} bytes"):
+        open_image(data[:-9], tmp_path, "cut.tif")
+
+
+@pytest.mark.parametrize("codec", ["lzw", "zlib", "packbits", "zstd"])
+def test_corrupt_pixels_name_file_and_position(tmp_path, codec):
+    data = bytearray(encode(random_volume(SHAPE)[0], compression=codec, rowsperstrip=37))
+    image = open_image(bytes(data), tmp_path, "spoiled.tif")
+    start, count = int(image.offsets[3, 0]), int(image.counts[3, 0])
+    # Not all damage shows in these codecs; this ends the data early, or breaks their frame.
+    damage = {"packbits": b"\x80" * count, "lzw": b"\x80\x40"}.get(codec, b"")
+    data[start : start + count] = damage.ljust(count, b"\0")
+    (tmp_path / "spoiled.tif").write_bytes(data)
+    where = rf"spoiled\.tif is corrupt at row 111, column 0 \(bytes {start} to {start + count}\)"
+    with pytest.raises(InkdaskError, match=where):
+        image.decode()
+    # Windows that do not meet the strip are sound.
+    tiff.TiffBlock.of([image], slice(0, 111), slice(0, 333)).read()
+
+
+@pytest.fixture
+def ranges(monkeypatch):
+    """All ranges that are read, as (uri, start, stop)."""
+    read, real = [], storage.read_range
+
+    def read_range(uri, start, stop):
+        read.append((uri, start, stop))
+        return real(uri, start, stop)
+
+    monkeypatch.setattr(storage, "read_range", read_range)
+    return read
+
+
+@pytest.mark.parametrize("codec", [None, "lzw"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_byte_is_read_once(home, codec, layout, ranges, monkeypatch):
+    monkeypatch.setattr(tiff, "RUN_BYTES", 200_000)
+    folder = storage.join(home, "layers")
+    write_layers(folder, random_volume((4, 700, 800)), compression=codec, **LAYOUTS[layout])
+    size = sum(entry.size for entry in storage.list_folder(folder))
+    before = storage.counters()
+    segment = open_segment(home)
+    opened = storage.counters() - before
+    assert opened.bytes_read <= 4 * 2 * tiff_header.HEADER_READ
+    ranges.clear()
+    array = segment.volume
+    assert not ranges
+    array.compute()
+    assert (storage.counters() - before).bytes_read <= 1.15 * size
+    for file in range(4):
+        spans = sorted(span for span in ranges if span[0].endswith(f"{file:02d}.tif"))
+        assert spans
+        assert all(a[2] <= b[1] for a, b in itertools.pairwise(spans))
+
+
+def test_neighbouring_pieces_are_one_request(tmp_path, ranges, monkeypatch):
+    monkeypatch.setattr(tiff, "RUN_BYTES", 1 << 20)
+    data = encode(random_volume((1, 256, 256))[0], tile=(64, 64), compression="lzw")
+    image = open_image(data, tmp_path)
+    ranges.clear()
+    image.decode()
+    assert len(ranges) == 1
+    ranges.clear()
+    tiff.TiffBlock.of([image], slice(0, 128), slice(0, 128)).read()
+    assert len(ranges) == 2
+    monkeypatch.setattr(tiff, "RUN_BYTES", 4096)
+    ranges.clear()
+    image.decode()
+    assert max(stop - start for _, start, stop in ranges) < 4096 + image.counts.max()
+
+
+def test_a_crop_reads_little_beside_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(volume, "BLOCK_SIDE", 1024)
+    pixels = random_volume((2, 1000, 1000))
+    write_layers(tmp_path / "layers", pixels, tile=(64, 64))
+    segment = open_segment(str(tmp_path))
+    before = storage.counters()
+    crop = segment.crop(slice(301, 525), slice(420, 644))  # 5 % of the area
+    assert crop.shape == (2, 224, 224)
+    np.testing.assert_array_equal(crop.volume.compute(), (pixels >> 8)[:, 301:525, 420:644])
+    assert (storage.counters() - before).bytes_read <= 0.15 * segment.stored_bytes
+
+
+def test_large_tables_travel_once(monkeypatch):
+    """Sixteen layers of 40,000 compressed one-row strips: 10 MB of places, in 625 tasks."""
+    monkeypatch.undo()
+    height, width, layers = 40_000, 30_000, 16
+    layout = tiff.Layout((height, width), "<u2", (1, width), False, 1, 5, 1, None, "")
+    counts = np.random.default_rng(0).integers(1000, 60_000, (height, 1))
+    offsets = np.cumsum(counts, axis=0) - counts
+    images = tuple(
+        tiff.TiffImage(
+            f"s3://bucket/scroll/segment/layers/{number:02d}.tif", layout, offsets, counts
+        )
+        for number in range(layers)
+    )
+    array = lazy(TiffStack(images), "identity")
+    graph = dict(array.__dask_graph__())
+    assert array.numblocks == (1, 313, 1)
+    tables = layers * (offsets.nbytes + counts.nbytes)
+    assert sum(len(pickle.dumps(task)) for task in graph.values()) < 1.1 * tables + 2000 * len(
+        graph
+    )
+
+
+def test_a_block_holds_little_more_than_its_output(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(tiff, "RUN_BYTES", 1 << 20)
+    write_layers(tmp_path / "layers", np.repeat(random_volume((1, 1024, 2048)), 16, axis=0))
+    block = open_segment(str(tmp_path)).source.block(slice(0, 1024), slice(0, 2048))
+    block.read()
+    tracemalloc.start()
+    out = block.read()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Each thread holds at most a range; all ranges at once would be 64 MiB.
+    assert peak <= out.nbytes + 1.1 * THREADS * tiff.RUN_BYTES

@@ -1,0 +1,91 @@
+"""The integer maths: every tile once, every pixel covered, every overlap long enough."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inkdask.tiling import Axis, Tiling
+from inkdask.types import SettingsError
+
+
+@st.composite
+def axes(draw):
+    tile = draw(st.integers(1, 70))
+    stride = draw(st.integers(1, tile))
+    return Axis(
+        length=draw(st.integers(1, 900)), tile=tile, stride=stride, chunk=draw(st.integers(1, 300))
+    )
+
+
+@given(axes())
+def test_tiles_cover_every_pixel_and_stay_inside(axis):
+    covered = np.zeros(max(axis.length, axis.tile), bool)
+    for origin in axis.origins:
+        covered[origin : origin + axis.tile] = True
+    assert covered.all()
+    assert (np.diff(axis.origins) > 0).all()
+    assert (np.diff(axis.origins) <= axis.stride).all()
+    assert axis.origins[-1] == max(axis.length - axis.tile, 0)
+
+
+@given(axes())
+def test_every_tile_is_owned_by_exactly_one_chunk(axis):
+    owned = [axis.local_origins(i) + axis.edges[i] for i in range(len(axis.chunks))]
+    assert np.array_equal(np.concatenate(owned), axis.origins)
+    assert sum(axis.chunks) == axis.length
+    assert all(len(tiles) for tiles in owned)
+
+
+@given(axes())
+def test_halo_after_a_chunk_holds_its_tiles(axis):
+    for i, size in enumerate(axis.chunks):
+        last = i == len(axis.chunks) - 1
+        have = size if last else size + axis.halo
+        assert axis.local_origins(i)[-1] + axis.tile <= max(have, axis.tile)
+        assert axis.halo <= size or len(axis.chunks) == 1
+
+
+@given(axes())
+def test_rows_before_a_chunk_hold_all_tiles_that_reach_it(axis):
+    for i in range(len(axis.chunks)):
+        start, stop = axis.edges[i], axis.edges[i + 1]
+        reaching = axis.origins[(axis.origins < stop) & (axis.origins + axis.tile > start)]
+        delivered = axis.reaching_origins(i) + start
+        assert set(reaching) <= set(delivered)
+        # the blend's overlap must never have to merge chunks
+        assert axis.depth <= axis.grid_chunks[i] or len(axis.chunks) == 1
+
+
+@given(axes())
+def test_chunks_are_multiples_of_the_stride_and_a_tile_long(axis):
+    assert all(edge % axis.stride == 0 for edge in axis.edges[:-1])
+    if len(axis.chunks) > 1:
+        assert min(axis.chunks) >= axis.tile
+        assert max(axis.chunks) < axis.step + 2 * axis.tile
+        assert len(set(axis.grid_chunks[:-1])) == 1
+
+
+@given(axes(), st.data())
+def test_the_reach_of_a_window_has_the_same_tiles(axis, data):
+    start = data.draw(st.integers(0, axis.length - 1))
+    stop = data.draw(st.integers(start + 1, axis.length))
+    first, last = axis.reach(start, stop)
+    assert first <= start < stop <= last <= axis.length
+    inside = Axis(last - first, axis.tile, axis.stride, axis.chunk)
+    touching = (axis.origins < stop) & (axis.origins + axis.tile > start)
+    assert np.array_equal(inside.origins + first, axis.origins[touching])
+
+
+def test_a_known_tiling():
+    tiling = Tiling.of((512, 640), tile=64, stride=16, chunk=256)
+    assert tiling.grid_shape == (29, 37)
+    assert tiling.tiles == 1073
+    assert tiling.chunks == ((256, 256), (256, 256, 128))
+    assert tiling.grid_chunks == ((16, 13), (16, 16, 5))
+
+
+@pytest.mark.parametrize("stride", [0, 65])
+def test_a_stride_that_leaves_pixels_out_is_refused(stride):
+    with pytest.raises(SettingsError, match="STRIDE"):
+        Tiling.of((512, 640), tile=64, stride=stride, chunk=256)

@@ -1,0 +1,132 @@
+"""TimeSformer against the package whose layout its checkpoints have."""
+
+import pytest
+import torch
+from timesformer_pytorch import TimeSformer as Oracle
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from inkdask.models import networks
+from inkdask.models.fast import prepare
+from inkdask.models.timesformer import TimeSformer
+
+REAL = {"dim": 512, "depth": 8, "heads": 6, "dim_head": 64, "image_size": 64, "patch_size": 16}
+SMALL = {"dim": 48, "depth": 3, "heads": 2, "dim_head": 32, "image_size": 24, "patch_size": 8}
+TINY = {"dim": 24, "depth": 1, "heads": 3, "dim_head": 16, "image_size": 16, "patch_size": 16}
+
+
+def oracle(frames, config=REAL):
+    """The package's network; its weights are random, its logits spread over some units."""
+    torch.manual_seed(frames)
+    classes = (config["image_size"] // config["patch_size"]) ** 2
+    network = Oracle(num_frames=frames, num_classes=classes, channels=1, **config).eval()
+    with torch.no_grad():
+        network.to_out[1].weight.mul_(4)
+    return network
+
+
+def ours(reference, frames, config=REAL):
+    network = TimeSformer(
+        frames, config["image_size"], config["patch_size"], config["dim"], config["depth"],
+        config["heads"], config["dim_head"],
+    ).eval()  # fmt: skip
+    network.load_state_dict(reference.state_dict(), strict=True)
+    return network
+
+
+def tiles(frames, side=64, n=2):
+    return torch.rand(n, 1, frames, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(reference, x):
+    out = reference(x.transpose(1, 2))
+    k = round(out.shape[1] ** 0.5)
+    return out.view(-1, 1, k, k)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("frames", [16, 26, 30])
+def test_the_real_size_gives_the_logits_of_the_package(frames):
+    reference = oracle(frames)
+    x = tiles(frames)
+    expected = logits_of(reference, x)
+    assert expected.std() > 0.3
+    got = ours(reference, frames)(x)
+    assert got.shape == (2, 1, 4, 4)
+    assert (got - expected).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("config", [SMALL, TINY], ids=["small", "tiny"])
+@pytest.mark.parametrize("frames", [1, 2, 7])
+@pytest.mark.parametrize("n", [1, 3])
+def test_other_sizes_give_the_logits_of_the_package(config, frames, n):
+    reference = oracle(frames, config)
+    x = tiles(frames, config["image_size"], n)
+    torch.testing.assert_close(
+        ours(reference, frames, config)(x), logits_of(reference, x), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_parameters_have_the_names_and_shapes_of_the_package():
+    with torch.device("meta"):
+        reference, network = oracle(26), networks.timesformer.ink_timesformer()
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in reference.state_dict().items()}
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(37.9e6, rel=0.01)
+
+
+@torch.inference_mode()
+def test_bfloat16_stays_within_two_hundredths():
+    reference = oracle(26)
+    x = tiles(26, n=1)
+    network = ours(reference, 26)
+    prepare(network, torch.bfloat16)
+    assert network.layers[3][0].fn.to_qkv.weight.dtype is torch.bfloat16
+    got = network(x.bfloat16()).float().sigmoid()
+    assert (got - logits_of(reference, x).sigmoid()).abs().max() < 0.02
+
+
+@torch.inference_mode()
+def test_frequencies_stay_float32_in_a_bfloat16_network():
+    network = ours(oracle(7, SMALL), 7, SMALL)
+    before = network.frame_rot_emb.inv_freqs.clone()
+    network.to(torch.bfloat16)
+    assert network.to_patch_embedding.weight.dtype is torch.bfloat16
+    assert torch.equal(network.frame_rot_emb.inv_freqs, before)
+
+
+@torch.inference_mode()
+def test_normalization_is_a_batch_norm_before_the_rest():
+    plain = ours(oracle(7, SMALL), 7, SMALL)
+    network = TimeSformer(7, 24, 8, 48, 3, 2, 32, normalization=True).eval()
+    statistics = {"weight": 1.5, "bias": -0.2, "running_mean": 0.4, "running_var": 0.09}
+    state = {f"normalization.{name}": torch.tensor([v]) for name, v in statistics.items()}
+    state["normalization.num_batches_tracked"] = torch.tensor(3)
+    network.load_state_dict(plain.state_dict() | state, strict=True)
+    x = tiles(7, 24)
+    expected = plain((x - 0.4) / (0.09 + 1e-5) ** 0.5 * 1.5 - 0.2)
+    torch.testing.assert_close(network(x), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(network(x), plain(x), atol=1e-2)
+
+
+def flops(forward, x):
+    # Without fused kernels every product is one that the counter knows.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forward(x)
+    return counter.get_total_flops()
+
+
+@torch.inference_mode()
+def test_it_needs_nine_percent_fewer_operations():
+    with torch.device("meta"):
+        reference, network = oracle(26), networks.timesformer.ink_timesformer().eval()
+        x = torch.empty(1, 1, 26, 64, 64)
+        plain, saving = flops(lambda x: reference(x.transpose(1, 2)), x), flops(network, x)
+    assert plain == pytest.approx(31.7e9, rel=0.02)
+    assert saving < 0.91 * plain
+
+
+def test_a_tile_that_is_not_made_of_patches_is_refused():
+    with pytest.raises(ValueError, match="no whole number of patches"):
+        TimeSformer(26, tile=72)

@@ -1,0 +1,368 @@
+"""Reading weights safely, and fitting them to their network exactly."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import enum
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from timesformer_pytorch import TimeSformer
+from torch import Tensor, nn
+
+from inkdask.models import networks, registry, weights
+from inkdask.types import InkdaskError, ModelSpec, Network
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    """Give the weights of a demo network, none of them as initialised."""
+    torch.manual_seed(0)
+    module = networks.depth_cnn.DepthCNN()
+    return {
+        name: torch.rand(value.shape) if value.is_floating_point() else value + 3
+        for name, value in module.state_dict().items()
+    }
+
+
+def resolved(path: Path, model_type: str = "depth-cnn", **values: Any) -> Network:
+    return registry.resolve(str(path), model_type=model_type, **values)
+
+
+def same(found: State, expected: State) -> bool:
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
+
+
+# --- files as trainers write them
+
+
+def save_safetensors(state: State, path: Path) -> None:
+    save_file(state, path)
+
+
+def save_state_dict(state: State, path: Path) -> None:
+    torch.save(collections.OrderedDict(state), path)
+
+
+def save_old_format(state: State, path: Path) -> None:
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+def save_lightning(state: State, path: Path) -> None:
+    prefixed = {f"model.{name}": value for name, value in state.items()}
+    torch.save({"epoch": 3, "state_dict": prefixed, "hyper_parameters": {"lr": 0.1}}, path)
+
+
+def save_distributed(state: State, path: Path) -> None:
+    prefixed = {f"module._orig_mod.backbone.{name}": value for name, value in state.items()}
+    torch.save({"model_state_dict": prefixed}, path)
+
+
+def save_parameters(state: State, path: Path) -> None:
+    torch.save({name: nn.Parameter(value, False) for name, value in state.items()}, path)
+
+
+SAVERS = [
+    save_safetensors,
+    save_state_dict,
+    save_old_format,
+    save_lightning,
+    save_distributed,
+    save_parameters,
+]
+
+
+@pytest.mark.parametrize("save", SAVERS)
+def test_every_layout_loads_into_the_same_network(
+    save: Callable[[State, Path], None], state: State, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.ckpt"
+    save(state, path)
+    module = weights.load(resolved(path))
+    assert same(module.state_dict(), state)
+    assert not module.training
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("save", [save_safetensors, save_lightning])
+def test_parameters_are_the_mapped_file(
+    save: Callable[[State, Path], None], state: State, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.ckpt"
+    save(state, path)
+    module = weights.load(resolved(path))
+    with Path("/proc/self/maps").open() as maps:
+        spans = [
+            [int(end, 16) for end in line.split()[0].split("-")]
+            for line in maps
+            if line.endswith(f" {path}\n")
+        ]
+    for parameter in module.parameters():
+        assert any(start <= parameter.data_ptr() < end for start, end in spans)
+
+
+def test_half_precision_weights_become_float32(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({n: v.half() if v.is_floating_point() else v for n, v in state.items()}, path)
+    module = weights.load(resolved(path))
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    torch.testing.assert_close(module.state_dict(), state, rtol=1e-3, atol=1e-3)
+
+
+def test_timesformer_checkpoint_with_normalization(tmp_path: Path) -> None:
+    oracle = TimeSformer(
+        dim=512, image_size=64, patch_size=16, num_frames=26, num_classes=16, channels=1,
+        depth=8, heads=6, dim_head=64,
+    )  # fmt: skip
+    norm = nn.BatchNorm3d(1)
+    norm.running_mean += 0.25
+    path = tmp_path / "scroll5.ckpt"
+    saved = {f"backbone.{name}": value for name, value in oracle.state_dict().items()}
+    saved |= {f"normalization.{name}": value for name, value in norm.state_dict().items()}
+    torch.save({"state_dict": saved, "hyper_parameters": {"size": 64, "with_norm": True}}, path)
+    module = weights.load(resolved(path, "timesformer"))
+    assert module.normalization.running_mean.item() == 0.25
+    assert not any(value.is_meta for value in module.state_dict().values())
+    tiles = torch.rand(1, 1, 26, 64, 64)
+    with torch.inference_mode():
+        logits = module(tiles)
+        expected = oracle.eval()(norm.eval()(tiles).transpose(1, 2)).view(1, 1, 4, 4)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_resnet3d_checkpoint_without_its_training_heads() -> None:
+    spec = ModelSpec("r", "ink_resnet3d_152_decoder3d", "")
+    network = Network(spec, 62, 256, 64, 200, 200, "")
+    plain = weights.build(network, weights.Checkpoint(Path("x"), {}))
+    value = torch.ones(())
+    saved = {
+        name if name.startswith("decoder.") else f"backbone.{name}": value.expand(place.shape)
+        for name, place in plain.state_dict().items()
+    }
+    training = ["backbone.fc.weight", "backbone.fc.bias", "decoder.aux_head_s1.weight"]
+    for name in (*training, "decoder.aux_head_s2.weight"):
+        saved[name] = value.expand(3)
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    for name in norm:
+        saved[f"normalization.{name}"] = value if "num" in name else value.expand(1)
+    checkpoint = weights.Checkpoint(Path("x"), saved)
+    module = weights.fit(weights.build(network, checkpoint), checkpoint, spec.architecture)
+    assert len(module.state_dict()) == len(saved) - 4
+    assert all(value.eq(1).all() for value in module.state_dict().values())
+
+
+def test_missing_step_counts_are_no_fault(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    counts = {name: torch.tensor(0) for name in state if name.endswith("num_batches_tracked")}
+    torch.save({name: value for name, value in state.items() if name not in counts}, path)
+    assert same(weights.load(resolved(path)).state_dict(), state | counts)
+
+
+# --- hyper-parameters that hold other objects
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Config(dict):
+    """As Lightning's AttributeDict."""
+
+
+def test_checkpoints_with_other_objects_give_their_tensors(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "lightning.ckpt"
+    others = {
+        "namespace": argparse.Namespace(a=1),
+        "config": Config(a=Config(b=[1, 2])),
+        "path": Path("/data"),
+        "enum": Colour.RED,
+        "default": collections.defaultdict(list, {"a": [1]}),
+        "deque": collections.deque([1, 2]),
+        "set": {1, frozenset({2})},
+        "numpy": np.float64(1.5),
+        "array": np.arange(4),
+        "dtype": np.dtype("float32"),
+        "function": torch.nn.functional.relu,
+        "class": nn.Linear,
+        "simple": SimpleNamespace(a=torch.ones(2)),
+        "bytes": b"abc",
+        "big": 10**40,
+        "slice": slice(1, 2),
+        "in_chans": 26,
+        5: "five",
+    }
+    torch.save({"hyper_parameters": others, "callbacks": {Colour: 1}, "state_dict": state}, path)
+    checkpoint = weights.read(path)
+    assert same(checkpoint.tensors, state)
+    assert checkpoint.facts["in_chans"] == 26
+    assert checkpoint.facts["big"] == 10**40
+    assert same(weights.load(resolved(path)).state_dict(), state)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_views_types_and_shared_storages_survive(protocol: int, tmp_path: Path) -> None:
+    path = tmp_path / "views.pt"
+    base = torch.arange(24.0).view(4, 6)
+    kinds = (torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.uint8, torch.bool)
+    saved = {str(kind): base.to(kind) for kind in kinds}
+    saved |= {"base": base, "transposed": base.T, "corner": base[1:3, 2:4], "scalar": base[2, 3]}
+    saved |= {"none": torch.empty(0, 3), "wide": torch.ones(3).expand(2, 3)}
+    torch.save({"state_dict": saved, "other": Config()}, path, pickle_protocol=protocol)
+    assert same(weights.read(path).tensors, saved)
+
+
+# --- files that are not what they should be
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "empty.ckpt"
+    path.touch()
+    with pytest.raises(InkdaskError, match=rf"^The weights file {path} is empty\.$"):
+        weights.read(path)
+
+
+@pytest.mark.parametrize("save", SAVERS)
+@pytest.mark.parametrize("left", [0.1, 0.5, 0.999])
+def test_a_truncated_file(
+    save: Callable[[State, Path], None], left: float, state: State, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.ckpt"
+    save(state, path)
+    os.truncate(path, int(path.stat().st_size * left))
+    with pytest.raises(InkdaskError, match=rf"^{path} is cut off or damaged"):
+        weights.read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"<html>Not found</html>", "neither safetensors nor torch's own"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
+        (b"\x80\x02}q\x00.", "is cut off or damaged, or no checkpoint at all"),
+        (b"PK\x05\x06" + bytes(18), "is cut off or damaged, or no checkpoint at all"),
+        (struct.pack("<Q", 2) + b"{}", "holds no weights"),
+        (struct.pack("<Q", 2**62) + b"{}", "no whole safetensors file"),
+    ],
+)
+def test_no_checkpoint_at_all(content: bytes, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(InkdaskError, match=sentence) as caught:
+        weights.read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (nn.Linear(1, 1), "holds a pickled object, not weights"),
+        ([torch.ones(1)], "holds a list, not weights"),
+        ({"epoch": 1, "state_dict": {}}, "holds no weights"),
+        ({"a": torch.ones(2).to_sparse()}, "The weight a in .* is not a plain tensor"),
+        ({"a": torch.ones(2, device="meta")}, "The weight a in .* is not a plain tensor"),
+    ],
+)
+def test_torch_files_without_weights(content: Any, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(content, path)
+    with pytest.raises(InkdaskError, match=sentence):
+        weights.read(path)
+
+
+def test_weights_of_another_network_are_recognised(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(state, path)
+    with pytest.raises(InkdaskError) as caught:
+        weights.load(resolved(path, "timesformer"))
+    sentence = str(caught.value)
+    assert f"The weights {path} are not those of ink_timesformer: " in sentence
+    assert "missing, first to_patch_embedding" in sentence or "missing, first cls_token" in sentence
+    assert f"unexpected, first {next(iter(state))}" in sentence
+    assert sentence.endswith("It looks like the weights of depth-cnn.")
+
+
+@pytest.mark.parametrize(
+    ("names", "looks"),
+    [
+        (["backbone.layers.0.0.fn.to_qkv.weight"], "timesformer"),
+        (["model.backbone.layer4.0.conv3.weight", "backbone.layer3.5.conv1.weight",
+          "decoder.logit.weight"], "resnet3d-50"),
+        (["layer4.0.conv3.weight", "layer3.22.conv1.weight", "decoder.logit.weight"],
+         "resnet3d-101"),
+        (["layer4.0.conv3.weight", "layer3.35.conv1.weight", "decoder.logit.weight"],
+         "resnet3d-152"),
+        (["layer4.0.conv3.weight", "layer3.35.conv1.weight",
+          "decoder.decoder_blocks.0.conv1.weight"], "resnet3d-152-3d-decoder"),
+        (["depth.0.0.weight", "plane.0.weight"], "depth-cnn"),
+        (["layer4.0.conv3.weight", "layer3.40.conv1.weight", "decoder.logit.weight"], ""),
+        (["fc.weight"], ""),
+    ],
+)  # fmt: skip
+def test_networks_are_recognised_by_the_names_of_their_weights(
+    names: list[str], looks: str
+) -> None:
+    known, unknown = f"It looks like the weights of {looks}.", "It is of no network known here."
+    assert weights.recognise(names) == (known if looks else unknown)
+
+
+def test_misshaped_weights_are_named(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    name, value = next(iter(state.items()))
+    torch.save(state | {name: value[:1]}, path)
+    with pytest.raises(InkdaskError, match=rf"1 of another shape, first {name} \(1, .* for \("):
+        weights.load(resolved(path))
+
+
+def test_a_weight_given_twice_is_an_error(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    name, value = next(iter(state.items()))
+    torch.save(state | {f"module.{name}": value}, path)
+    with pytest.raises(InkdaskError, match=f"holds the weight {name} twice"):
+        weights.load(resolved(path))
+
+
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_weights_for_30_layers_do_not_read_26(
+    save: Callable[..., None], state: State, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.ckpt"
+    if save is save_file:
+        save_file(state, path, {"in_chans": "30"})
+    else:
+        torch.save({"state_dict": state, "hyper_parameters": {"in_chans": 30}}, path)
+    with pytest.raises(InkdaskError, match=r"are for 30 layers \(in_chans\), not for 26\.$"):
+        weights.load(resolved(path))
+    assert weights.load(resolved(path, layers=30)) is not None
+
+
+def test_weights_that_changed_since_they_were_resolved(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(state, path)
+    network = resolved(path)
+    torch.save({name: value + 1 for name, value in state.items()}, path)
+    with pytest.raises(InkdaskError, match="not those this job was made with"):
+        weights.load(network)
+
+
+def test_an_unknown_network(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(state, path)
+    network = resolved(path)
+    spec = ModelSpec("x", "ink_nothing", str(path))
+    with pytest.raises(InkdaskError, match=r"^There is no network ink_nothing: known are"):
+        weights.load(Network(spec, 26, 64, 16, 200, 200, network.digest))
