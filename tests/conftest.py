@@ -1,5 +1,6 @@
 """Servers that many tests share: an S3 of their own, and faults in front of it."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -11,6 +12,16 @@ import pytest
 
 from inkdask import storage
 from tests.faultproxy import FaultProxy
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """Undo what the command line sets, so that tests do not depend on their order."""
+    root, own = logging.getLogger(), logging.getLogger("inkdask")
+    handlers, level = list(root.handlers), own.level
+    yield
+    root.handlers[:] = handlers
+    own.setLevel(level)
 
 
 def free_port():

@@ -87,7 +87,7 @@ def test_layers_of_other_kinds(home, suffix):
 def test_colour_layers_warn_once(tmp_path, caplog, pixels):
     colours = np.stack([pixels, pixels // 2, pixels // 3], axis=-1)
     write_layers(tmp_path, colours, photometric="rgb")
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "inkdask"):
         segment = open_segment(str(tmp_path))
     [warning] = caplog.messages
     assert "00.tif has 3 channels, of which the first is read (6 such layers)" in warning
@@ -120,7 +120,7 @@ def test_sixteen_bit_png(tmp_path, pixels):
 )
 def test_choice_of_layers(tmp_path, first, options, layers, pixels, caplog):
     write_layers(tmp_path / "layers", pixels, first=first)
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, "inkdask"):
         segment = open_segment(str(tmp_path), **options)
     assert segment.layers == tuple(layers)
     assert f"layers {' '.join(map(str, layers))} are read, in this order" in caplog.text
@@ -345,7 +345,7 @@ def test_what_cannot_be_cut_is_decoded_once(tmp_path, kind, monkeypatch, caplog)
             (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
     else:
         write_layers(tmp_path, layers, compression="lzw")
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "inkdask"):
         segment = open_segment(str(tmp_path))
     assert "cannot be read in parts: each process decodes every layer once" in caplog.text
     assert segment.volume.numblocks == (1, 4, 3)
