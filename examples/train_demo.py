@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 
-from inkdask import letters, synthetic
+from inkdask.demo import letters, synthetic
 from inkdask.models.networks import depth_cnn
 from inkdask.models.registry import KNOWN
 

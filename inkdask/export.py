@@ -19,7 +19,8 @@ import numpy as np
 import png
 import zarr
 
-from inkdask import outputs, storage
+from inkdask import storage
+from inkdask.storage import outputs
 
 BAND = 4 << 20  # pixels compressed at a time
 

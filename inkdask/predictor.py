@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inkdask.counting import count
 from inkdask.models.fast import Compilation, Forward, agree, is_prepared, prepare
 from inkdask.models.hardware import cores, device_for, fast_float32, full_float32, precision_for
+from inkdask.storage.counting import count
 from inkdask.types import InkdaskError, Network
 
 # Voxels in a batch when the user names no batch size: on a CPU a batch that stays in cache is

@@ -17,15 +17,16 @@ import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
-from inkdask import engine, outputs, storage
+from inkdask import engine, storage
 from inkdask.halo import with_halo
 from inkdask.progress import Meter
+from inkdask.reading.zarr_volume import FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE
 from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
+from inkdask.storage import outputs
 from inkdask.store import digest, open_array
 from inkdask.tiling import Tiling
 from inkdask.types import InkdaskError
-from inkdask.zarr_volume import FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE
 
 log = logging.getLogger("inkdask")
 

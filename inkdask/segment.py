@@ -16,13 +16,14 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from inkdask import images, storage, tiff_header
-from inkdask.layers import LayerFile, check_unique, choose_layers, find_layers
-from inkdask.parallel import for_each
-from inkdask.tiff import TiffImage
+from inkdask import storage
+from inkdask.reading import images, tiff_header
+from inkdask.reading.layers import LayerFile, check_unique, choose_layers, find_layers
+from inkdask.reading.tiff import TiffImage
+from inkdask.reading.volume import DecodedStack, Source, TiffStack, lazy
+from inkdask.reading.zarr_volume import open_zarr
+from inkdask.storage.parallel import for_each
 from inkdask.types import InkdaskError
-from inkdask.volume import DecodedStack, Source, TiffStack, lazy
-from inkdask.zarr_volume import open_zarr
 
 log = logging.getLogger(__name__)
 

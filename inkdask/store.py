@@ -29,8 +29,9 @@ import dask.array as da
 import numpy as np
 import zarr
 
-from inkdask import outputs, storage
+from inkdask import storage
 from inkdask.inference import InferredChunk
+from inkdask.storage import outputs
 from inkdask.tiling import Tiling
 
 STEPS = 65534  # of a probability in 16 bits: 30 times finer than float16 near 1, and no larger

@@ -12,7 +12,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from inkdask import engine, export, outputs, storage
+from inkdask import engine, export, storage
 from inkdask.blending import blend
 from inkdask.inference import infer
 from inkdask.plan import Plan, Source
@@ -20,6 +20,7 @@ from inkdask.preparation import prepare
 from inkdask.progress import Meter
 from inkdask.provenance import fingerprint, provenance
 from inkdask.settings import Settings
+from inkdask.storage import outputs
 from inkdask.store import ChunkReport, GridStore, save_chunk
 from inkdask.summary import Summary
 from inkdask.tiling import Tiling

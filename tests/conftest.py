@@ -84,7 +84,7 @@ def s3(s3_endpoint, no_credentials, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret")
     bucket = f"scrolls-{uuid.uuid4().hex[:12]}"
-    storage.s3().mkdir(bucket)
+    storage.s3_filesystem().mkdir(bucket)
     return f"s3://{bucket}"
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from inkdask import demo
+from inkdask.demo import job as demo
 from inkdask.models import hub, networks, registry, weights
 from inkdask.types import InkdaskError
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from inkdask import outputs, storage
+from inkdask import storage
 from inkdask.export import bands, lay_zarr, publish_zarr, to_uint8, unfinished, write_png
+from inkdask.storage import outputs
 from inkdask.types import InkdaskError
 
 

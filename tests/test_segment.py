@@ -10,10 +10,11 @@ import pytest
 import tifffile
 import zarr
 
-from inkdask import images, storage, volume
-from inkdask import s3 as s3_module
-from inkdask.parallel import THREADS
+from inkdask import storage
+from inkdask.reading import images, volume
 from inkdask.segment import Segment, _name, describe, open_segment
+from inkdask.storage import s3 as s3_module
+from inkdask.storage.parallel import THREADS
 from inkdask.types import InkdaskError
 from tests.files import encode, random_volume, write_layers
 

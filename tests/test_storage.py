@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import zarr
 
-from inkdask import s3 as s3_module
 from inkdask import storage
+from inkdask.storage import s3 as s3_module
 from inkdask.types import InkdaskError
 
 
@@ -94,7 +94,7 @@ def test_other_protocols_are_refused():
 
 
 def test_bugs_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(storage, "_read_local", lambda *_: 1 / 0)
+    monkeypatch.setattr("inkdask.storage.files._read_local", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         storage.read_range("/tmp/x", 0, 1)
 
@@ -110,7 +110,7 @@ def test_denied_is_one_sentence_at_once(s3, faults):
 def test_public_buckets_need_no_credentials(s3, monkeypatch):
     for name in ("public", "private"):
         storage.write_bytes(f"{s3}/{name}", name.encode())
-    storage.s3().chmod(f"{s3}/public", "public-read")
+    storage.s3_filesystem().chmod(f"{s3}/public", "public-read")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert storage.read_bytes(f"{s3}/public") == b"public"
@@ -126,25 +126,25 @@ def test_unknown_profile_is_an_error_of_the_user(s3, monkeypatch):
 
 
 def test_requester_pays(s3, monkeypatch):
-    assert not storage.s3().requester_pays
+    assert not storage.s3_filesystem().requester_pays
     monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
-    assert storage.s3().requester_pays
+    assert storage.s3_filesystem().requester_pays
 
 
 def test_one_connection_for_each_process_and_setting(s3, monkeypatch):
-    assert storage.s3() is storage.s3()
-    assert storage.s3() is not storage.s3(asynchronous=True)
-    before = storage.s3()
+    assert storage.s3_filesystem() is storage.s3_filesystem()
+    assert storage.s3_filesystem() is not storage.s3_filesystem(asynchronous=True)
+    before = storage.s3_filesystem()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "other")
-    assert storage.s3() is not before
+    assert storage.s3_filesystem() is not before
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    assert storage.s3() is not storage.s3(asynchronous=True)
+    assert storage.s3_filesystem() is not storage.s3_filesystem(asynchronous=True)
 
 
 def test_pickled_connection_holds_no_secret(s3):
-    for connection in (storage.s3(), storage.zarr_store(f"{s3}/x.zarr")):
+    for connection in (storage.s3_filesystem(), storage.zarr_store(f"{s3}/x.zarr")):
         assert b"testing-secret" not in pickle.dumps(connection)
-    assert pickle.loads(pickle.dumps(storage.s3())) is storage.s3()
+    assert pickle.loads(pickle.dumps(storage.s3_filesystem())) is storage.s3_filesystem()
 
 
 def test_counters_count_bodies_and_requests(home):

@@ -5,8 +5,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from inkdask import letters, synthetic
-from inkdask.demo import auc
+from inkdask.demo import auc, letters, synthetic
 from inkdask.types import InkdaskError
 
 SMALL = {"height": 160, "width": 352}

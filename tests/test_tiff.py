@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from inkdask import storage, tiff, tiff_header, volume
-from inkdask.parallel import THREADS
+from inkdask import storage
+from inkdask.reading import tiff, tiff_header, volume
+from inkdask.reading.volume import TiffStack, lazy
 from inkdask.segment import open_segment
+from inkdask.storage.parallel import THREADS
 from inkdask.types import InkdaskError
-from inkdask.volume import TiffStack, lazy
 from tests.files import encode, random_volume, write_layers
 
 SHAPE = (2, 290, 333)

@@ -16,7 +16,8 @@ import zarr
 from PIL import Image
 
 import inkdask
-from inkdask import storage, synthetic
+from inkdask import storage
+from inkdask.demo import synthetic
 from inkdask.settings import parameters
 from inkdask.types import InkdaskError, SettingsError
 from tests.oracle import naive_map, papyrus, picture

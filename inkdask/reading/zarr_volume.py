@@ -17,8 +17,8 @@ import numpy as np
 import zarr
 
 from inkdask import storage
+from inkdask.reading.volume import BLOCK_BYTES
 from inkdask.types import InkdaskError
-from inkdask.volume import BLOCK_BYTES
 
 LAYERS_ATTRIBUTE = "layers"  # of an array that inkdask prepared: the numbers of its layers
 FINISHED_ATTRIBUTE = "finished"  # of such an array: False until its last block is there

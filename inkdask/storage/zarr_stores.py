@@ -1,4 +1,4 @@
-"""zarr's local store, counted; on S3 the file system counts (`inkdask.s3`)."""
+"""zarr's local store, counted; on S3 the file system counts (`inkdask.storage.s3`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from zarr import storage as zarr_storage
 
-from inkdask.counting import count
+from inkdask.storage.counting import count
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest

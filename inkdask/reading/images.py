@@ -22,7 +22,7 @@ import zarr
 from tifffile.tifffile import jpeg_shape
 
 from inkdask import storage
-from inkdask.parallel import for_each
+from inkdask.storage.parallel import for_each
 from inkdask.types import InkdaskError
 
 log = logging.getLogger(__name__)

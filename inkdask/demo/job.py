@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from inkdask import synthetic
+from inkdask.demo import synthetic
 from inkdask.types import InkdaskError
 
 LAYERS = 26

@@ -18,8 +18,8 @@ import numpy as np
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from inkdask.images import CHUNK, DecodedBlock, Image
-from inkdask.tiff import TiffBlock, TiffImage
+from inkdask.reading.images import CHUNK, DecodedBlock, Image
+from inkdask.reading.tiff import TiffBlock, TiffImage
 
 BLOCK_BYTES = 64 << 20  # of decoded uint8 over all layers: the size a block grows to
 BLOCK_SIDE = 1024  # pixels: no block is taller, because the chunks with the tiles are about this
@@ -96,7 +96,7 @@ class TiffStack:
 
 @dataclass(frozen=True, eq=False)
 class DecodedStack:
-    """Layers that are decoded as a whole (`inkdask.images`); ``identity`` changes with them."""
+    """Layers that are decoded as a whole (`reading.images`); ``identity`` changes with them."""
 
     images: tuple[Image, ...]
     identity: str

@@ -1,6 +1,6 @@
 """TIFF layers by byte range: only the pieces that meet a window are fetched and decoded.
 
-A `TiffImage` says where the pieces (strips or tiles) of one layer lie; `inkdask.tiff_header` makes
+A `TiffImage` says where the pieces (strips or tiles) of one layer lie; `reading.tiff_header` makes
 it. A `TiffBlock` is one window of all layers: picklable, free of open files, and carrying the
 places of its own pieces only, so that the largest tables never travel twice. Pieces decode straight
 into the block's uint8 output; a uint16 layer keeps its high byte, as the models were trained.
@@ -16,7 +16,7 @@ import numpy as np
 import tifffile
 
 from inkdask import storage
-from inkdask.parallel import for_each
+from inkdask.storage.parallel import for_each
 from inkdask.types import InkdaskError
 
 MERGE_GAP = 256  # bytes between two pieces that are still fetched as one range

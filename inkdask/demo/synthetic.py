@@ -17,7 +17,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from inkdask import letters
+from inkdask.demo import letters
 from inkdask.types import InkdaskError
 
 #: Philodemus' "fourfold cure", PHerc. 1005: nothing to fear in god, nothing to suspect in death;
@@ -51,7 +51,7 @@ def segment(
     Parameters
     ----------
     text
-        Lines of Greek capitals (`inkdask.letters.ALPHABET`), written as large as they fit.
+        Lines of Greek capitals (`inkdask.demo.letters.ALPHABET`), written as large as they fit.
     height, width
         Size in pixels.
     layers

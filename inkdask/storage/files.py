@@ -19,33 +19,13 @@ from uuid import uuid4
 from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 
-from inkdask.counting import Counters, count, counters
+from inkdask.storage.counting import count
 from inkdask.types import InkdaskError
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-    from inkdask.s3 import S3FileSystem
-
-__all__ = [
-    "Counters",
-    "Entry",
-    "counters",
-    "entry",
-    "exists",
-    "explain",
-    "explained",
-    "filesystem",
-    "is_local",
-    "join",
-    "list_folder",
-    "put_file",
-    "read_bytes",
-    "read_range",
-    "s3",
-    "write_bytes",
-    "zarr_store",
-]
+    from inkdask.storage.s3 import S3FileSystem
 
 
 @dataclass(frozen=True)
@@ -61,12 +41,14 @@ class Entry:
     is_folder: bool
 
 
-def s3(asynchronous: bool = False) -> S3FileSystem:
+def s3_filesystem(asynchronous: bool = False) -> S3FileSystem:
     """Return this process's S3 connection for the current ``AWS_*`` settings.
 
     ``asynchronous`` gives the one for zarr, which runs its own event loop.
     """
-    from inkdask.s3 import connection  # botocore takes its time, and local jobs need none of it
+    from inkdask.storage.s3 import (
+        connection,  # botocore takes its time, and local jobs need none of it
+    )
 
     return connection(asynchronous)
 
@@ -91,7 +73,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
     if protocol not in ("s3", "s3a") or not path:
         raise InkdaskError(f"{uri} is neither a local path nor an s3:// URI.")
     with explained(uri):
-        return s3(), path.rstrip("/")
+        return s3_filesystem(), path.rstrip("/")
 
 
 def join(uri: str, *names: str) -> str:
@@ -207,13 +189,13 @@ def zarr_store(uri: str, read_only: bool = False) -> Store:
     """Return the zarr store at ``uri``, on the same connections, counters and retries."""
     from zarr.storage import FsspecStore
 
-    from inkdask.zarr_stores import LocalStore
+    from inkdask.storage.zarr_stores import LocalStore
 
     _, path = filesystem(uri)
     if is_local(uri):
         return LocalStore(path, read_only=read_only)
     with explained(uri):
-        return FsspecStore(s3(asynchronous=True), path=path, read_only=read_only)
+        return FsspecStore(s3_filesystem(asynchronous=True), path=path, read_only=read_only)
 
 
 def explain(error: BaseException, uri: str) -> InkdaskError:
@@ -225,7 +207,7 @@ def explain(error: BaseException, uri: str) -> InkdaskError:
             return InkdaskError(f"{uri}: permission denied.")
         if "AWS credentials" in str(error):
             return InkdaskError(f"{uri} cannot be read. {error}.")
-        anonymous = s3().anon
+        anonymous = s3_filesystem().anon
         who = "no AWS credentials were found and it is not public" if anonymous else str(error)
         return InkdaskError(f"Access to {uri} is denied: {who.rstrip('.')}.")
     if _code(error) == "NoSuchBucket":

@@ -26,7 +26,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from inkdask.counting import count
+from inkdask.storage.counting import count
 
 log = logging.getLogger(__name__)
 

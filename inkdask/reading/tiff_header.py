@@ -13,7 +13,7 @@ import numpy as np
 import tifffile
 
 from inkdask import storage
-from inkdask.tiff import Layout, TiffImage
+from inkdask.reading.tiff import Layout, TiffImage
 from inkdask.types import InkdaskError
 
 HEADER_READ = 4096  # bytes: covers the tags of most files, and little of the pixels

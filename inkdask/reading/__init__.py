@@ -1,0 +1,1 @@
+"""How layers become a lazy volume: found, parsed once, read in blocks."""
