@@ -161,6 +161,33 @@ class Settings(BaseSettings):
         "0", description="GPUs that the process may use, as CUDA counts them."
     )
 
+    # Where it runs
+    cluster: str = Field(
+        "threads",
+        pattern=r"^(threads|local|cuda|kubernetes|(tcp|tls|ucx|ucxx)://.+)$",
+        description="Where the job runs: `threads` of this process (or the current client, in "
+        "Python), `local` worker processes, `cuda` for one worker a GPU, `kubernetes`, or the "
+        "address of a Dask scheduler.",
+    )
+    scheduler_address: str | None = Field(
+        None,
+        validation_alias=AliasChoices("dask_scheduler_address", "scheduler_address"),
+        description="Address of a running Dask scheduler, the same as `--cluster ADDRESS`.",
+    )
+    min_workers: int = Field(
+        1, ge=0, description="Workers that a Kubernetes cluster keeps even when idle."
+    )
+    max_workers: int | None = Field(
+        None,
+        ge=1,
+        description="Workers at most. Default: local: one for every 4 cores; cuda: the visible GPUs; "
+        "kubernetes: 8.",
+    )
+    report: str | None = Field(
+        None,
+        description="Write Dask's performance report to this HTML file, also when the job fails.",
+    )
+
     # Where it goes
     output_path: str | None = Field(
         None,
@@ -169,6 +196,11 @@ class Settings(BaseSettings):
     zarr_output_dir: str = Field(
         "/tmp/partitions",  # noqa: S108  the contract's default
         description="Folder for tile grids, local or `s3://`: interrupted jobs resume from it.",
+    )
+    grid: str | None = Field(
+        None,
+        description="This very tile grid instead of one named after the job: resumed where it is "
+        "the same job's, refused where it is another's.",
     )
     step: Literal["prepare", "inference", "reduce"] = Field(
         "inference",
