@@ -3,6 +3,8 @@
 import io
 import itertools
 import pickle
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -18,6 +20,7 @@ from inkdask.reading.volume import TiffStack, lazy
 from inkdask.segment import open_segment
 from inkdask.storage.parallel import THREADS
 from inkdask.types import InkdaskError
+from tests import damage
 from tests.files import encode, random_volume, write_layers
 
 SHAPE = (2, 290, 333)
@@ -199,20 +202,38 @@ def test_truncated_file_fails_by_its_header(tmp_path, codec, layout):
         open_image(data[:-9], tmp_path, "cut.tif")
 
 
-@pytest.mark.parametrize("codec", ["lzw", "zlib", "packbits", "zstd"])
-def test_corrupt_pixels_name_file_and_position(tmp_path, codec):
+@pytest.mark.parametrize(
+    ("codec", "spoiled"),
+    [
+        # Not all damage shows in these codecs; this ends the data early, or breaks their frame.
+        ("lzw", b"\x80\x40"),
+        ("lzw", bytes.fromhex("805be05038cb")),  # a clear code, and then one that needs a table
+        ("zlib", b""),
+        ("packbits", b"\x80" * 20_000),
+        ("zstd", b""),
+    ],
+)
+def test_corrupt_pixels_name_file_and_position(tmp_path, codec, spoiled):
     data = bytearray(encode(random_volume(SHAPE)[0], compression=codec, rowsperstrip=37))
     image = open_image(bytes(data), tmp_path, "spoiled.tif")
     start, count = int(image.offsets[3, 0]), int(image.counts[3, 0])
-    # Not all damage shows in these codecs; this ends the data early, or breaks their frame.
-    damage = {"packbits": b"\x80" * count, "lzw": b"\x80\x40"}.get(codec, b"")
-    data[start : start + count] = damage.ljust(count, b"\0")
+    data[start : start + count] = spoiled[:count].ljust(count, b"\0")
     (tmp_path / "spoiled.tif").write_bytes(data)
     where = rf"spoiled\.tif is corrupt at row 111, column 0 \(bytes {start} to {start + count}\)"
     with pytest.raises(InkdaskError, match=where):
         image.decode()
     # Windows that do not meet the strip are sound.
     tiff.TiffBlock.of([image], slice(0, 111), slice(0, 333)).read()
+
+
+def test_no_damage_ends_the_process():
+    """Decoders that follow what damaged data say may crash: hence a process of its own."""
+    command = [sys.executable, "-m", "tests.damage", "0", "2400"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert set(counts) == set(damage.KINDS)
+    assert all(int(refused) > 50 for _, refused in counts.values())
 
 
 @pytest.fixture

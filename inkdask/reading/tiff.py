@@ -16,6 +16,7 @@ import numpy as np
 import tifffile
 
 from inkdask import storage
+from inkdask.reading import lzw
 from inkdask.storage.parallel import for_each
 from inkdask.types import InkdaskError
 
@@ -76,11 +77,9 @@ class Layout:
         size = rows * width * self.pixel_bytes
         dtype = np.dtype(self.dtype)
         if self.jpeg:
-            tables, colours, wanted = self.jpeg
-            pixels = tifffile.TIFF.DECOMPRESSORS[self.compression](
-                data, tables=tables, colorspace=colours, outcolorspace=wanted
-            )
-            data = memoryview(pixels.reshape(-1))
+            return self._decode_jpeg(data, rows, *self.jpeg)
+        if self.compression == 5:
+            data = lzw.decode(data, rows, width * self.pixel_bytes)
         elif self.compression != 1:
             data = tifffile.TIFF.DECOMPRESSORS[self.compression](data, out=size)
         if len(data) < size:
@@ -91,6 +90,17 @@ class Layout:
             values = values.astype(dtype.newbyteorder("="))
             tifffile.TIFF.UNPREDICTORS[self.predictor](values, axis=-2, out=values)
         return values[:, :, 0]
+
+    def _decode_jpeg(
+        self, data: memoryview, rows: int, tables: bytes | None, colours: Any, wanted: Any
+    ) -> np.ndarray:
+        _, height, width, _ = tifffile.tifffile.jpeg_shape(bytes(data))
+        if width != self.piece[1] or not rows <= height <= self.piece[0]:
+            raise ValueError(f"{width} x {height} pixels where {self.piece[1]} x {rows} belong")
+        pixels: np.ndarray = tifffile.TIFF.DECOMPRESSORS[self.compression](
+            data, tables=tables, colorspace=colours, outcolorspace=wanted
+        )
+        return pixels.reshape(height, width, -1)[:rows, :, 0]
 
 
 @dataclass(frozen=True, eq=False)
