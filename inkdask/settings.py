@@ -180,8 +180,8 @@ class Settings(BaseSettings):
     max_workers: int | None = Field(
         None,
         ge=1,
-        description="Workers at most. Default: local: one for every 4 cores; cuda: the visible GPUs; "
-        "kubernetes: 8.",
+        description="Workers at most. Default: local: one for every 4 cores; cuda: the visible "
+        "GPUs; kubernetes: 8.",
     )
     report: str | None = Field(
         None,
