@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from inkdask.segment import Segment, open_segment
     from inkdask.settings import Settings
     from inkdask.types import InkdaskError, ModelSpec
-    from inkdask.workflow import InkMap, predict, run
+    from inkdask.workflow import InkMap, check, predict, run
 
 _HOME = {
     "InkMap": "workflow",
@@ -27,6 +27,7 @@ _HOME = {
     "ModelSpec": "types",
     "Segment": "segment",
     "Settings": "settings",
+    "check": "workflow",
     "open_segment": "segment",
     "predict": "workflow",
     "prepare": "preparation",
@@ -39,6 +40,7 @@ __all__ = [
     "ModelSpec",
     "Segment",
     "Settings",
+    "check",
     "open_segment",
     "predict",
     "prepare",

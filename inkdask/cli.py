@@ -103,10 +103,21 @@ def run(**given: Any) -> None:
     """
     from inkdask.workflow import run
 
-    given = _given(given)
-    if not given and Settings.of().step != "prepare":  # a container's environment names all four
-        Settings.of().require("model", "s3_path", "start_layer", "end_layer")
-    print(run(**given))
+    print(run(**_complete(given)))
+
+
+@inkdask_.command()
+@click.argument("s3_path", required=False)
+@_settings_options()
+def check(**given: Any) -> None:
+    """Find out whether `run` with the same words can do its job, and run nothing.
+
+    Model and weights, layers, tiles and the places for the outputs are tried; prints the URI that
+    the picture will have.
+    """
+    from inkdask.workflow import check
+
+    print(check(**_complete(given)))
 
 
 @inkdask_.command()
@@ -163,6 +174,14 @@ def models() -> None:
         )
         if spec.licence:
             console.print(f"    licence: {spec.licence}")
+
+
+def _complete(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user gave; a container's environment must name the job wholly."""
+    given = _given(options)
+    if not given and Settings.of().step != "prepare":
+        Settings.of().require("model", "s3_path", "start_layer", "end_layer")
+    return given
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

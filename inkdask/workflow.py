@@ -119,16 +119,8 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     settings = Settings.of(**options, **_given(s3_path=s3_path))
     if settings.step == "prepare":
         return prepare(s3_path, **options)
-    settings.require("s3_path", "model")
-    settings.export_devices()
-    settings.export_token()
     summary = Summary()
-
-    plan = Plan.of(str(settings.s3_path), settings)
-    target = output_stem(settings, plan)
-    for place in (f"{target}.png", settings.result_file):
-        outputs.check_writable(place)
-    outputs.check_writable(storage.join(settings.zarr_output_dir, "grid"))
+    plan, target = settle(settings)
     log.info("%s", plan)
 
     identity = fingerprint(plan)
@@ -150,6 +142,46 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     storage.write_bytes(settings.result_file, uri.encode())
     summary.say(uri)
     return uri
+
+
+def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
+    """Find out whether a job can run, before anything expensive is started.
+
+    Model and weights, layers and tiles are settled as `run` does, and the places for the outputs
+    are tried; nothing is read but headers and weights, and nothing is left behind.
+
+    Parameters
+    ----------
+    s3_path, **options
+        As for `run`.
+
+    Returns
+    -------
+    The URI that the PNG will have.
+
+    Raises
+    ------
+    InkdaskError
+        What `run` would fail with, in one sentence.
+    """
+    settings = Settings.of(**options, **_given(s3_path=s3_path))
+    plan, target = settle(settings)
+    log.info("%s", plan)
+    check_weights(plan.network)
+    return f"{target}.png"
+
+
+def settle(settings: Settings) -> tuple[Plan, str]:
+    """Settle what a job will do and where its outputs go, without their endings."""
+    settings.require("s3_path", "model")
+    settings.export_devices()
+    settings.export_token()
+    plan = Plan.of(str(settings.s3_path), settings)
+    target = output_stem(settings, plan)
+    for place in (f"{target}.png", settings.result_file):
+        outputs.check_writable(place)
+    outputs.check_writable(storage.join(settings.zarr_output_dir, "grid"))
+    return plan, target
 
 
 def check_weights(network: Network) -> None:
