@@ -1,0 +1,202 @@
+"""The manifests under cluster/: they render, and everything that reads them understands them."""
+
+import copy
+import importlib.metadata
+import re
+import shutil
+from itertools import product
+
+import click
+import pytest
+import yaml
+
+from inkdask.cli import inkdask_
+from tests.manifests import CLUSTER, only, pod_specs, problems, render
+
+COMPONENTS = sorted(folder.name for folder in (CLUSTER / "components").iterdir())
+
+
+def with_components(folder, *components):
+    """A copy of the manifests whose overlay has these components, as its README tells."""
+    shutil.copytree(CLUSTER, folder)
+    site = folder / "overlays/site/kustomization.yaml"
+    listed = "".join(f"\n  - ../../components/{name}" for name in components)
+    text, count = re.subn(r"components: \[\]", f"components:{listed or ' []'}", site.read_text())
+    assert count == 1
+    site.write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site():
+    return render(CLUSTER)
+
+
+@pytest.fixture(scope="module")
+def job():
+    return render(CLUSTER / "job")
+
+
+RENDERS = ["", "job", *[f"{name}+{part}" for name, part in product(COMPONENTS, ["", "job"])]]
+
+
+@pytest.mark.parametrize("what", RENDERS)
+def test_every_render_is_valid(what, tmp_path):
+    component, _, part = what.rpartition("+")
+    folder = with_components(tmp_path / "cluster", *filter(None, [component])) / part
+    documents = render(folder)
+    assert [problem for document in documents for problem in problems(document)] == []
+
+
+def test_the_schemas_refuse_what_is_wrong(site):
+    def broken(kind, change):
+        document = copy.deepcopy(only(site, kind, "inkdask"))
+        change(document)
+        return problems(document)
+
+    def worker(document):
+        return document["spec"]["worker"]["spec"]["containers"][0]
+
+    gpus = "nvidia.com/gpu"
+    assert broken("DaskCluster", lambda d: d["spec"].update(workers=1))
+    assert broken("DaskCluster", lambda d: worker(d)["resources"]["limits"].update({gpus: [1]}))
+    assert broken("DaskCluster", lambda d: worker(d).update(comand=["dask"]))
+    assert broken("DaskAutoscaler", lambda d: d["spec"].pop("minimum"))
+    assert broken("Role", lambda d: d["rules"][0].update(verb=["get"]))
+    assert broken("WorkflowTemplate", lambda d: d["spec"].update(entryPoint="x"))
+    assert broken("WorkflowTemplate", lambda d: d["spec"]["volumes"][0].update(emptyDirs={}))
+
+
+def test_one_place_sets_namespace_image_and_bucket(tmp_path):
+    folder = with_components(tmp_path / "cluster")
+    site = folder / "overlays/site/kustomization.yaml"
+    text = site.read_text()
+    for old, new in (
+        ("newName: registry.example.com/inkdask", "newName: here.example.org/ink"),
+        ("newTag: 0.1.0", "newTag: v9"),
+        ("namespace: inkdask", "namespace: papyri"),
+        ("s3://my-bucket/", "s3://papyri/"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    site.write_text(text)
+    documents = render(folder)
+    images = {c["image"] for d in documents for pod in pod_specs(d) for c in pod["containers"]}
+    assert images == {"here.example.org/ink:v9"}
+    assert {document["metadata"]["namespace"] for document in documents} == {"papyri"}
+    settings = only(documents, "ConfigMap")
+    assert settings["data"]["ZARR_OUTPUT_DIR"].startswith("s3://papyri/")
+    # The names by which pods refer to it stay as they are.
+    assert settings["metadata"]["name"] == "inkdask"
+
+
+def containers(documents):
+    for document in documents:
+        for pod in pod_specs(document):
+            for container in pod["containers"]:
+                yield f"{document['kind']}/{document['metadata']['name']}", container
+
+
+def parse(command, words):
+    """Parse a command line as the installed program does, without running it."""
+    context = command.make_context(words[0], list(words[1:]))
+    while isinstance(context.command, click.Group):
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = context.command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
+    return context
+
+
+def dask_command():
+    """The ``dask`` program, with the sub-commands that are installed."""
+    group = click.Group("dask")
+    for entry in importlib.metadata.entry_points(group="dask_cli"):
+        if entry.name != "kubernetes":
+            group.add_command(entry.load(), entry.name)
+    return group
+
+
+PROGRAMS = {"dask": dask_command, "inkdask": lambda: inkdask_}
+
+
+def test_every_command_exists(site, job, tmp_path):
+    cpu = render(with_components(tmp_path / "cluster", "cpu"))
+    seen = set()
+    for where, container in containers([*site, *job, *cpu]):
+        words = [*container["command"], *container.get("args", [])]
+        filled = [re.sub(r"\{\{.*?\}\}|\$\(\w+\)", "1", word) for word in words]
+        context = parse(PROGRAMS[words[0]](), filled)
+        seen.add(context.command_path)
+        assert not context.args, (where, words)
+    assert seen == {
+        "dask scheduler", "dask worker", "dask cuda worker", "inkdask run", "inkdask check",
+    }  # fmt: skip
+
+
+def test_a_command_that_is_gone_is_found_out():
+    for words in (["dask", "workr"], ["dask", "scheduler", "--bokeh"], ["dask", "cuda", "wrker"]):
+        with pytest.raises(click.UsageError):
+            parse(dask_command(), words)
+
+
+def test_pods_have_no_more_rights_than_they_need(site, job):
+    for document in [*site, *job]:
+        for pod in pod_specs(document):
+            assert pod["securityContext"]["runAsNonRoot"]
+            assert "serviceAccountName" in pod or document["kind"] == "WorkflowTemplate"
+            for container in pod["containers"]:
+                security = container["securityContext"]
+                assert security["readOnlyRootFilesystem"]
+                assert not security["allowPrivilegeEscalation"]
+                assert security["capabilities"] == {"drop": ["ALL"]}
+                assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/tmp"}
+                assert container["resources"]["requests"].keys() >= {"cpu", "memory"}
+
+
+def test_the_cluster_of_a_job_is_the_cluster(job):
+    cluster, whole = only(job, "DaskCluster")["spec"], only(job, "DaskJob")
+    inner = copy.deepcopy(whole["spec"]["cluster"]["spec"])
+    selector = inner["scheduler"]["service"]["selector"]
+    assert selector["dask.org/cluster-name"] == whole["metadata"]["name"]
+    selector["dask.org/cluster-name"] = cluster["scheduler"]["service"]["selector"][
+        "dask.org/cluster-name"
+    ]
+    assert inner["scheduler"] == cluster["scheduler"]
+    assert inner["worker"]["spec"] == cluster["worker"]["spec"]
+
+
+def test_gpus_are_asked_for_by_the_pods_that_infer_alone(site, tmp_path):
+    def on_gpus(documents):
+        return [
+            where
+            for where, container in containers(documents)
+            if "nvidia.com/gpu" in container["resources"]["limits"]
+        ]
+
+    assert on_gpus(site) == [
+        "WorkflowTemplate/inkdask", "WorkflowTemplate/inkdask-parts", "DaskCluster/inkdask",
+    ]  # fmt: skip
+    assert on_gpus(render(with_components(tmp_path / "cpu", "cpu"))) == []
+    spot = render(with_components(tmp_path / "spot", "spot"))
+    pods = [pod for document in spot for pod in pod_specs(document)]
+    selected = [pod for pod in pods if "nodeSelector" in pod]
+    assert len(selected) == 3
+    for pod in selected:
+        assert "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
+
+
+def test_both_workflows_take_the_same_parameters(site):
+    one, parts = (
+        {p["name"]: p.get("value") for p in only(site, "WorkflowTemplate", name)["spec"][
+            "arguments"]["parameters"]}
+        for name in ("inkdask", "inkdask-parts")
+    )  # fmt: skip
+    assert parts.pop("parts") == "4"
+    assert one == parts
+
+
+def test_base_files_are_documents_of_their_own():
+    """Nothing lies in the base that kustomize does not take."""
+    base = CLUSTER / "base"
+    listed = yaml.safe_load((base / "kustomization.yaml").read_text())["resources"]
+    assert sorted(listed) == sorted(f.name for f in base.iterdir() if f.stem != "kustomization")
