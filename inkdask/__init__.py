@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from inkdask.pictures.exporting import export
     from inkdask.preparation import prepare
     from inkdask.segment import Segment, open_segment
     from inkdask.settings import Settings
@@ -28,6 +29,7 @@ _HOME = {
     "Segment": "segment",
     "Settings": "settings",
     "check": "workflow",
+    "export": "pictures.exporting",
     "open_segment": "segment",
     "predict": "workflow",
     "prepare": "preparation",
@@ -41,6 +43,7 @@ __all__ = [
     "Segment",
     "Settings",
     "check",
+    "export",
     "open_segment",
     "predict",
     "prepare",

@@ -58,6 +58,8 @@ def _settings_options(*only: str) -> Callable[[Any], Any]:
             default = "" if field.default is None else f" (default: {field.default})"
             text = f"{field.description}{default} [{variable}]".replace("`", "")
             command = click.option(flag, name, help=text, **kind)(command)
+        if only and "start_layer" not in only:
+            return command
         return click.option(
             "--layers",
             metavar="START:END",
@@ -150,10 +152,57 @@ def demo(out: Path) -> None:
 
 
 @inkdask_.command()
+@click.argument("prediction")
+@click.option(
+    "--to",
+    required=True,
+    multiple=True,
+    metavar="FILE",
+    help="File to write, local or s3://: .png, .tif (tiled BigTIFF), .jpg (an overview) or .zarr "
+    "(an OME-Zarr pyramid of the ink alone). May be given several times.",
+)
+@click.option(
+    "--overlay",
+    type=click.Choice(["max", "mean"]),
+    help="Lay the ink over the papyrus: the maximum or the mean of its layers.",
+)
+@click.option(
+    "--segment", metavar="PATH", help="Where the layers for the overlay are, if they were moved."
+)
+@click.option("--opacity", type=float, metavar="0..1", help="Of the strongest ink in an overlay.")
+@click.option(
+    "--colour-map",
+    metavar="NAME",
+    help="Colours of the ink, such as inferno. Default: grey, and black in an overlay.",
+)
+@click.option(
+    "--max-side",
+    type=int,
+    metavar="PIXELS",
+    help="Halve the picture until neither side is longer. Default: 4096 for JPEG.",
+)
+@click.option("--compression", type=click.Choice(["deflate", "zstd"]), help="Of TIFF.")
+@_settings_options("pixel_resolution_um", "add_scale_bar", "scale_bar_length_um", "roi_xyxy")
+def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
+    """Make pictures of a stored prediction, without inferring anything again.
+
+    PREDICTION is the `prediction_*.zarr` that a job leaves beside its PNG.
+    """
+    from inkdask.pictures.exporting import export
+
+    for uri in export(prediction, to, **_given(given)):
+        print(uri)
+
+
+@inkdask_.command()
 @click.argument("path")
 @_settings_options("start_layer", "end_layer", "tile", "stride", "chunk_size")
 def info(path: str, **given: Any) -> None:
-    """Say what is at PATH: layers, type, layout, size, tiles, expected memory."""
+    """Say what is at PATH.
+
+    Of a segment: layers, type, layout, size, tiles, expected memory. Of a picture that inkdask
+    made (PNG, TIFF, JPEG, zarr): where it comes from, and the command that makes it again.
+    """
     from inkdask.information import describe
     from inkdask.progress import columns
 

@@ -1,10 +1,14 @@
-"""What is at a path, for ``inkdask info``: a segment before a job, in a person's words."""
+"""What is at a path, for ``inkdask info``: a segment, or a picture and where it comes from."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from typing import Any
 
 from inkdask import engine
+from inkdask.pictures.picture import is_picture
+from inkdask.pictures.reading import Facts, is_picture_file, read_facts
 from inkdask.plan import span
 from inkdask.progress import amount
 from inkdask.segment import describe as describe_segment
@@ -17,20 +21,22 @@ TILE, STRIDE = 64, 16  # of the usual model, where the user names none
 
 
 def describe(path: str, **options: Any) -> dict[str, str]:
-    """Describe the segment at a path; reads headers and a few sampled blocks.
+    """Describe the segment or the picture at a path; reads headers and a few sampled blocks.
 
     Parameters
     ----------
     path
-        A segment, local or ``s3://``.
+        A segment, a PNG, TIFF or JPEG, or a stored picture; local or ``s3://``.
     **options
         ``layers``, ``tile``, ``stride`` and ``chunk_size`` of `inkdask.settings.Settings`.
 
     Raises
     ------
     InkdaskError
-        When there is no segment, in one sentence.
+        When there is neither, in one sentence.
     """
+    if is_picture_file(path) or is_picture(path):
+        return dict(_of_picture(path, read_facts(path)))
     settings = Settings.of(s3_path=path, **options)
     segment = open_segment(path, settings.layers)
     found = describe_segment(segment)
@@ -58,6 +64,59 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     rows["chunks"] = f"{chunks} of {tiling.y.step:,} x {tiling.x.step:,} px"
     rows["memory"] = f"about {amount(expected_memory(segment.volume, tiling))} at most"
     return rows
+
+
+def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:
+    """A picture, and all that shaped it, as far as it says."""
+    height, width = facts.shape
+    origin, made_of = facts.origin, facts.origin.get("fingerprint", {})
+    yield "picture", path
+    yield "type", facts.kind
+    size = f"{height:,} x {width:,} pixels"
+    if side := facts.pixel_um:
+        size += f" of {side:.3g} um: {height * side / 1e4:.3g} x {width * side / 1e4:.3g} cm"
+    yield "size", size
+    if not made_of:
+        yield "origin", "not recorded in the file"
+        return
+    yield "segment", f"{origin['source']} (input {made_of['input']})"
+    if origin.get("mask"):
+        yield "mask", origin["mask"]
+    averaged = made_of["averaged"]
+    mean = f", means of {averaged}" if averaged > 1 else ""
+    yield "layers", f"{len(made_of['layers'])} ({span(tuple(made_of['layers']))}){mean}"
+    if origin.get("roi_xyxy"):
+        yield "region", ",".join(map(str, origin["roi_xyxy"])) + " (x0,y0,x1,y1)"
+    place = f" from {origin['weights_from']}" if origin.get("weights_from") else ""
+    yield "model", f"{made_of['model']} ({made_of['architecture']}){place}"
+    yield "weights", f"sha256 {made_of['weights']}"
+    yield "voxels", f"clipped to {made_of['clip']:g}, divided by {made_of['divisor']:g}"
+    window = f"{origin['blend_mode']} window"
+    if origin["blend_mode"] == "gaussian":
+        window += f" of sigma {origin['gaussian_sigma'] or made_of['tile'] / 2.5:g} px"
+    yield "tiles", f"{made_of['tile']} px at stride {made_of['stride']}, {window}"
+    yield "precision", made_of["precision"]
+    yield "software", ", ".join(f"{name} {v}" for name, v in origin["software"].items())
+    yield "made", origin["created"]
+    yield (
+        "repeat",
+        origin.get("command")
+        or ("inkdask.run in Python: the model was a function, not a checkpoint"),
+    )
+    if shown := origin.get("export"):
+        yield "export", _export_command(path, shown)
+
+
+def _export_command(path: str, shown: dict[str, Any]) -> str:
+    """The command that makes the picture again of the stored prediction."""
+    words = ["inkdask", "export", shown["of"], "--to", path]
+    for name, value in shown.items():
+        if name == "scale_bar_length_um":
+            words.append("--add-scale-bar")
+        if name != "of":
+            told = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words += [f"--{name.replace('_', '-')}", told]
+    return shlex.join(words)
 
 
 def expected_memory(volume: Any, tiling: Tiling) -> float:

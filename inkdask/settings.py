@@ -188,6 +188,23 @@ class Settings(BaseSettings):
         description="Write Dask's performance report to this HTML file, also when the job fails.",
     )
 
+    # How the picture is shown
+    pixel_resolution_um: float | None = Field(
+        None,
+        gt=0,
+        description="Side of a pixel, in micrometers: for the scale bar, and for the resolution "
+        "and units that the files carry.",
+    )
+    add_scale_bar: bool = Field(
+        False, description="Draw a scale bar into the picture; needs PIXEL_RESOLUTION_UM."
+    )
+    scale_bar_length_um: float = Field(
+        10_000.0,
+        gt=0,
+        description="Length of the scale bar, in micrometers; a round shorter one where that does "
+        "not fit.",
+    )
+
     # Where it goes
     output_path: str | None = Field(
         None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -12,9 +11,12 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from inkdask import engine, export, storage
+from inkdask import engine, storage
 from inkdask.blending import blend
 from inkdask.inference import infer
+from inkdask.pictures import exporting
+from inkdask.pictures.picture import open_picture
+from inkdask.pictures.pyramid import to_uint8, write_pyramid
 from inkdask.plan import Plan, Source
 from inkdask.preparation import prepare
 from inkdask.progress import Meter
@@ -137,7 +139,7 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     ink = blend(
         store.grid(), store.valid(), plan.tiling, settings.blend_mode, settings.gaussian_sigma
     )
-    write(ink[plan.window], target, provenance(identity, plan, settings))
+    write(ink[plan.window], target, provenance(identity, plan, settings), settings)
     uri = f"{target}.png"
     storage.write_bytes(settings.result_file, uri.encode())
     summary.say(uri)
@@ -174,6 +176,8 @@ def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
 def settle(settings: Settings) -> tuple[Plan, str]:
     """Settle what a job will do and where its outputs go, without their endings."""
     settings.require("s3_path", "model")
+    if settings.add_scale_bar:
+        settings.require("pixel_resolution_um")
     settings.export_devices()
     settings.export_token()
     plan = Plan.of(str(settings.s3_path), settings)
@@ -240,17 +244,13 @@ def check_complete(store: GridStore, settings: Settings) -> None:
         )
 
 
-def write(ink: da.Array, target: str, origin: dict[str, Any]) -> None:
+def write(ink: da.Array, target: str, origin: dict[str, Any], settings: Settings) -> None:
     """Write the picture as ``<target>.zarr`` and ``<target>.png``, each whole or not at all."""
-    unfinished = export.unfinished(f"{target}.zarr")
-    try:
-        writes = export.lay_zarr(ink, unfinished, origin).to_delayed().ravel().tolist()
-        with Meter("picture", len(writes), "chunks") as meter:
-            engine.compute_each(writes, lambda _: meter.add(1))
-        picture = export.publish_zarr(unfinished, f"{target}.zarr")
-        export.write_png(picture, f"{target}.png", {"inkdask": json.dumps(origin)})
-    finally:
-        outputs.remove(unfinished)
+    left, top = (settings.roi_xyxy or (0, 0))[:2]
+    picture = da.map_blocks(to_uint8, ink, dtype=np.uint8)
+    write_pyramid(picture, f"{target}.zarr", origin, settings.pixel_resolution_um, (top, left))
+    stored = open_picture(f"{target}.zarr")
+    exporting.write(stored, f"{target}.png", exporting.Look(), settings)
 
 
 def output_stem(settings: Settings, plan: Plan) -> str:

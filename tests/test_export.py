@@ -1,109 +1,323 @@
-"""The picture's files: read back equal by another library, whole or not there."""
+"""Pictures of a stored prediction: read back equal by other libraries, whole or not there."""
 
+import io
+import itertools
 import json
-import shutil
+import logging
+import subprocess
+import sys
 
 import dask.array as da
 import numpy as np
+import png
 import pytest
-import zarr
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from inkdask import storage
-from inkdask.export import bands, lay_zarr, publish_zarr, to_uint8, unfinished, write_png
-from inkdask.storage import outputs
-from inkdask.types import InkdaskError
+import inkdask
+from inkdask import cli, storage
+from inkdask.pictures.bands import BAND, bands, in_order
+from inkdask.pictures.colour import colour_table
+from inkdask.pictures.picture import open_picture
+from inkdask.pictures.png import write_png
+from inkdask.pictures.pyramid import halve, write_pyramid
+from inkdask.pictures.scale_bar import ScaleBar, with_scale_bar
+from inkdask.types import InkdaskError, SettingsError
+from tests.files import random_volume, write_layers
+from tests.test_workflow import own_environment  # noqa: F401
+
+HEIGHT, WIDTH = 620, 530
+ORIGIN = {"source": "nowhere", "model": "tοy"}
 
 
-def test_grey_values_follow_the_contract():
-    values = np.array([-0.1, 0, 0.5, 0.99999, 1, 1.5], np.float32)
-    assert to_uint8(values).tolist() == [0, 0, 127, 254, 255, 255]
+@pytest.fixture
+def pixels():
+    rng = np.random.default_rng(0)
+    pixels = np.cumsum(rng.integers(-3, 4, (HEIGHT, WIDTH)), axis=1) + 128
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def prediction(tmp_path, pixels):
+    """A stored prediction of 8 um pixels, which begins at row 64 and column 32 of its segment."""
+    uri = str(tmp_path / "prediction_toy_00_03.zarr")
+    write_pyramid(da.from_array(pixels, chunks=128), uri, ORIGIN, 8.0, (64, 32))
+    return uri
 
 
 @given(
     height=st.integers(1, 70),
     width=st.integers(1, 70),
+    channels=st.sampled_from([None, 3]),
     chunk=st.integers(1, 40),
-    seed=st.integers(0, 9),
 )
-def test_png_is_read_back_equal(tmp_path_factory, height, width, chunk, seed):
+def test_png_is_read_back_equal(tmp_path_factory, height, width, channels, chunk):
     path = tmp_path_factory.mktemp("png") / "picture.png"
-    picture = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
-    side = (min(chunk, height), min(chunk, width))
-    array = zarr.create_array({}, data=picture, chunks=side)
-    write_png(array, str(path), {"inkdask": json.dumps({"model": "tοy"})})
+    shape = (height, width, channels)[: 3 if channels else 2]
+    pixels = np.random.default_rng(height).integers(0, 256, shape, dtype=np.uint8)
+    write_png(da.from_array(pixels, chunks=(chunk, chunk, 3)[: len(shape)]), path, {}, 7.91)
     with Image.open(path) as image:
-        assert image.mode == "L"
-        assert np.array_equal(np.asarray(image), picture)
-        assert json.loads(image.text["inkdask"]) == {"model": "tοy"}
+        assert image.mode == ("RGB" if channels else "L")
+        assert np.array_equal(np.asarray(image), pixels)
+    rows = np.vstack(list(png.Reader(filename=str(path)).asDirect()[2]))  # checks every checksum
+    assert np.array_equal(rows.reshape(shape), pixels)
+
+
+def test_a_png_of_many_strips_is_one_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr("inkdask.pictures.png.STRIP", 1000)
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 90), dtype=np.uint8)
+    write_png(da.from_array(pixels, chunks=64), tmp_path / "p.png", {"inkdask": "οὐ"})
+    with Image.open(tmp_path / "p.png") as image:
+        assert np.array_equal(np.asarray(image), pixels)
+        assert image.text == {"inkdask": "οὐ"}
 
 
 def test_bands_bound_the_memory():
-    array = zarr.create_array({}, shape=(10_000, 3_000), chunks=(500, 500), dtype="uint8")
-    sizes = [band.shape for band in bands(array)]
-    assert sum(height for height, _ in sizes) == 10_000
-    assert max(height * width for height, width in sizes) <= 4 << 20
+    wide = da.zeros((2000, 400_000), dtype=np.uint8, chunks=(1000, 1000))
+    band = next(bands(wide))
+    assert band.nbytes <= BAND
+    narrow = da.zeros((2000, 400), dtype=np.uint8, chunks=(1000, 100))
+    assert [len(band) for band in bands(narrow)] == [1000, 1000]
+
+
+def test_items_are_taken_only_a_few_ahead():
+    taken = []
+
+    def items():
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    answers = in_order(lambda number: number * 2, items())
+    assert next(answers) == 0
+    assert len(taken) < 100
+    assert list(answers) == [number * 2 for number in range(1, 1000)]
+
+
+def test_all_kinds_hold_the_same_pixels(home, prediction, pixels):
+    names = ("p.png", "p.tif", "z.tiff", "p.zarr")
+    targets = [storage.join(home, "pictures", name) for name in names]
+    assert inkdask.export(prediction, targets[:2] + targets[3:]) == targets[:2] + targets[3:]
+    inkdask.export(prediction, targets[2], compression="zstd")
+
+    with Image.open(io.BytesIO(storage.read_bytes(targets[0]))) as image:
+        assert np.array_equal(np.asarray(image), pixels)
+        assert image.info["dpi"] == pytest.approx((3175, 3175), abs=1)
+    for target, compression in zip(targets[1:3], ("ADOBE_DEFLATE", "ZSTD"), strict=True):
+        with tifffile.TiffFile(io.BytesIO(storage.read_bytes(target))) as tiff:
+            page = tiff.pages.first
+            assert np.array_equal(page.asarray(), pixels)
+            assert tiff.is_bigtiff
+            assert page.is_tiled
+            assert page.compression.name == compression
+            assert page.tags["ResolutionUnit"].value == tifffile.RESUNIT.CENTIMETER
+            assert page.get_resolution(tifffile.RESUNIT.MICROMETER) == pytest.approx((1 / 8, 1 / 8))
+    copy = open_picture(targets[3])
+    assert np.array_equal(copy.levels[0].compute(), pixels)
+    assert (copy.pixel_um, copy.corner) == (8.0, (64, 32))
+    assert {entry.name for entry in storage.list_folder(storage.join(home, "pictures"))} == set(
+        names
+    )
+
+
+def test_an_overview_is_smaller_and_knows_its_scale(prediction, pixels, tmp_path):
+    inkdask.export(prediction, tmp_path / "p.jpg", max_side=400)
+    with Image.open(tmp_path / "p.jpg") as image:
+        assert image.size == (265, 310)
+        assert image.info["dpi"] == pytest.approx((25400 / 16,) * 2, abs=1)
+        assert json.loads(image.info["comment"])["model"] == "tοy"
+        off = np.abs(np.asarray(image).astype(int) - halve(pixels))
+        assert off.mean() < 2
+    inkdask.export(prediction, tmp_path / "small.png", max_side=200)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "small.png")), halve(halve(pixels)))
+
+
+def test_a_region_is_cut_out(prediction, pixels, tmp_path):
+    inkdask.export(
+        prediction, [tmp_path / "part.png", tmp_path / "part.zarr"], roi_xyxy="132,164,232,214"
+    )
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "part.png")), pixels[100:150, 100:200])
+    part = open_picture(str(tmp_path / "part.zarr"))
+    assert part.corner == (164, 132)
+
+
+def test_colours_are_those_of_the_map(prediction, pixels, tmp_path):
+    inkdask.export(prediction, [tmp_path / "p.png", tmp_path / "p.tif"], colour_map="inferno")
+    table = colour_table("inferno")
+    assert table[0].sum() < 10
+    assert table[255].tolist() == [252, 255, 164]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "p.png")), table[pixels])
+    assert np.array_equal(tifffile.imread(tmp_path / "p.tif"), table[pixels])
+
+
+# The scale bar
+
+
+@pytest.mark.parametrize("ground", [0, 90, 255])
+@pytest.mark.parametrize("channels", [None, 3])
+def test_a_scale_bar_is_as_long_as_it_says(ground, channels):
+    shape = (900, 2000, channels)[: 3 if channels else 2]
+    canvas = da.full(shape, ground, dtype=np.uint8, chunks=(128, 300, 3)[: len(shape)])
+    drawn = with_scale_bar(canvas, ScaleBar.of(shape, 10.0, 5000.0)).compute()
+    grey = drawn if channels is None else drawn[:, :, 1]
+    changed = np.argwhere(grey != ground)
+    assert (changed.min(axis=0) > [700, 1300]).all()  # at the lower right, and small
+    # Somewhere 500 pixels of 10 um are white between black rims, on whatever ground.
+    rows = [[(value, len(list(run))) for value, run in itertools.groupby(row)] for row in grey]
+    assert any(
+        (255, 500) in row and {row[row.index((255, 500)) + side][0] for side in (-1, 1)} == {0}
+        for row in rows
+    )
+
+
+def test_a_bar_that_does_not_fit_gives_way_to_a_round_one(caplog):
+    with caplog.at_level(logging.WARNING):
+        bar = ScaleBar.of((600, 1664), 7.91, 10_000.0)
+    assert (bar.label, bar.pixels) == ("2 mm", 253)
+    assert "1 cm does not fit" in caplog.text
+    assert ScaleBar.of((30_000, 30_000), 7.91, 10_000.0).label == "1 cm"
+    assert ScaleBar.of((9_000, 9_000), 2.4, 500.0).label == "0.5 mm"
+    assert ScaleBar.of((20, 20), 0.5, 10_000.0).pixels <= 7
+
+
+def test_a_picture_smaller_than_its_bar_is_drawn_all_the_same():
+    canvas = da.zeros((7, 5), dtype=np.uint8, chunks=3)
+    assert with_scale_bar(canvas, ScaleBar.of((7, 5), 8.0, 10_000.0)).compute().shape == (7, 5)
+
+
+def test_a_scale_bar_needs_the_size_of_a_pixel(tmp_path, pixels, capsys):
+    uri = str(tmp_path / "p.zarr")
+    write_pyramid(da.from_array(pixels), uri, {})
+    with pytest.raises(SettingsError, match="PIXEL_RESOLUTION_UM"):
+        inkdask.export(uri, tmp_path / "p.png", add_scale_bar=True)
+    assert not (tmp_path / "p.png").exists()
+    inkdask.export(uri, tmp_path / "p.png", add_scale_bar=True, pixel_resolution_um=8)
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "p.png")), pixels)
+
+
+def test_a_job_without_the_size_of_a_pixel_fails_before_it_reads(tmp_path):
+    with pytest.raises(SettingsError, match="PIXEL_RESOLUTION_UM is not set"):
+        inkdask.run(tmp_path / "nothing", model="demo", add_scale_bar=True)
+
+
+# The overlay
 
 
 @pytest.fixture
-def ink():
-    values = np.random.default_rng(0).random((300, 200), dtype=np.float32)
-    return da.from_array(values, chunks=((128, 172), (64, 136)))
+def segment(tmp_path):
+    volume = random_volume((3, 700, 600))
+    write_layers(tmp_path / "segment" / "layers", volume, compression="zlib", rowsperstrip=64)
+    return tmp_path / "segment", volume >> 8
 
 
-def test_zarr_appears_only_when_it_is_whole(tmp_path, ink):
-    final = str(tmp_path / "picture.zarr")
-    place = unfinished(final)
-    writes = lay_zarr(ink, place, {"model": "toy"})
-    writes.compute()
-    assert not (tmp_path / "picture.zarr").exists()
-    published = publish_zarr(place, final)
-    assert np.array_equal(published[:], to_uint8(ink.compute()))
-    assert published.dtype == np.uint8
-    again = zarr.open_array(final, mode="r")
-    assert again.attrs["model"] == "toy"
-    assert again.metadata.dimension_names == ("y", "x")
-    assert [path.name for path in tmp_path.iterdir()] == ["picture.zarr"]
+@pytest.mark.parametrize(("how", "flat"), [("max", np.max), ("mean", np.mean)])
+def test_ink_lies_over_its_papyrus(tmp_path, segment, how, flat):
+    place, volume = segment
+    ink = np.zeros((HEIGHT, WIDTH), np.uint8)
+    ink[300:330, 200:300] = 255
+    uri = str(tmp_path / "p.zarr")
+    write_pyramid(da.from_array(ink, chunks=128), uri, {"source": str(place)}, None, (64, 32))
+    inkdask.export(uri, tmp_path / "black.png", overlay=how, opacity=1)
+    inkdask.export(uri, tmp_path / "red.png", overlay=how, colour_map="Reds", opacity=1)
+    black, red = (
+        np.asarray(Image.open(tmp_path / f"{n}.png")).astype(int) for n in ("black", "red")
+    )
+    letter = ink > 0
+    under = flat(volume, axis=0)[64 : 64 + HEIGHT, 32 : 32 + WIDTH]
+    papyrus = (under > 0) & ~letter
+    assert black[letter].max() < 20
+    assert (red[letter] == colour_table("Reds")[255]).all()
+    assert np.array_equal(black[papyrus], red[papyrus])
+    assert not black[(under == 0) & ~letter].any()
+    # The papyrus is brighter where its layers are, from dark brown to ivory.
+    assert np.corrcoef(black[papyrus].sum(axis=1), under[papyrus])[0, 1] > 0.95
+    assert black[papyrus].sum(axis=1).min() < 200
+    assert black[papyrus].sum(axis=1).max() > 650
 
 
-def test_a_new_picture_replaces_the_old_one(home, ink):
-    final = storage.join(home, "picture.zarr")
-    for picture in (ink, ink[:100] / 2):
-        place = unfinished(final)
-        lay_zarr(picture.rechunk(100), place, {}).compute()
-        publish_zarr(place, final)
-    array = zarr.open_array(storage.zarr_store(final), mode="r")
-    assert np.array_equal(array[:], to_uint8((ink[:100] / 2).compute()))
+def test_an_overview_of_an_overlay(tmp_path, segment, prediction):
+    inkdask.export(
+        prediction, tmp_path / "p.jpg", overlay="max", segment=str(segment[0]), max_side=200
+    )
+    assert Image.open(tmp_path / "p.jpg").size == (133, 155)
 
 
-def test_two_runs_share_no_place(tmp_path):
-    final = str(tmp_path / "picture.zarr")
-    assert unfinished(final) != unfinished(final)
+# Mistakes
 
 
-def test_a_window_that_begins_inside_a_chunk(tmp_path, ink):
-    place = str(tmp_path / "picture.zarr")
-    lay_zarr(ink[100:290, 30:180], place, {}).compute()
-    got = zarr.open_array(place, mode="r")[:]
-    assert np.array_equal(got, to_uint8(ink[100:290, 30:180].compute()))
+@pytest.mark.parametrize(
+    ("to", "options", "says"),
+    [
+        ("p.gif", {}, "p.gif must end in one of .png"),
+        ("p.png", {"colour_map": "infernal"}, "no colour map 'infernal'"),
+        ("p.png", {"overlay": "median"}, "overlay must be max or mean"),
+        ("p.png", {"opacity": 2}, "opacity must be between 0 and 1"),
+        ("p.tif", {"compression": "lzw"}, "compression must be deflate or zstd"),
+        ("p.png", {"max_side": 0}, "max_side"),
+        ("p.jpg", {"max_side": 60_000}, "at most 8,192 pixels"),
+        ("p.zarr", {"overlay": "max"}, "p.zarr would be a pyramid"),
+        ("prediction_toy_00_03.zarr", {}, "there already"),
+        ("p.png", {"roi_xyxy": "0,0,10,10"}, "ROI_XYXY 0,0,10,10"),
+        ("p.png", {"no_such": 1}, "no_such"),
+    ],
+)
+def test_mistakes_are_one_sentence(prediction, tmp_path, to, options, says):
+    with pytest.raises(SettingsError, match=says) as error:
+        inkdask.export(prediction, tmp_path / to, **options)
+    assert len(str(error.value).splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["prediction_toy_00_03.zarr"]
 
 
-def test_what_is_removed_halfway_is_no_array(tmp_path, monkeypatch):
-    place = tmp_path / "picture.zarr"
-    zarr.create_array(str(place), data=np.ones((3, 3)))
-
-    def killed(*_):
-        raise OSError("killed")
-
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(InkdaskError, match="killed"):
-        outputs.remove(str(place))
-    assert list(place.iterdir())
-    assert not (place / "zarr.json").exists()
+def test_an_overlay_without_its_segment_is_one_sentence(prediction, tmp_path, segment):
+    with pytest.raises(InkdaskError, match="nowhere"):
+        inkdask.export(prediction, tmp_path / "p.png", overlay="max")
+    small = tmp_path / "small"
+    write_layers(small / "layers", segment[1][:, :300])
+    with pytest.raises(InkdaskError, match="has 300 x 600 pixels"):
+        inkdask.export(prediction, tmp_path / "p.png", overlay="max", segment=str(small))
 
 
-def test_a_place_is_checked_without_a_trace(home):
-    outputs.check_writable(storage.join(home, "a", "b.png"))
-    assert storage.list_folder(home) == []
+def test_a_damaged_prediction_leaves_no_file(prediction, tmp_path):
+    chunk = tmp_path / "prediction_toy_00_03.zarr" / "0" / "c" / "4" / "3"
+    chunk.write_bytes(b"not zstd")
+    before = set(tmp_path.iterdir())
+    for name in ("p.png", "p.tif", "p.jpg", "p.zarr"):
+        with pytest.raises(InkdaskError, match=r"prediction_toy_00_03.zarr/0 cannot be read at"):
+            inkdask.export(prediction, tmp_path / name)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_the_command_line(prediction, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["export", prediction, "--to", "a.png", "--to", "b.tif", "--colour-map", "magma"])
+    assert capsys.readouterr().out.split() == ["a.png", "b.tif"]
+    assert tifffile.imread("b.tif").shape == (HEIGHT, WIDTH, 3)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", prediction, "--to", "p.gif"])
+    assert stopped.value.code == 2
+
+
+EXPORT = """
+import sys
+import inkdask
+from inkdask.store import peak_memory
+from inkdask.pictures import exporting
+
+floor = peak_memory()
+inkdask.export(sys.argv[1], sys.argv[2])
+print(peak_memory() - floor)
+"""
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.tif", "p.zarr"])
+def test_memory_does_not_grow_with_the_picture(tmp_path, name):
+    uri = str(tmp_path / "prediction.zarr")
+    noise = da.from_array(np.random.default_rng(0).integers(0, 9, (512, 512), dtype=np.uint8))
+    write_pyramid(da.tile(noise, (24, 8)), uri, {})
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORT, uri, str(tmp_path / name)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) < 50e6  # the picture has 50 MB

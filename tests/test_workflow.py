@@ -77,9 +77,9 @@ def test_run_gives_the_naive_picture(segment, volume, tmp_path):
     assert_same_picture(got, picture(expected), share=1e-3)
     assert not got[(volume == 0).all(axis=0)].any()
     assert (tmp_path / "result.txt").read_text() == uri
-    stored = zarr.open_array(uri.replace(".png", ".zarr"), mode="r")
-    assert np.array_equal(stored[:], got)
-    assert stored.attrs["fingerprint"]["layers"] == [0, 1, 2, 3, 4, 5]
+    stored = zarr.open_group(uri.replace(".png", ".zarr"), mode="r")
+    assert np.array_equal(stored["0"][:], got)
+    assert stored.attrs["inkdask"]["fingerprint"]["layers"] == [0, 1, 2, 3, 4, 5]
     with Image.open(uri) as image:
         assert json.loads(image.text["inkdask"])["fingerprint"]["stride"] == 16
 
@@ -381,8 +381,10 @@ def test_the_container_on_s3(s3, tmp_path, monkeypatch):
     got = np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
     with Image.open(inkdask.run(local, model="demo")) as image:
         assert_same_picture(got, np.asarray(image))
-    stored = zarr.open_array(storage.zarr_store(uri.replace(".png", ".zarr"), read_only=True))
-    assert np.array_equal(stored[:], got)
+    stored = zarr.open_group(
+        storage.zarr_store(uri.replace(".png", ".zarr"), read_only=True), mode="r"
+    )
+    assert np.array_equal(stored["0"][:], got)
     left = {entry.name for entry in storage.list_folder(f"{s3}/scroll/segment/predictions")}
     assert left == {"prediction_demo_00_26.png", "prediction_demo_00_26.zarr"}
     assert "testing-secret" not in done.stderr + json.dumps(dict(stored.attrs))

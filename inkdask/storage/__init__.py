@@ -16,6 +16,7 @@ from inkdask.storage.files import (
     read_range,
     s3_filesystem,
     write_bytes,
+    writing,
     zarr_store,
 )
 
@@ -36,5 +37,6 @@ __all__ = [
     "read_range",
     "s3_filesystem",
     "write_bytes",
+    "writing",
     "zarr_store",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,6 +184,21 @@ def put_file(local: str | Path, uri: str) -> None:
                 shutil.copyfile(local, part)
         else:
             fs.put_file(str(local), path)
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[Path]:
+    """Give a local file to write, which is at ``uri``, complete, when the block succeeds."""
+    fs, path = filesystem(uri)
+    with explained(uri):
+        if is_local(uri):
+            with _replacing(path) as part:
+                yield part
+        else:
+            with tempfile.TemporaryDirectory(prefix="inkdask-") as scratch:
+                local = Path(scratch) / "file"
+                yield local
+                fs.put_file(str(local), path)
 
 
 def zarr_store(uri: str, read_only: bool = False) -> Store:

@@ -1,0 +1,231 @@
+"""From a stored picture to files: the ending of a name says what it becomes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import dask.array as da
+
+from inkdask import storage
+from inkdask.pictures import jpeg
+from inkdask.pictures.colour import colour_table, coloured
+from inkdask.pictures.jpeg import write_jpeg
+from inkdask.pictures.overlay import Flattening, Ground, laid_over, open_ground
+from inkdask.pictures.picture import Picture, open_picture
+from inkdask.pictures.png import write_png
+from inkdask.pictures.pyramid import ORIGIN, write_pyramid
+from inkdask.pictures.scale_bar import ScaleBar, with_scale_bar
+from inkdask.pictures.tiff import Compression, write_tiff
+from inkdask.provenance import without_secrets
+from inkdask.settings import Settings
+from inkdask.storage import outputs
+from inkdask.types import SettingsError
+
+Kind = Literal["png", "tiff", "jpeg", "zarr"]
+KINDS: dict[str, Kind] = {
+    ".png": "png",
+    ".tif": "tiff",
+    ".tiff": "tiff",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".zarr": "zarr",
+}
+OVERVIEW = 4096  # pixels: longer side of a JPEG, unless somebody says otherwise
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a picture is shown.
+
+    Attributes
+    ----------
+    overlay
+        Lay the ink over the maximum or the mean of the layers; None shows the ink alone.
+    segment
+        Where these layers are. Default: where they were when the prediction was made.
+    opacity
+        Of the strongest ink in an overlay, in [0, 1].
+    colour_map
+        Name of a colour map; None is grey, and black ink in an overlay.
+    max_side
+        Halve the picture until neither side has more pixels. Default: 4096 for JPEG.
+    compression
+        Of TIFF.
+    """
+
+    overlay: Flattening | None = None
+    segment: str | None = None
+    opacity: float = 0.85
+    colour_map: str | None = None
+    max_side: int | None = None
+    compression: Compression = "deflate"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("overlay", Flattening), ("compression", Compression)):
+            value = getattr(self, name)
+            if value is not None and value not in get_args(allowed):
+                raise SettingsError(
+                    f"{name} must be {' or '.join(get_args(allowed))}, but is {value!r}."
+                )
+        if not 0 <= self.opacity <= 1:
+            raise SettingsError(f"opacity must be between 0 and 1, but is {self.opacity}.")
+        if self.max_side is not None and self.max_side < 1:
+            raise SettingsError(f"max_side must be 1 pixel or more, but is {self.max_side}.")
+        if self.colour_map:
+            colour_table(self.colour_map)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the ink alone, in grey."""
+        return not (self.overlay or self.colour_map)
+
+
+def export(
+    prediction: str | os.PathLike[str],
+    to: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    overlay: Flattening | None = None,
+    segment: str | None = None,
+    opacity: float = 0.85,
+    colour_map: str | None = None,
+    max_side: int | None = None,
+    compression: Compression = "deflate",
+    **options: Any,
+) -> list[str]:
+    """Make pictures of a stored prediction; nothing is inferred again.
+
+    Parameters
+    ----------
+    prediction
+        The ``prediction_*.zarr`` of a job, local or ``s3://``.
+    to
+        Files to write: ``.png``, ``.tif`` (tiled BigTIFF), ``.jpg`` (an overview), and ``.zarr``
+        (an OME-Zarr pyramid of the ink alone).
+    overlay, segment, opacity, colour_map, max_side, compression
+        See `Look`.
+    **options
+        ``pixel_resolution_um`` (default: what the prediction says), ``add_scale_bar``,
+        ``scale_bar_length_um`` and ``roi_xyxy`` of `inkdask.settings.Settings`.
+
+    Returns
+    -------
+    The URIs of the files.
+
+    Raises
+    ------
+    InkdaskError
+        In one sentence; each file is there whole or not at all.
+    """
+    look = Look(overlay, segment, opacity, colour_map, max_side, compression)
+    settings = Settings.of(**options)
+    uri = os.fspath(prediction).rstrip("/")
+    each = [to] if isinstance(to, str | os.PathLike) else to
+    targets = [os.fspath(target).rstrip("/") for target in each]
+    for target in targets:
+        _check(target, uri, look)
+
+    picture = open_picture(uri)
+    if settings.pixel_resolution_um:
+        picture = replace(picture, pixel_um=settings.pixel_resolution_um)
+    if settings.add_scale_bar and not picture.pixel_um:
+        settings.require("pixel_resolution_um")
+    if settings.roi_xyxy:
+        picture = picture.crop(settings.roi_xyxy)
+    picture = replace(picture, origin=_origin(picture, look, settings))
+    ground = open_ground(picture, look.overlay, look.segment) if look.overlay else None
+    for target in targets:
+        write(picture, target, look, settings, ground)
+    return targets
+
+
+def write(
+    picture: Picture, target: str, look: Look, settings: Settings, ground: Ground | None = None
+) -> None:
+    """Write a picture to a file of the kind that its name says, whole or not at all."""
+    kind = kind_of(target)
+    if kind == "zarr":  # which has all sizes, and leaves the rest to the viewer
+        write_pyramid(picture.levels[0], target, picture.origin, picture.pixel_um, picture.corner)
+        return
+    level = _level(picture.shape, look.max_side or (OVERVIEW if kind == "jpeg" else None))
+    pixel_um = picture.pixel_um and picture.pixel_um * 2**level
+    canvas = render(picture, level, look, settings, ground)
+    with storage.writing(target) as path:
+        if kind == "png":
+            write_png(canvas, path, {ORIGIN: json.dumps(picture.origin)}, pixel_um)
+        elif kind == "tiff":
+            write_tiff(canvas, path, picture.origin, pixel_um, look.compression)
+        else:
+            write_jpeg(canvas, path, picture.origin, pixel_um)
+
+
+def render(
+    picture: Picture, level: int, look: Look, settings: Settings, ground: Ground | None
+) -> da.Array:
+    """What a file shows, lazily: dask uint8 (y, x), or (y, x, 3) in colour."""
+    canvas = picture.level(level)
+    table = colour_table(look.colour_map) if look.colour_map else None
+    if ground is not None:
+        canvas = laid_over(canvas, ground, level, look.opacity, table)
+    elif table is not None:
+        canvas = coloured(canvas, table)
+    if settings.add_scale_bar and picture.pixel_um:
+        length = settings.scale_bar_length_um
+        bar = ScaleBar.of(canvas.shape, picture.pixel_um * 2**level, length)
+        canvas = with_scale_bar(canvas, bar)
+    return canvas
+
+
+def kind_of(target: str) -> Kind:
+    """What a file is to be.
+
+    Raises
+    ------
+    SettingsError
+        When its name does not say.
+    """
+    for ending, kind in KINDS.items():
+        if target.lower().endswith(ending):
+            return kind
+    raise SettingsError(f"{target} must end in one of {', '.join(KINDS)}.")
+
+
+def _check(target: str, prediction: str, look: Look) -> None:
+    """Fail before the first file is written."""
+    kind = kind_of(target)
+    if kind == "zarr":
+        if not look.is_plain:
+            raise SettingsError(
+                f"{target} would be a pyramid, which holds the ink alone: overlay and colour map "
+                "go with PNG, TIFF and JPEG."
+            )
+        if target == prediction or storage.exists(target):
+            raise SettingsError(f"{target} is there already: remove it, or name another.")
+    if kind == "jpeg" and (look.max_side or 0) > jpeg.LARGEST:
+        raise SettingsError(
+            f"A JPEG is an overview of at most {jpeg.LARGEST:,} pixels a side; PNG and TIFF have "
+            "no such bound."
+        )
+    outputs.check_writable(target)
+
+
+def _level(shape: tuple[int, int], max_side: int | None) -> int:
+    """How often a picture is halved until its longer side is no longer than ``max_side``."""
+    level, longer = 0, max(shape)
+    while max_side and longer > max_side:
+        level, longer = level + 1, -(-longer // 2)
+    return level
+
+
+def _origin(picture: Picture, look: Look, settings: Settings) -> dict[str, Any]:
+    """The origin of an export: that of the prediction, and how it is shown."""
+    usual = asdict(Look())
+    shown = {name: value for name, value in asdict(look).items() if value != usual[name]}
+    if settings.add_scale_bar:
+        shown["scale_bar_length_um"] = settings.scale_bar_length_um
+    if settings.roi_xyxy:
+        shown["roi_xyxy"] = settings.roi_xyxy
+    return without_secrets({**picture.origin, "export": {"of": picture.uri, **shown}})

@@ -1,0 +1,166 @@
+"""Ink on its papyrus: the layers as one picture, and the prediction laid over it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import dask.array as da
+import numpy as np
+
+from inkdask.pictures.picture import Picture, halved
+from inkdask.segment import Segment, open_segment
+from inkdask.types import InkdaskError
+
+log = logging.getLogger("inkdask")
+
+Flattening = Literal["max", "mean"]
+
+DARK, LIGHT = np.array([58, 44, 32], np.float32), np.array([244, 231, 204], np.float32)  # papyrus
+BLACK = np.array([16, 11, 8], np.float32)  # ink
+SAMPLES, SAMPLE = 5, 256  # windows a side, and pixels a side of one, that settle the contrast
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The papyrus under a prediction.
+
+    Attributes
+    ----------
+    pixels
+        Dask uint8 (y, x), of the size of the picture.
+    low, high
+        Values that are shown darkest and lightest.
+    """
+
+    pixels: da.Array
+    low: float
+    high: float
+
+
+def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -> Ground:
+    """Flatten the layers that a prediction was made of, lazily.
+
+    Parameters
+    ----------
+    picture
+        The prediction, whose origin names the segment and its layers.
+    how
+        The maximum or the mean over the layers.
+    segment
+        Where the segment is now. Default: where it was.
+
+    Raises
+    ------
+    InkdaskError
+        When the segment cannot be read, or the picture does not lie in it.
+    """
+    made_of = picture.origin.get("fingerprint", {})
+    place = segment or picture.origin.get("source")
+    if not place:
+        raise InkdaskError(
+            f"{picture.uri} does not say what segment it was made of: name it by --segment."
+        )
+    numbers = made_of.get("layers")
+    opened = open_segment(
+        place,
+        (min(numbers), max(numbers) + 1) if numbers else None,
+        mask=None if segment else picture.origin.get("mask"),
+    )
+    if not segment and opened.identity != made_of.get("input"):
+        log.warning("%s is not what it was when the prediction was made", place)
+    (top, left), (height, width) = picture.corner, picture.shape
+    if opened.shape[1] < top + height or opened.shape[2] < left + width:
+        raise InkdaskError(
+            f"{place} has {opened.shape[1]} x {opened.shape[2]} pixels, but {picture.uri} shows "
+            f"rows {top} to {top + height} and columns {left} to {left + width}."
+        )
+    part = opened.crop(slice(top, top + height), slice(left, left + width))
+    low, high = _contrast(part, how)
+    volume = part.volume
+    pixels = da.map_blocks(
+        flatten, volume, how, drop_axis=0, chunks=volume.chunks[1:], dtype=np.uint8
+    )
+    return Ground(pixels, low, high)
+
+
+def laid_over(
+    ink: da.Array, ground: Ground, level: int, opacity: float, table: np.ndarray | None = None
+) -> da.Array:
+    """Lay a prediction over its papyrus.
+
+    Parameters
+    ----------
+    ink
+        Dask uint8 (y, x), at a 2 ** level-th of the size of the ground.
+    ground
+        The papyrus.
+    level
+        How often the ground is halved.
+    opacity
+        Of the strongest ink, in [0, 1].
+    table
+        Colours of the ink, uint8 (256, 3). Default: black, as it was written.
+
+    Returns
+    -------
+    Dask uint8 (y, x, 3).
+    """
+    under = halved(ground.pixels, level).rechunk(ink.chunks)
+    return da.map_blocks(
+        _mix, ink, under, ground.low, ground.high, opacity, table,
+        new_axis=2, chunks=(*ink.chunks, (3,)), dtype=np.uint8,
+    )  # fmt: skip
+
+
+def flatten(block: np.ndarray, how: Flattening) -> np.ndarray:
+    """Maximum or mean of uint8 (z, y, x) over the layers: uint8 (y, x)."""
+    if how == "max" or not block.size:
+        return block.max(axis=0, initial=0)
+    return np.rint(block.sum(axis=0, dtype=np.uint32) / len(block)).astype(np.uint8)
+
+
+def _mix(
+    ink: np.ndarray,
+    under: np.ndarray,
+    low: float,
+    high: float,
+    opacity: float,
+    table: np.ndarray | None,
+) -> np.ndarray:
+    """Tables of the 256 values do the work, so that it is whole numbers a pixel."""
+    values = np.arange(256, dtype=np.float32)
+    light = np.clip((values - low) / max(high - low, 1), 0, 1)[:, None]
+    papyrus = DARK + light * (LIGHT - DARK)
+    papyrus[0] = 0  # no papyrus
+    probability = values / 255
+    share = opacity * probability**2 * (3 - 2 * probability)  # the doubtful half recedes
+    colours = BLACK if table is None else table.astype(np.float32)
+    inked = share[:, None] * colours
+    mixed = (1 - share)[ink][..., None] * papyrus.astype(np.float32)[under]
+    mixed += inked[ink]
+    return np.rint(mixed).astype(np.uint8)
+
+
+def _contrast(segment: Segment, how: Flattening) -> tuple[float, float]:
+    """Values that few pixels are below and above, from some windows of a segment."""
+    _, height, width = segment.shape
+    found = []
+    for y, x in np.ndindex(SAMPLES, SAMPLES):
+        rows = _window(height, y)
+        columns = _window(width, x)
+        flat = flatten(np.asarray(segment.crop(rows, columns).volume), how)
+        found.append(flat[flat > 0])
+    values = np.concatenate(found)
+    if not values.size:
+        return 0, 255
+    low, high = np.percentile(values, [1, 99.5])
+    return float(low), float(high)
+
+
+def _window(length: int, number: int) -> slice:
+    """One of `SAMPLES` windows, spread evenly over a length."""
+    side = min(SAMPLE, length)
+    start = (length - side) * (2 * number + 1) // (2 * SAMPLES)
+    return slice(start, start + side)

@@ -1,0 +1,82 @@
+"""PNG, streamed: compressed in bands, several at a time, whatever the size of the picture."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import dask.array as da
+import numpy as np
+import png
+
+from inkdask.pictures.bands import bands, in_order
+
+STRIP = 4 << 20  # bytes compressed at a time
+LEVEL = 6
+
+
+def write_png(
+    canvas: da.Array, path: Path, text: Mapping[str, str], pixel_um: float | None = None
+) -> None:
+    """Write a picture as PNG.
+
+    Parameters
+    ----------
+    canvas
+        Dask uint8 (y, x) or (y, x, 3).
+    path
+        A local file.
+    text
+        Text chunks: keyword to value.
+    pixel_um
+        Side of a pixel in micrometers, for the pHYs chunk.
+    """
+    height, width = canvas.shape[:2]
+    with path.open("wb") as file:
+        png.Writer(width, height, greyscale=canvas.ndim == 2, bitdepth=8).write_preamble(file)
+        if pixel_um:
+            per_metre = round(1e6 / pixel_um)
+            png.write_chunk(file, b"pHYs", struct.pack(">IIB", per_metre, per_metre, 1))
+        for keyword, value in text.items():
+            chunk = keyword.encode("latin-1") + b"\0\0\0\0\0" + value.encode()
+            png.write_chunk(file, b"iTXt", chunk)
+        # Each strip is a deflate stream cut off at a byte, so that one goes on where the other
+        # ends; header and checksum make them the single zlib stream that a PNG holds.
+        png.write_chunk(file, b"IDAT", b"\x78\x9c")
+        checksum = 1
+        for strip in in_order(_deflate, _strips(canvas)):
+            checksum = zlib.adler32(strip.rows, checksum)
+            png.write_chunk(file, b"IDAT", strip.deflated)
+        end = zlib.compressobj(LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS).flush()
+        png.write_chunk(file, b"IDAT", end + struct.pack(">I", checksum))
+        png.write_chunk(file, b"IEND")
+
+
+@dataclass(frozen=True)
+class _Strip:
+    rows: bytes
+    deflated: bytes
+
+
+def _strips(canvas: da.Array) -> Iterator[np.ndarray]:
+    """Rows as bytes, uint8 (y, bytes), each strip with the row above it."""
+    above = np.zeros((1, int(np.prod(canvas.shape[1:]))), np.uint8)
+    for band in bands(canvas):
+        flat = band.reshape(len(band), -1)
+        rows = max(STRIP // flat.shape[1], 1)
+        for start in range(0, len(flat), rows):
+            head = above if start == 0 else flat[start - 1 : start]
+            yield np.concatenate([head, flat[start : start + rows]])
+        above = flat[-1:].copy()
+
+
+def _deflate(rows: np.ndarray) -> _Strip:
+    filtered = np.empty((len(rows) - 1, rows.shape[1] + 1), np.uint8)
+    filtered[:, 0] = 2  # PNG filter "up": each row as its difference to the one above
+    np.subtract(rows[1:], rows[:-1], out=filtered[:, 1:])
+    data = filtered.tobytes()
+    deflate = zlib.compressobj(LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return _Strip(data, deflate.compress(data) + deflate.flush(zlib.Z_FULL_FLUSH))

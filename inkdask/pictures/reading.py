@@ -1,0 +1,131 @@
+"""What a picture file says of itself; its pixels are not read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import png
+import tifffile
+from PIL import Image
+
+from inkdask import storage
+from inkdask.pictures.exporting import KINDS
+from inkdask.pictures.picture import open_picture
+from inkdask.pictures.pyramid import ORIGIN
+from inkdask.types import InkdaskError
+
+READ_AHEAD = 1 << 18  # bytes
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a picture without reading its pixels.
+
+    Attributes
+    ----------
+    kind
+        The format, as a person says it.
+    shape
+        Height and width in pixels.
+    pixel_um
+        Side of a pixel in micrometers; None where the file does not say.
+    origin
+        As in `inkdask.provenance`; empty where the file does not say.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    pixel_um: float | None
+    origin: dict[str, Any]
+
+
+def is_picture_file(uri: str) -> bool:
+    """Whether the name is that of a PNG, TIFF or JPEG."""
+    return not uri.endswith(".zarr") and uri.lower().endswith(tuple(KINDS))
+
+
+def read_facts(uri: str) -> Facts:
+    """Read what a picture says of itself: a PNG, TIFF or JPEG file, or a stored picture.
+
+    Raises
+    ------
+    InkdaskError
+        When there is none, or it cannot be read.
+    """
+    if not is_picture_file(uri):
+        return _of_zarr(uri)
+    storage.entry(uri)  # which says in a sentence that nothing is there
+    fs, path = storage.filesystem(uri)
+    try:
+        with fs.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead") as file:
+            return _reader(uri)(file)
+    except Exception as error:
+        raise InkdaskError(f"{uri} cannot be read as a picture: {error}.") from error
+
+
+def _reader(uri: str) -> Callable[[BinaryIO], Facts]:
+    ending = uri.lower().rsplit(".", 1)[-1]
+    return {"png": _of_png, "tif": _of_tiff, "tiff": _of_tiff}.get(ending, _of_jpeg)
+
+
+def _of_zarr(uri: str) -> Facts:
+    picture = open_picture(uri)
+    count = len(picture.levels)
+    kind = f"OME-Zarr, {count} level{'s' if count > 1 else ''}, uint8"
+    return Facts(kind, picture.shape, picture.pixel_um, picture.origin)
+
+
+def _of_png(file: BinaryIO) -> Facts:
+    reader = png.Reader(file=file)
+    origin, pixel_um = {}, None
+    for name, data in reader.chunks():
+        if name == b"IHDR":
+            width, height = (int.from_bytes(data[at : at + 4]) for at in (0, 4))
+            kind = f"PNG, {data[8]} bit, {'grey' if data[9] == 0 else 'colour'}"
+        elif name == b"pHYs" and data[8] == 1:
+            pixel_um = _micrometers(1e6, int.from_bytes(data[:4]))
+        elif name == b"iTXt" and data.startswith(ORIGIN.encode() + b"\0"):
+            origin = _decoded(data.split(b"\0", 5)[-1])
+        elif name == b"IDAT":
+            break
+    return Facts(kind, (height, width), pixel_um, origin)
+
+
+def _of_tiff(file: BinaryIO) -> Facts:
+    with tifffile.TiffFile(file) as tiff:
+        page: Any = tiff.pages.first
+        centimetre = page.tags.valueof("ResolutionUnit") == tifffile.RESUNIT.CENTIMETER
+        per_unit, parts = page.tags.valueof("XResolution") or (0, 1)
+        kind = f"{'BigTIFF' if tiff.is_bigtiff else 'TIFF'}, {page.compression.name.lower()}"
+        if page.is_tiled:
+            kind += f", tiles of {page.tilelength} x {page.tilewidth} px"
+        return Facts(
+            kind,
+            (page.imagelength, page.imagewidth),
+            _micrometers(1e4 if centimetre else 25400, per_unit / parts if per_unit > 1 else 0),
+            _decoded(page.description),
+        )
+
+
+def _of_jpeg(file: BinaryIO) -> Facts:
+    with Image.open(file) as image:
+        width, height = image.size
+        per_inch = image.info.get("dpi", (0, 0))[0]
+        origin = _decoded(image.info.get("comment", b""))
+        kind = f"JPEG, {'grey' if image.mode == 'L' else 'colour'}"
+        return Facts(kind, (height, width), _micrometers(25400, per_inch), origin)
+
+
+def _micrometers(unit: float, per_unit: float) -> float | None:
+    return unit / per_unit if per_unit else None
+
+
+def _decoded(text: str | bytes) -> dict[str, Any]:
+    try:
+        origin = json.loads(text)
+    except ValueError:  # somebody else's words
+        return {}
+    return origin if isinstance(origin, dict) else {}

@@ -1,0 +1,127 @@
+"""A scale bar in the corner of a picture, legible on dark and on light ground."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+log = logging.getLogger("inkdask")
+
+SHARE = 1 / 3  # of the picture's width, at most
+SIZE = 1 / 50  # height of the letters, as a share of the picture's longer side
+
+
+@dataclass(frozen=True)
+class ScaleBar:
+    """A bar of a round length, and where it goes.
+
+    Attributes
+    ----------
+    label
+        Its length in words, such as ``1 cm``.
+    pixels
+        Its length in pixels.
+    text
+        Height of the letters in pixels.
+    height, width
+        Of the whole picture.
+    """
+
+    label: str
+    pixels: int
+    text: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], pixel_um: float, length_um: float) -> ScaleBar:
+        """The bar for a picture of ``shape`` (y, x), with pixels of a side in micrometers.
+
+        One that is longer than `SHARE` of the width gives way to the next shorter round length.
+        """
+        height, width = shape[:2]
+        most = SHARE * width * pixel_um
+        shown = length_um if length_um <= most else _round_below(most)
+        if shown < length_um:
+            log.warning(
+                "A scale bar of %s does not fit in %d pixels: it shows %s",
+                _words(length_um), width, _words(shown),
+            )  # fmt: skip
+        text = round(min(max(max(height, width) * SIZE, 12), max(height / 8, 9)))
+        return cls(_words(shown), max(round(shown / pixel_um), 1), text, height, width)
+
+    @property
+    def stamp(self) -> tuple[np.ndarray, np.ndarray]:
+        """White bar and letters with a black rim: values uint8 (y, x), and opacity in [0, 1]."""
+        return _stamp(self.label, self.pixels, self.text)
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Row and column where the stamp begins: at the lower right."""
+        height, width = self.stamp[0].shape
+        return max(self.height - height - self.text, 0), max(self.width - width - self.text, 0)
+
+
+def with_scale_bar(canvas: da.Array, bar: ScaleBar) -> da.Array:
+    """Draw a scale bar on dask uint8 (y, x) or (y, x, 3)."""
+    return da.map_blocks(_draw, canvas, bar=bar, dtype=np.uint8)
+
+
+def _draw(block: np.ndarray, bar: ScaleBar, block_info: Any = None) -> np.ndarray:
+    if not block_info:  # dask asks what comes of an empty block
+        return block
+    (top, bottom), (left, right) = block_info[0]["array-location"][:2]
+    stamp, opacity = bar.stamp
+    y, x = bar.corner
+    y0, y1 = max(y, top), min(y + stamp.shape[0], bottom)
+    x0, x1 = max(x, left), min(x + stamp.shape[1], right)
+    if y0 >= y1 or x0 >= x1:
+        return block
+    there = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+    here = (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
+    grey, share = stamp[here], opacity[here]
+    if block.ndim == 3:
+        grey, share = grey[..., None], share[..., None]
+    drawn = block.copy()
+    drawn[there] = np.rint(share * grey + (1 - share) * block[there])
+    return drawn
+
+
+@lru_cache(maxsize=4)
+def _stamp(label: str, pixels: int, text: int) -> tuple[np.ndarray, np.ndarray]:
+    font = ImageFont.load_default(text)
+    left, top, right, bottom = map(round, font.getbbox(label))
+    rim, thick, gap = max(round(text / 9), 1), max(round(text / 4), 2), round(text / 2)
+    width = max(pixels, right - left) + 2 * rim
+    height = bottom - top + gap + thick + 2 * rim
+    start, bar_top = (width - pixels) // 2, height - rim - thick
+    bar = (start, bar_top, start + pixels - 1, bar_top + thick - 1)
+    outer = (bar[0] - rim, bar[1] - rim, bar[2] + rim, bar[3] + rim)
+    place = ((width - right - left) / 2, rim - top)
+
+    white, opaque = (Image.new("L", (width, height), 0) for _ in range(2))
+    ImageDraw.Draw(white).rectangle(bar, fill=255)
+    ImageDraw.Draw(white).text(place, label, 255, font)
+    ImageDraw.Draw(opaque).rectangle(outer, fill=255)
+    ImageDraw.Draw(opaque).text(place, label, 255, font, stroke_width=rim)
+    return np.asarray(white), np.asarray(opaque) / np.float32(255)
+
+
+def _round_below(length: float) -> float:
+    """The longest of 1, 2, 5, 10, ... that is not longer."""
+    power = 10.0 ** math.floor(math.log10(length))
+    return max(step * power for step in (1, 2, 5) if step * power <= length)
+
+
+def _words(micrometers: float) -> str:
+    """A length as a person says it; the built-in font has no Greek letter for micrometers."""
+    if micrometers >= 1e4:
+        return f"{micrometers / 1e4:g} cm"
+    return f"{micrometers / 1e3:g} mm"

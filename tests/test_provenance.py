@@ -1,0 +1,152 @@
+"""Every picture says where it comes from, and the command that makes it again."""
+
+import io
+import json
+import shlex
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+import inkdask
+from inkdask import cli, storage
+from inkdask.demo import synthetic
+from inkdask.models.registry import known
+from inkdask.provenance import SHAPING, without_secrets
+from inkdask.settings import Settings
+from tests.test_workflow import depth_slope, own_environment  # noqa: F401
+
+
+@pytest.fixture
+def segment(tmp_path):
+    synthetic.write_segment(tmp_path / "scroll" / "20230702", height=150, width=200, layers=26)
+    return tmp_path / "scroll" / "20230702"
+
+
+@pytest.fixture
+def prediction(segment):
+    """A job that says every parameter that shapes a picture."""
+    return inkdask.run(
+        segment, model="demo", layers=(0, 26), force_reverse=True, roi_xyxy=(16, 8, 190, 150),
+        tile=64, stride=32, divisor=190, clip=180, blend_mode="gaussian", gaussian_sigma=20.125,
+        precision="float32", pixel_resolution_um=7.912345678, compile=False,
+    )  # fmt: skip
+
+
+def info(capsys, path):
+    cli.main(["info", str(path)])
+    return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_every_kind_of_file_says_the_same(prediction, segment, tmp_path, capsys):
+    stored = prediction.replace(".png", ".zarr")
+    exports = [tmp_path / f"p.{ending}" for ending in ("png", "tif", "jpg", "zarr")]
+    inkdask.export(stored, exports)
+    told = [info(capsys, path) for path in (prediction, stored, *exports)]
+    kinds = [rows.pop("type").split(",")[0] for rows in told]
+    assert kinds == ["PNG", "OME-Zarr", "PNG", "BigTIFF", "JPEG", "OME-Zarr"]
+    for rows in told:
+        rows.pop("picture")
+        rows.pop("export", None)
+        assert rows == told[0]
+    rows = told[0]
+    assert rows["segment"].startswith(f"{segment} (input ")
+    assert rows["layers"] == "26 (25 to 0 in reverse)"
+    assert rows["region"] == "16,8,190,150 (x0,y0,x1,y1)"
+    assert rows["model"].startswith("demo (ink_depth_cnn) from package://")
+    assert len(rows["weights"].split()[1]) == 64
+    assert rows["voxels"] == "clipped to 180, divided by 190"
+    assert rows["tiles"] == "64 px at stride 32, gaussian window of sigma 20.125 px"
+    assert rows["size"].startswith("142 x 174 pixels of 7.91 um")
+    for name in ("inkdask", "torch", "dask", "zarr", "numpy", "python"):
+        assert name in rows["software"]
+    assert rows["made"].startswith("20")
+
+
+def test_the_command_makes_the_same_picture(prediction, capsys, tmp_path, monkeypatch):
+    first = np.asarray(Image.open(prediction))
+    words = shlex.split(info(capsys, prediction)["repeat"])
+    assert words[:2] == ["inkdask", "run"]
+    (tmp_path / "elsewhere" / "demo").mkdir(parents=True)  # which is not the model of this name
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cli.main([*words[1:], "--output-path", "again", "--zarr-output-dir", "grids", "--no-compile"])
+    (again,) = capsys.readouterr().out.split()
+    assert np.array_equal(np.asarray(Image.open(again)), first)
+    assert info(capsys, again)["repeat"] == shlex.join(words)
+
+
+def test_the_command_of_an_export_makes_it_again(prediction, capsys, tmp_path, monkeypatch):
+    stored = prediction.replace(".png", ".zarr")
+    cli.main(
+        ["export", stored, "--to", str(tmp_path / "p.png"), "--overlay", "mean", "--colour-map",
+         "hot", "--add-scale-bar", "--scale-bar-length-um", "400", "--opacity", "0.5",
+         "--roi-xyxy", "20,10,150,100"]
+    )  # fmt: skip
+    first = (tmp_path / "p.png").read_bytes()
+    capsys.readouterr()
+    words = shlex.split(info(capsys, tmp_path / "p.png")["export"])
+    (tmp_path / "p.png").unlink()
+    cli.main(words[1:])
+    assert (tmp_path / "p.png").read_bytes() == first
+
+
+def test_a_model_that_is_a_function_has_no_command(segment, capsys):
+    uri = inkdask.run(segment, model=depth_slope, layers=(0, 26))
+    assert "function" in info(capsys, uri)["repeat"]
+
+
+def test_pictures_on_s3(s3, prediction, capsys):
+    inkdask.export(prediction.replace(".png", ".zarr"), [f"{s3}/p.png", f"{s3}/p.tif"])
+    read = storage.counters().bytes_read
+    rows = info(capsys, f"{s3}/p.tif")
+    assert rows["model"].startswith("demo")
+    assert info(capsys, f"{s3}/p.png")["weights"] == rows["weights"]
+    assert storage.counters().bytes_read - read < 2e6
+    text = storage.read_bytes(f"{s3}/p.png") + storage.read_bytes(f"{s3}/p.tif")
+    assert b"testing-secret" not in text
+
+
+def test_what_is_written_is_for_all_to_read(segment, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws_secret")
+    monkeypatch.setenv("SCHEDULER_ADDRESS", "")
+    uri = inkdask.run(segment, model="demo", layers=(0, 26))
+    with Image.open(uri) as image:
+        assert "secret" not in image.text["inkdask"]
+    hidden = without_secrets({"a": ["s3://key:pass@bucket/x", 3], "b": {"c": "tcp://u:p@host"}})
+    assert hidden == {"a": ["s3://bucket/x", 3], "b": {"c": "tcp://host"}}
+
+
+def test_the_parameters_of_the_command_exist():
+    assert set(SHAPING) <= set(Settings.model_fields)
+
+
+def test_the_weights_are_named_by_their_digest(prediction):
+    with Image.open(prediction) as image:
+        origin = json.loads(image.text["inkdask"])
+    assert origin["fingerprint"]["weights"]
+    assert origin["weights_from"] == known()["demo"].weights
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.tif", "p.jpg"])
+def test_a_picture_of_somebody_else(tmp_path, capsys, name):
+    Image.new("RGB", (30, 20)).save(tmp_path / name)
+    rows = info(capsys, tmp_path / name)
+    assert rows["size"] == "20 x 30 pixels"
+    assert rows["origin"] == "not recorded in the file"
+    with_words = io.BytesIO()
+    tifffile.imwrite(with_words, np.zeros((4, 5), np.uint8), description="a dog")
+    (tmp_path / "dog.tif").write_bytes(with_words.getvalue())
+    assert info(capsys, tmp_path / "dog.tif")["origin"] == "not recorded in the file"
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.tif", "p.jpg"])
+def test_a_file_that_is_no_picture_is_one_sentence(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"no picture at all")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["info", str(tmp_path / name)])
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / name) in error
+    assert len(error.splitlines()) == 1
