@@ -66,6 +66,12 @@ def predictor(network: Network) -> Predictor:
         return _predictors[key]
 
 
+def measured_pace(network: Network) -> float | None:
+    """Seconds a tile at the best pace that this process has seen; None where it ran none."""
+    known = _predictors.get(replace(network, function=None))
+    return known.pace if known else None
+
+
 class Predictor:
     """A network on its device, with the thread that runs it.
 
@@ -130,6 +136,11 @@ class Predictor:
         if len(origins) == 0:
             return np.empty((0, self.network.k, self.network.k), np.float32)
         return self._thread.submit(self._predict, block, origins, to_come, cores()).result()
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds a tile at the best pace so far."""
+        return self._pace if self._tiles_done else None
 
     # What follows runs in the predictor's thread.
 

@@ -11,8 +11,8 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from inkdask import engine, storage
-from inkdask.blending import blend
+from inkdask import engine, storage, view
+from inkdask.blending import Window, blend
 from inkdask.inference import infer
 from inkdask.pictures import exporting
 from inkdask.pictures.picture import open_picture
@@ -33,7 +33,7 @@ log = logging.getLogger("inkdask")
 _OF_PATHS = ("s3_path", "surface_volume_zarr", "mask_path")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InkMap:
     """A lazy prediction: computing a part of it runs only the chunks that the part touches.
 
@@ -45,17 +45,35 @@ class InkMap:
         Tile probabilities, dask float32 (gy, gx, k, k); NaN where a tile is empty.
     valid
         Pixels that have data, dask bool (y, x).
-    tiling
-        Where the tiles lie.
-    network
-        The network that they go through.
+    plan
+        What it is made of: segment, layers, tiles and network.
+    blend_mode, gaussian_sigma
+        The window that weighs the pixels of a tile.
     """
 
     map: da.Array
     grid: da.Array
     valid: da.Array
-    tiling: Tiling
-    network: Network
+    plan: Plan
+    blend_mode: Window = "hann"
+    gaussian_sigma: float = 0.0
+
+    @property
+    def tiling(self) -> Tiling:
+        """Where the tiles lie."""
+        return self.plan.tiling
+
+    @property
+    def network(self) -> Network:
+        """The network that they go through."""
+        return self.plan.network
+
+    def show(self, **options: Any) -> view.Viewer:
+        """Look at it in Jupyter, over or beside the papyrus; see `inkdask.view.show_ink`."""
+        return view.show_ink(self, **options)
+
+    def _repr_html_(self) -> str:
+        return view.ink_html(self)
 
 
 def predict(
@@ -93,7 +111,12 @@ def predict(
         inferred.grid, inferred.valid, plan.tiling, settings.blend_mode, settings.gaussian_sigma
     )
     return InkMap(
-        ink[plan.window], inferred.grid, inferred.valid[plan.window], plan.tiling, plan.network
+        ink[plan.window],
+        inferred.grid,
+        inferred.valid[plan.window],
+        plan,
+        settings.blend_mode,
+        settings.gaussian_sigma,
     )
 
 

@@ -1,0 +1,109 @@
+"""Looking at segments and predictions in Jupyter.
+
+The classes call these functions only when somebody looks, so that a job needs neither widgets nor
+a browser. The widgets stand on anywidget and ipywidgets, because these run in JupyterLab, Notebook,
+VS Code and Voilà alike, without a network and without megabytes in the saved notebook (a Bokeh plot
+brings its library along or fetches it), and because the browser then holds the tiles it has seen:
+it zooms, blends and changes contrast without asking the kernel (ipympl draws every move there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inkdask.segment import Segment
+    from inkdask.view.viewer import Viewer
+    from inkdask.workflow import InkMap
+
+__all__ = ["compare", "ink_html", "segment_html", "show_ink", "show_segment"]
+
+
+def segment_html(segment: Segment) -> str:
+    """Describe a segment, with a thumbnail; reads under 1 % of a large one."""
+    from inkdask.view import html
+
+    return html.segment_html(segment)
+
+
+def ink_html(ink: InkMap) -> str:
+    """Describe a prediction, with a thumbnail of what is known of it; computes nothing."""
+    from inkdask.view import html
+
+    return html.ink_html(ink)
+
+
+def show_segment(segment: Segment, *, height: int = 480) -> Viewer:
+    """Look at the layers of a segment: slide through them, set the contrast, zoom and pan.
+
+    Parameters
+    ----------
+    segment
+        From `inkdask.open_segment`.
+    height
+        Of the viewer, in pixels of the screen.
+
+    Raises
+    ------
+    InkdaskError
+        When the packages of the ``viz`` extra are missing.
+    """
+    return _viewer().of_segment(segment, height=height)
+
+
+def show_ink(ink: InkMap, *, beside: bool = False, height: int = 480) -> Viewer:
+    """Look at a prediction over its papyrus, or beside it.
+
+    What is in sight is computed in the background, from the middle outwards, if it is not more
+    than a few chunks; more when a box is drawn or the button is pressed.
+
+    Parameters
+    ----------
+    ink
+        From `inkdask.predict`.
+    beside
+        Whether papyrus and prediction begin side by side.
+    height
+        Of the viewer, in pixels of the screen.
+
+    Raises
+    ------
+    InkdaskError
+        When the packages of the ``viz`` extra are missing.
+    """
+    return _viewer().of_ink(ink, beside=beside, height=height)
+
+
+def compare(predictions: Mapping[str, InkMap], *, columns: int = 2, height: int = 560) -> Viewer:
+    """Look at predictions of one segment side by side, all at the same place.
+
+    Parameters
+    ----------
+    predictions
+        What to call them, and the predictions; all of one size.
+    columns
+        Panels in a row.
+    height
+        Of the viewer, in pixels of the screen.
+
+    Raises
+    ------
+    InkdaskError
+        When their sizes differ, or the packages of the ``viz`` extra are missing.
+    """
+    return _viewer().of_several(predictions, columns=columns, height=height)
+
+
+def _viewer() -> Any:
+    from inkdask.types import InkdaskError
+
+    try:
+        from inkdask.view.viewer import Viewer
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("anywidget", "ipywidgets", "traitlets"):
+            raise
+        raise InkdaskError(
+            f"The viewer needs {error.name}: install it with pip install 'inkdask[viz]'."
+        ) from None
+    return Viewer

@@ -1,0 +1,58 @@
+"""What was read or computed to be looked at, kept for the next look."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+
+import numpy as np
+
+
+class Kept:
+    """Arrays up to so many bytes, the latest used; each is made once, whoever asks first."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most, self._bytes = most_bytes, 0
+        self._lock = threading.Lock()
+        self._arrays: OrderedDict[Hashable, Future[np.ndarray]] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the array of a key, or make it; a failure to do so is not kept."""
+        with self._lock:
+            known = self._arrays.get(key)
+            future = known or self._arrays.setdefault(key, Future())
+            self._arrays.move_to_end(key)
+        if known:
+            return known.result()
+        try:
+            array = make()
+        except BaseException as error:
+            with self._lock:
+                del self._arrays[key]
+            future.set_exception(error)
+            raise
+        future.set_result(array)
+        with self._lock:
+            self._bytes += array.nbytes
+            self._make_room(key)
+        return array
+
+    def drop(self, key: Hashable) -> None:
+        """Forget an array that is out of date."""
+        with self._lock:
+            self._forget(key)
+
+    def _make_room(self, newest: Hashable) -> None:
+        for key in list(self._arrays):
+            if self._bytes <= self._most:
+                return
+            if key != newest:
+                self._forget(key)
+
+    def _forget(self, key: Hashable) -> None:
+        future = self._arrays.get(key)
+        if future is not None and future.done():
+            self._bytes -= future.result().nbytes
+            del self._arrays[key]

@@ -1,0 +1,222 @@
+"""The lazy prediction of `inkdask.predict`, computed where somebody looks.
+
+Chunks in sight are computed in the background, from the middle of the view outwards, into a grid
+like that of a job, in a scratch folder that goes with the process: no tile runs twice, and memory
+does not grow with the segment.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import dask.array as da
+import numpy as np
+
+from inkdask import engine
+from inkdask.blending import blend_chunk
+from inkdask.inference import InferredChunk, infer
+from inkdask.store import GridStore
+from inkdask.tiling import Axis
+from inkdask.types import InkdaskError
+from inkdask.view.tiles import Ink, Window
+
+if TYPE_CHECKING:
+    from inkdask.workflow import InkMap
+
+log = logging.getLogger(__name__)
+
+AUTO_TILES = 20_000  # in sight: as many are computed unasked
+KEPT_PREDICTIONS = 8  # whose chunks a process remembers
+
+_known: OrderedDict[str, LazyInk] = OrderedDict()
+_lock = threading.Lock()
+
+
+def lazy_ink(ink: InkMap) -> LazyInk:
+    """What was computed of a prediction so far, in any viewer of this process."""
+    name = ink.map.name
+    with _lock:
+        picture = _known.pop(name, None) or LazyInk(ink)
+        _known[name] = picture
+        while len(_known) > KEPT_PREDICTIONS:
+            _known.popitem(last=False)
+    return picture
+
+
+class LazyInk(Ink):
+    """The picture of a lazy prediction."""
+
+    def __init__(self, ink: InkMap) -> None:
+        super().__init__(ink.map)
+        self._ink, self._tiling = ink, ink.plan.tiling
+        self._done = np.zeros(self._tiling.block_shape, bool)
+        self._folder: Any = None  # made with the first chunk
+        self._store: GridStore | None = None
+        self._blocks: np.ndarray | None = None  # of Delayed
+        self._wanted: list[tuple[int, int]] = []
+        self._first: list[tuple[int, int]] = []
+        self._thread: threading.Thread | None = None
+        self._turn = threading.Lock()
+        self._failure = ""
+        self._left_out = 0
+
+    @property
+    def known(self) -> np.ndarray:
+        """Chunks whose own tiles were computed."""
+        return self._done
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether chunks are being computed."""
+        return self._thread is not None
+
+    @property
+    def status(self) -> str:
+        """How far it is, what it waits for, or what went wrong."""
+        if self._failure:
+            return self._failure
+        if self._left_out:
+            return (
+                f"{super().status}; {self._left_out:,} in sight are many: zoom in, draw a box, or "
+                "press Compute"
+            )
+        to_come = len(self._missing(self._first + self._wanted))
+        return super().status + (f", {to_come:,} to come" if to_come else "")
+
+    def see(self, window: Window) -> None:
+        """Compute the chunks in sight, if they are few."""
+        missing = self._missing(self._reaching(window))
+        is_small = sum(self._tiles_of(*place) for place in missing) <= AUTO_TILES
+        with self._turn:
+            self._left_out = 0 if is_small else len(missing)
+            self._wanted = missing if is_small else []
+        self._go_on()
+
+    def focus(self, window: Window) -> None:
+        """Compute the chunks of a window, however many, before all others."""
+        with self._turn:
+            self._first = self._missing(self._reaching(window))
+            self._left_out = 0
+        self._go_on()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until nothing is being computed."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(seconds)
+
+    def _reaching(self, window: Window) -> list[tuple[int, int]]:
+        """Chunks of a window, and those before them, whose tiles reach into them."""
+        places = dict.fromkeys(self.chunks_in(window))
+        for row, column in list(places):
+            for before in ((row - 1, column), (row, column - 1), (row - 1, column - 1)):
+                if min(before) >= 0:
+                    places.setdefault(before)
+        return list(places)
+
+    def _tiles_of(self, row: int, column: int) -> int:
+        rows, columns = self._tiling.grid_chunks
+        return rows[row] * columns[column]
+
+    def _missing(self, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [place for place in dict.fromkeys(places) if not self._done[place]]
+
+    def _go_on(self) -> None:
+        with self._turn:
+            if self._thread is None and self._missing(self._first + self._wanted):
+                self._failure = ""
+                self._thread = threading.Thread(target=self._work, name="ink", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._turn:
+                    batch = self._next()
+                    if not batch:
+                        self._thread = None
+                        break
+                blocks = self._delayed()
+                engine.compute_each([blocks[place] for place in batch], self._receive)
+        except Exception as error:
+            # Nobody called: what went wrong is shown in the viewer.
+            if not isinstance(error, InkdaskError):
+                log.exception("a chunk in sight could not be computed")
+            with self._turn:
+                self._failure = str(error) or type(error).__name__
+                self._first, self._wanted, self._thread = [], [], None
+        for observer in list(self.observers):  # that it is over
+            observer((slice(0, 0), slice(0, 0)))
+
+    def _next(self) -> list[tuple[int, int]]:
+        """Chunks to compute side by side: of one row, because they are read together."""
+        missing = self._missing(self._first + self._wanted)
+        return [place for place in missing if place[0] == missing[0][0]][: _abreast()]
+
+    def _delayed(self) -> np.ndarray:
+        if self._blocks is None:
+            plan, k = self._ink.plan, self._ink.network.k
+            self._folder = tempfile.TemporaryDirectory(prefix="inkdask-view-")
+            self._store = GridStore(f"{self._folder.name}/grid.zarr", self._tiling, k)
+            self._store.create({})
+            chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask).chunks
+            located = da.map_blocks(
+                _locate, chunks, meta=np.empty((0, 0), object), enforce_ndim=False
+            )
+            self._blocks = located.to_delayed()
+        return self._blocks
+
+    def _receive(self, located: tuple[tuple[int, int], InferredChunk]) -> None:
+        (row, column), chunk = located
+        assert self._store is not None  # noqa: S101  made before the first chunk was asked for
+        self._store.write(chunk, row, column)
+        self._done[row, column] = True
+        rows, columns = self._done.shape
+        for y in range(row, min(row + 2, rows)):  # its tiles reach into those after it
+            for x in range(column, min(column + 2, columns)):
+                if self._done[y, x]:
+                    self.refresh(y, x)
+
+    def _chunk(self, row: int, column: int) -> np.ndarray:
+        assert self._store is not None  # noqa: S101
+        tiling, ink = self._tiling, self._ink
+        tiles = _reach(tiling.y, row), _reach(tiling.x, column)
+        pixels = (
+            slice(int(tiling.y.edges[row]), int(tiling.y.edges[row + 1])),
+            slice(int(tiling.x.edges[column]), int(tiling.x.edges[column + 1])),
+        )
+        whole = blend_chunk(
+            np.asarray(self._store.grid()[tiles].compute(scheduler="synchronous")),
+            np.asarray(self._store.valid()[pixels].compute(scheduler="synchronous")),
+            np.array([row]),
+            np.array([column]),
+            tiling,
+            ink.blend_mode,
+            ink.gaussian_sigma,
+        )
+        inside = tuple(
+            slice(max(kept.start - span.start, 0), min(kept.stop, span.stop) - span.start)
+            for kept, span in zip(ink.plan.window, pixels, strict=True)
+        )
+        return np.asarray(whole[inside])
+
+
+def _reach(axis: Axis, index: int) -> slice:
+    """Grid rows of a chunk, and those before it that reach into it."""
+    return slice(max(int(axis.rows[index]) - axis.depth, 0), int(axis.rows[index + 1]))
+
+
+def _locate(
+    chunk: InferredChunk, block_id: tuple[int, int]
+) -> tuple[tuple[int, int], InferredChunk]:
+    return block_id, chunk
+
+
+def _abreast() -> int:
+    """Chunks that are computed side by side: a few, so that a new view is served soon."""
+    client = engine.current_client()
+    return 3 if client is None else max(3, sum(client.nthreads().values()))

@@ -1,0 +1,403 @@
+// The viewer's half in the browser. It shows pictures by tiles of scales 1, 1/2, 1/4, ...: asks the
+// kernel for those in sight, keeps them, and draws a coarser one meanwhile. Panels share one view.
+
+const PAPYRUS = 0;
+const UNKNOWN = 255; // of an ink tile: not computed yet
+const MOST = 254; // the value of probability 1
+const KEPT_TILES = 1500; // 64 kB each
+const INK = [255, 92, 36]; // over papyrus
+const PAGE = [22, 20, 18];
+
+function render({ model, el }) {
+  const root = document.createElement("div");
+  root.className = "inkdask-viewer";
+  root.tabIndex = 0;
+  el.appendChild(root);
+
+  const [height, width] = model.get("shape");
+  const side = model.get("side");
+  const coarsest = Math.max(0, Math.ceil(Math.log2(Math.max(height, width) / side)));
+  const tiles = new Map(); // key -> {size, values, isStale, image, colours}
+  let panels = []; // {spec, element, canvas, cursor}
+  let view = { y: height / 2, x: width / 2, scale: 0 }; // the middle, and screen per pixel
+  let box = null; // [y0, y1, x0, x1] while it is drawn, and after
+  let asking = 0, drawing = 0, telling = 0;
+
+  // --- panels
+
+  function layOut() {
+    const specs = model.get("panels");
+    const columns = Math.min(model.get("columns"), specs.length);
+    const rows = Math.ceil(specs.length / columns);
+    root.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
+    root.replaceChildren();
+    panels = specs.map((spec) => {
+      const element = document.createElement("div");
+      element.className = "inkdask-panel";
+      element.style.height = `${(model.get("height") - 6 * (rows - 1)) / rows}px`;
+      const canvas = document.createElement("canvas");
+      const title = document.createElement("div");
+      title.className = "inkdask-title";
+      title.textContent = spec.title;
+      const cursor = document.createElement("div");
+      cursor.className = "inkdask-cursor";
+      element.append(canvas, title, cursor);
+      root.append(element);
+      const panel = { spec, element, canvas, cursor };
+      listen(panel);
+      return panel;
+    });
+    sizes.disconnect();
+    panels.forEach((panel) => sizes.observe(panel.element));
+  }
+
+  const sizes = new ResizeObserver(() => {
+    for (const { element, canvas } of panels) {
+      const ratio = window.devicePixelRatio || 1;
+      canvas.width = Math.max(1, Math.round(element.clientWidth * ratio));
+      canvas.height = Math.max(1, Math.round(element.clientHeight * ratio));
+    }
+    if (panels[0]?.element.clientWidth) {
+      if (!view.scale) fit(model.get("sight"));
+      limit();
+      redraw();
+      tell();
+    }
+  });
+
+  // --- the view
+
+  const screen = () => [panels[0].element.clientHeight, panels[0].element.clientWidth];
+  const whole = () => Math.min(screen()[0] / height, screen()[1] / width);
+
+  function fit(window) {
+    const [y0, y1, x0, x1] = window?.length === 4 ? window : [0, height, 0, width];
+    const [h, w] = screen();
+    view.scale = Math.min(h / Math.max(y1 - y0, 1), w / Math.max(x1 - x0, 1));
+    [view.y, view.x] = [(y0 + y1) / 2, (x0 + x1) / 2];
+    limit();
+  }
+
+  function limit() {
+    view.scale = Math.min(Math.max(view.scale, 0.8 * whole()), 40);
+    view.y = Math.min(Math.max(view.y, 0), height);
+    view.x = Math.min(Math.max(view.x, 0), width);
+  }
+
+  function sight() {
+    const [h, w] = screen();
+    return [
+      view.y - h / 2 / view.scale, view.y + h / 2 / view.scale,
+      view.x - w / 2 / view.scale, view.x + w / 2 / view.scale,
+    ];
+  }
+
+  function tell() {
+    clearTimeout(telling);
+    telling = setTimeout(() => {
+      model.set("sight", sight());
+      model.save_changes();
+    }, 200);
+  }
+
+  function moved() {
+    limit();
+    redraw();
+    tell();
+  }
+
+  // --- tiles
+
+  const keyOf = (picture, level, row, column) =>
+    [picture, picture === PAPYRUS ? model.get("layer") : 0, level, row, column];
+
+  function windowOf([, , level, row, column]) {
+    const step = side * 2 ** level;
+    return [row * step, Math.min((row + 1) * step, height),
+      column * step, Math.min((column + 1) * step, width)];
+  }
+
+  function wanted(picture) {
+    const ratio = window.devicePixelRatio || 1;
+    const fine = Math.floor(Math.log2(1 / (view.scale * ratio)) + 0.01);
+    const level = Math.min(Math.max(fine, 0), coarsest);
+    const step = side * 2 ** level;
+    const [y0, y1, x0, x1] = sight();
+    const keys = [];
+    for (let row = Math.max(0, Math.floor(y0 / step)); row * step < Math.min(y1, height); row++) {
+      for (let col = Math.max(0, Math.floor(x0 / step)); col * step < Math.min(x1, width); col++) {
+        keys.push(keyOf(picture, level, row, col));
+      }
+    }
+    const away = ([, , , row, column]) =>
+      Math.hypot((row + 0.5) * step - view.y, (column + 0.5) * step - view.x);
+    return keys.sort((a, b) => away(a) - away(b));
+  }
+
+  const shown = () => [...new Set(panels.flatMap(
+    ({ spec }) => [...(spec.papyrus ? [PAPYRUS] : []), ...(spec.ink ? [spec.ink] : [])]))];
+
+  function ask() {
+    clearTimeout(asking);
+    asking = setTimeout(() => {
+      const missing = shown().flatMap(wanted).filter((key) => {
+        const tile = tiles.get(key.join());
+        return !tile || tile.isStale;
+      });
+      model.send({ kind: "tiles", wanted: missing });
+    }, 60);
+  }
+
+  function keep(key, size, values) {
+    const name = key.join();
+    tiles.delete(name); // so that it counts as the newest
+    tiles.set(name, { size, values, isStale: false, image: null, colours: "" });
+    for (const old of tiles.keys()) {
+      if (tiles.size <= KEPT_TILES) break;
+      tiles.delete(old);
+    }
+  }
+
+  // The tile, or the part of a coarser one that lies there: [tile, its key].
+  function nearest(key) {
+    const [picture, layer, level, row, column] = key;
+    for (let up = 0; level + up <= coarsest; up++) {
+      const other = [picture, layer, level + up, row >> up, column >> up];
+      const tile = tiles.get(other.join());
+      if (tile) return [tile, other];
+    }
+    return null;
+  }
+
+  // --- colours
+
+  // over: as paint on papyrus, alone: as grey on the dark page
+  function coloured(tile, picture, isOver) {
+    const [low, high] = model.get("contrast");
+    const colours = picture === PAPYRUS ? `${low},${high}` : isOver ? "over" : "alone";
+    if (tile.image && tile.colours === colours) return tile.image;
+    const [h, w] = tile.size;
+    const image = new ImageData(w, h);
+    const pixels = new Uint32Array(image.data.buffer);
+    const table = new Uint32Array(256);
+    const rgba = (r, g, b, a) => ((a << 24) | (b << 16) | (g << 8) | r) >>> 0;
+    for (let v = 0; v < 256; v++) {
+      const grey = Math.max(0, Math.min(255, Math.round((255 * (v - low)) / Math.max(high - low, 1))));
+      const share = v / MOST;
+      table[v] = picture === PAPYRUS ? rgba(grey, grey, grey, v ? 255 : 0)
+        : v === UNKNOWN ? (isOver ? 0 : rgba(44, 42, 60, 255))
+        : isOver ? rgba(...INK, Math.round(255 * share))
+        : rgba(...[250, 243, 229].map((c, i) => Math.round(PAGE[i] + share * (c - PAGE[i]))), 255);
+    }
+    for (let i = 0; i < tile.values.length; i++) pixels[i] = table[tile.values[i]];
+    tile.image ??= document.createElement("canvas");
+    [tile.image.width, tile.image.height] = [w, h];
+    tile.image.getContext("2d").putImageData(image, 0, 0);
+    tile.colours = colours;
+    return tile.image;
+  }
+
+  // --- drawing
+
+  function redraw() {
+    ask();
+    if (!drawing) drawing = requestAnimationFrame(() => { drawing = 0; panels.forEach(draw); });
+  }
+
+  function draw({ spec, canvas }) {
+    const ratio = window.devicePixelRatio || 1;
+    const context = canvas.getContext("2d");
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.fillStyle = `rgb(${PAGE})`;
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    if (!view.scale) return;
+    const zoom = view.scale * ratio;
+    const left = canvas.width / 2 - view.x * zoom, top = canvas.height / 2 - view.y * zoom;
+    context.setTransform(zoom, 0, 0, zoom, left, top);
+    context.save();
+    context.beginPath();
+    context.rect(0, 0, width, height);
+    context.clip();
+    context.imageSmoothingEnabled = zoom < 1;
+    if (spec.papyrus) drawPicture(context, PAPYRUS, false);
+    if (spec.ink) {
+      context.globalAlpha = spec.papyrus ? model.get("opacity") : 1;
+      drawPicture(context, spec.ink, spec.papyrus);
+    }
+    context.restore();
+    if (box) {
+      context.strokeStyle = "#ffd166";
+      context.lineWidth = 1.5 * ratio / zoom;
+      context.strokeRect(box[2], box[0], box[3] - box[2], box[1] - box[0]);
+    }
+  }
+
+  function drawPicture(context, picture, isOver) {
+    for (const key of wanted(picture)) {
+      const found = nearest(key);
+      if (!found) continue;
+      const [tile, from] = found;
+      const [y0, y1, x0, x1] = windowOf(key);
+      const [top, , left] = windowOf(from);
+      const step = 2 ** from[2];
+      const [sw, sh] = [Math.min((x1 - left) / step, tile.size[1]), Math.min((y1 - top) / step, tile.size[0])];
+      const [sx, sy] = [(x0 - left) / step, (y0 - top) / step];
+      const isWhole = from[2] === key[2];
+      // A whole tile may reach over the edge by a part of a step: what lies there is clipped.
+      const [w, h] = isWhole ? [tile.size[1], tile.size[0]] : [sw - sx, sh - sy];
+      context.drawImage(coloured(tile, picture, isOver), isWhole ? 0 : sx, isWhole ? 0 : sy, w, h,
+        x0, y0, w * step, h * step);
+    }
+  }
+
+  // --- values under the cursor
+
+  function valueAt(picture, y, x) {
+    for (let level = 0; level <= coarsest; level++) {
+      const step = side * 2 ** level;
+      const tile = tiles.get(keyOf(picture, level, Math.floor(y / step), Math.floor(x / step)).join());
+      if (!tile) continue;
+      const [row, column] = [Math.floor((y % step) / 2 ** level), Math.floor((x % step) / 2 ** level)];
+      const value = tile.values[row * tile.size[1] + column];
+      const about = level ? "≈" : " "; // a mean over 2^level pixels
+      if (picture === PAPYRUS) return about + value;
+      return value === UNKNOWN ? " –" : about + (value / MOST).toFixed(2);
+    }
+    return " …";
+  }
+
+  function point(panel, event) {
+    const frame = panel.canvas.getBoundingClientRect();
+    const [dy, dx] = [event.clientY - frame.top - frame.height / 2, event.clientX - frame.left - frame.width / 2];
+    return { y: view.y + dy / view.scale, x: view.x + dx / view.scale, dy, dx };
+  }
+
+  let pointer = null; // where the cursor is, in pixels of the picture
+
+  function showCursor() {
+    for (const { spec, cursor } of panels) {
+      const isInside = pointer && pointer.y >= 0 && pointer.y < height && pointer.x >= 0 && pointer.x < width;
+      if (!isInside) { cursor.textContent = ""; continue; }
+      const [y, x] = [Math.floor(pointer.y), Math.floor(pointer.x)];
+      const words = [`y ${y}  x ${x}`];
+      const number = model.get("numbers")[model.get("layer")];
+      if (spec.papyrus) words.push(`layer ${String(number).padStart(2, "0")}${valueAt(PAPYRUS, y, x)}`);
+      if (spec.ink) words.push(`ink${valueAt(spec.ink, y, x)}`);
+      cursor.textContent = words.join("   ");
+    }
+  }
+
+  // --- hands
+
+  function listen(panel) {
+    const { canvas } = panel;
+    let held = null;
+    canvas.classList.toggle("drawing", model.get("is_drawing"));
+    canvas.addEventListener("pointerdown", (event) => {
+      canvas.setPointerCapture(event.pointerId);
+      const at = point(panel, event);
+      held = { at, isBox: model.get("is_drawing") || event.shiftKey, y: view.y, x: view.x };
+      event.preventDefault();
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      const at = point(panel, event);
+      pointer = at;
+      if (held?.isBox) {
+        box = boxOf(held.at, at);
+        redraw();
+      } else if (held) {
+        view.y = held.y - (at.dy - held.at.dy) / view.scale;
+        view.x = held.x - (at.dx - held.at.dx) / view.scale;
+        moved();
+      }
+      showCursor();
+    });
+    const release = (event) => {
+      if (held?.isBox) {
+        box = boxOf(held.at, point(panel, event));
+        const isBox = box[1] > box[0] && box[3] > box[2];
+        if (!isBox) box = null;
+        model.set("box", box ?? []);
+        model.save_changes();
+        redraw();
+      }
+      held = null;
+    };
+    canvas.addEventListener("pointerup", release);
+    canvas.addEventListener("pointercancel", () => { held = null; });
+    canvas.addEventListener("pointerleave", () => { pointer = null; showCursor(); });
+    canvas.addEventListener("dblclick", () => { fit(); moved(); });
+    canvas.addEventListener("wheel", (event) => {
+      event.preventDefault();
+      const at = point(panel, event);
+      view.scale *= Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0015));
+      limit();
+      [view.y, view.x] = [at.y - at.dy / view.scale, at.x - at.dx / view.scale];
+      moved();
+    }, { passive: false });
+  }
+
+  function boxOf(a, b) {
+    const within = (value, most) => Math.min(Math.max(value, 0), most);
+    return [
+      Math.floor(within(Math.min(a.y, b.y), height)), Math.ceil(within(Math.max(a.y, b.y), height)),
+      Math.floor(within(Math.min(a.x, b.x), width)), Math.ceil(within(Math.max(a.x, b.x), width)),
+    ];
+  }
+
+  // --- the kernel
+
+  function receive(message, buffers) {
+    if (message.kind === "tile") {
+      const raw = buffers[0];
+      keep(message.key, message.size,
+        new Uint8Array(raw.buffer ?? raw, raw.byteOffset ?? 0, raw.byteLength));
+      redraw();
+      showCursor();
+    } else if (message.kind === "changed") {
+      const [y0, y1, x0, x1] = message.window;
+      for (const [name, tile] of tiles) {
+        const key = name.split(",").map(Number);
+        if (key[0] !== message.picture) continue;
+        const [top, bottom, left, right] = windowOf(key);
+        if (top < y1 && y0 < bottom && left < x1 && x0 < right) tile.isStale = true;
+      }
+      redraw();
+    } else if (message.kind === "look_at") {
+      fit(message.window);
+      moved();
+    }
+  }
+
+  const onDrawing = () => panels.forEach(
+    ({ canvas }) => canvas.classList.toggle("drawing", model.get("is_drawing")));
+  const onPanels = () => { layOut(); };
+  const onBox = () => { box = model.get("box").length ? model.get("box") : null; redraw(); };
+  const onLook = () => { redraw(); showCursor(); };
+  model.on("msg:custom", receive);
+  model.on("change:panels", onPanels);
+  model.on("change:box", onBox);
+  model.on("change:is_drawing", onDrawing);
+  model.on("change:layer change:contrast change:opacity", onLook);
+  box = model.get("box").length ? model.get("box") : null;
+  layOut();
+
+  // The static picture of the same output is for where this does not run.
+  const frame = requestAnimationFrame(() => {
+    const output = el.closest(".jp-OutputArea, .output");
+    output?.querySelectorAll(".inkdask-static").forEach((still) => { still.style.display = "none"; });
+  });
+
+  return () => {
+    cancelAnimationFrame(frame);
+    [asking, telling].forEach(clearTimeout);
+    sizes.disconnect();
+    model.off("msg:custom", receive);
+    model.off("change:panels", onPanels);
+    model.off("change:box", onBox);
+    model.off("change:is_drawing", onDrawing);
+    model.off("change:layer change:contrast change:opacity", onLook);
+  };
+}
+
+export default { render };

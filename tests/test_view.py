@@ -1,0 +1,334 @@
+"""Looking at segments and predictions: what is shown is right, and looking costs little."""
+
+import base64
+import io
+import re
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import OrderedDict
+
+import dask.array as da
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+import inkdask
+from inkdask import storage
+from inkdask.types import InkdaskError
+from inkdask.view import html as html_module
+from inkdask.view import lazy, tiles
+from inkdask.view.kept import Kept
+from inkdask.view.lazy import lazy_ink
+from inkdask.view.tiles import MOST, SIDE, UNKNOWN, Papyrus
+from inkdask.view.sampling import Budget, Layer, look, shrink
+from tests.oracle import papyrus
+
+SHAPE = 5, 460, 620
+
+
+def mean_of_tile(x):
+    """Logits from the brightness of quarters of a tile: (b, 1, 4, 4)."""
+    return 8 * torch.nn.functional.adaptive_avg_pool2d(x.mean(2), 4) - 2
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch):
+    """Equal predictions share what was computed of them; not so those of different tests."""
+    monkeypatch.setattr(lazy, "_known", OrderedDict())
+
+
+@pytest.fixture(scope="module")
+def volume():
+    return papyrus(SHAPE)
+
+
+def write(folder, volume, **how):
+    (folder / "layers").mkdir(parents=True)
+    for number, layer in enumerate(volume, 3):
+        tifffile.imwrite(folder / "layers" / f"{number:02d}.tif", layer, **how)
+    return inkdask.open_segment(str(folder))
+
+
+@pytest.fixture(scope="module", params=[{"tile": (64, 64)}, {"rowsperstrip": 32}])
+def segment(request, tmp_path_factory, volume):
+    return write(tmp_path_factory.mktemp("segment"), volume, **request.param)
+
+
+def assembled(picture, shape, level, *of_layer):
+    """Put all tiles of a level together."""
+    step = 1 << level
+    height, width = (-(-length // step) for length in shape)
+    out = np.zeros((height, width), np.uint8)
+    for row in range(-(-height // SIDE)):
+        for column in range(-(-width // SIDE)):
+            tile = picture.tile(*of_layer, level, row, column)
+            out[row * SIDE :, column * SIDE :][: tile.shape[0], : tile.shape[1]] = tile
+    return out
+
+
+def test_tiles_of_a_layer_are_its_pixels(segment, volume):
+    shown = Papyrus.of_segment(segment)
+    assert shown.numbers == (3, 4, 5, 6, 7)
+    for index in (0, 3):
+        np.testing.assert_array_equal(assembled(shown, SHAPE[1:], 0, index), volume[index])
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_coarse_tiles_are_means_of_squares(segment, volume, level, monkeypatch):
+    monkeypatch.setattr(tiles, "OVERVIEW", 200)  # so that some levels come from an overview
+    got = assembled(Papyrus.of_segment(segment), SHAPE[1:], level, 2)
+    step = 1 << level
+    padded = np.pad(volume[2].astype(float), [(0, -n % step) for n in SHAPE[1:]], "constant",
+                    constant_values=np.nan)  # fmt: skip
+    squares = padded.reshape(padded.shape[0] // step, step, -1, step)
+    assert np.abs(got - np.nanmean(squares, axis=(1, 3))).max() <= 1  # a mean of rounded means
+
+
+def test_cropped_segment_shows_its_window(segment, volume):
+    cropped = segment.crop(slice(101, 400), slice(33, 577))
+    shown = Papyrus.of_segment(cropped)
+    np.testing.assert_array_equal(assembled(shown, (299, 544), 0, 1), volume[1, 101:400, 33:577])
+
+
+def test_dear_window_is_sampled_in_the_right_places(segment):
+    layer = Layer.of_segment(segment, 2)
+    whole = slice(0, SHAPE[1]), slice(0, SHAPE[2])
+    before = storage.counters().bytes_read
+    sampled = look(layer, *whole, 16, Budget(SHAPE[1] * SHAPE[2] / 2, 1000))
+    assert storage.counters().bytes_read - before < 0.55 * SHAPE[1] * SHAPE[2]
+    exact = shrink(layer.read(*whole), 16)
+    assert sampled.shape == exact.shape
+    assert np.corrcoef(sampled.ravel(), exact.ravel())[0, 1] > 0.5
+
+
+def test_a_ramp_survives_sampling():
+    ramp = np.add.outer(np.arange(512), np.arange(1024)) / 6.1
+    layer = Layer.of_array(da.from_array(ramp.astype(np.uint8), chunks=(32, 32)))
+    window = slice(0, 512), slice(0, 1024)
+    sampled = look(layer, *window, 8, Budget(1e9, 100)).astype(int)
+    inner = (slice(8, -8), slice(8, -8))  # nothing lies beyond the outermost pieces
+    assert np.abs(sampled - shrink(ramp.astype(np.uint8), 8))[inner].max() <= 4
+
+
+def test_reading_is_done_once(segment):
+    shown = Papyrus.of_segment(segment)
+    assembled(shown, SHAPE[1:], 0, 1)
+    before = storage.counters().bytes_read
+    assembled(shown, SHAPE[1:], 0, 1)
+    assert storage.counters().bytes_read == before
+
+
+def test_kept_arrays_are_made_once_and_bounded():
+    kept, made = Kept(1000), []
+
+    def make():
+        made.append(1)
+        time.sleep(0.05)
+        return np.zeros(400, np.uint8)
+
+    threads = [threading.Thread(target=kept.get, args=("a", make)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    kept.get("b", make)
+    kept.get("c", make)  # "a" goes
+    kept.get("b", make)
+    assert len(made) == 3
+    kept.get("a", make)
+    assert len(made) == 4
+    with pytest.raises(ZeroDivisionError):
+        kept.get("d", lambda: 1 / 0)
+    assert kept.get("d", make).size == 400
+
+
+# --- predictions
+
+
+@pytest.fixture
+def ink(segment):
+    return inkdask.predict(segment, model=mean_of_tile, tile=32, stride=16, chunk_size=128)
+
+
+def expected_values(ink):
+    return np.rint(ink.map.compute() * MOST).astype(int)
+
+
+def test_ink_is_computed_where_somebody_looks_and_no_tile_twice(ink):
+    shown = lazy_ink(ink)
+    assert (assembled(shown, SHAPE[1:], 0) == UNKNOWN).all()
+    before = storage.counters().tiles
+    shown.see((slice(300, 310), slice(300, 310)))
+    shown.wait()
+    assert 1 <= np.count_nonzero(shown.known) <= 4  # the chunk, and those that reach into it
+    near = assembled(shown, SHAPE[1:], 0)[256:384, 256:384]
+    assert np.abs(near - expected_values(ink)[256:384, 256:384]).max() <= 1
+
+    shown.focus((slice(0, SHAPE[1]), slice(0, SHAPE[2])))
+    shown.wait()
+    assert shown.known.all()
+    ran = storage.counters().tiles - before - _tiles_of_one_run(ink)
+    assert ran == _tiles_of_one_run(ink)  # the other was that of expected_values
+    got = assembled(shown, SHAPE[1:], 0)
+    assert np.abs(got - expected_values(ink)).max() <= 1
+
+
+def _tiles_of_one_run(ink):
+    return int(np.count_nonzero(~np.isnan(np.asarray(ink.grid[:, :, 0, 0].compute()))))
+
+
+def test_many_chunks_wait_to_be_asked_for(ink, monkeypatch):
+    monkeypatch.setattr("inkdask.view.lazy.AUTO_TILES", 10)
+    shown = lazy_ink(ink)
+    shown.see((slice(0, SHAPE[1]), slice(0, SHAPE[2])))
+    shown.wait()
+    assert not shown.known.any()
+    assert "press Compute" in shown.status
+
+
+def test_overview_follows_the_chunks(ink, monkeypatch):
+    monkeypatch.setattr(tiles, "OVERVIEW", 160)
+    shown = lazy_ink(ink)
+    changed = []
+    shown.observers.append(changed.append)
+    shown.focus((slice(0, 460), slice(0, 620)))
+    shown.wait()
+    assert changed
+    step = -(-460 // shown.overview.shape[0])
+    assert step == 4
+    expected = shrink(np.rint(ink.map.compute() * MOST).astype(np.uint8), step)
+    assert np.abs(shown.overview.astype(int) - expected).max() <= 1
+
+
+def test_region_of_interest_lies_over_its_papyrus(segment, volume):
+    roi = {"roi_xyxy": (201, 130, 555, 401), "chunk_size": 128}
+    ink = inkdask.predict(segment, model=mean_of_tile, tile=32, stride=16, **roi)
+    below = Papyrus.of_plan(ink.plan)
+    np.testing.assert_array_equal(assembled(below, (271, 354), 0, 4), volume[4, 130:401, 201:555])
+    shown = lazy_ink(ink)
+    shown.focus((slice(0, 271), slice(0, 354)))
+    shown.wait()
+    got = assembled(shown, (271, 354), 0)
+    assert np.abs(got - expected_values(ink)).max() <= 1
+
+
+def test_reversed_layers_lie_under_a_reversed_prediction(segment, volume):
+    ink = inkdask.predict(segment, model=mean_of_tile, tile=32, stride=16, force_reverse=True)
+    below = Papyrus.of_plan(ink.plan)
+    assert below.numbers == (7, 6, 5, 4, 3)
+    np.testing.assert_array_equal(below.tile(0, 0, 0, 0), volume[4, :SIDE, :SIDE])
+
+
+def test_failure_in_the_background_is_said(segment):
+    def broken(x):
+        if x.any():  # what is tried at first is a tile of zeros
+            raise InkdaskError("The network is broken.")
+        return mean_of_tile(x)
+
+    shown = lazy_ink(inkdask.predict(segment, model=broken, tile=32, stride=16))
+    shown.focus((slice(0, 10), slice(0, 10)))
+    shown.wait()
+    assert shown.status == "The network is broken."
+    assert not shown.is_busy
+
+
+# --- what notebooks show of themselves
+
+
+def thumbnails(html):
+    found = re.findall(r"data:image/jpeg;base64,([^']+)'", html)
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
+
+
+def test_segment_describes_itself(segment):
+    html = segment._repr_html_()
+    assert "460 x 620 pixels" in html
+    assert "5 (3 to 7)" in html
+    assert "uint8" in html
+    (thumbnail,) = thumbnails(html)
+    assert max(thumbnail.size) == 360
+    assert np.asarray(thumbnail).std() > 20
+
+
+def test_prediction_describes_itself_and_computes_nothing(ink):
+    before = storage.counters().tiles
+    html = ink._repr_html_()
+    assert storage.counters().tiles == before
+    assert "mean_of_tile" in html
+    assert "<progress value='0' max='20'>" in html
+    lazy_ink(ink).focus((slice(0, 460), slice(0, 620)))
+    lazy_ink(ink).wait()
+    after = ink._repr_html_()
+    assert "<progress value='20' max='20'>" in after
+    assert "tiles/s here" in after
+    assert np.asarray(thumbnails(after)[0]).tolist() != np.asarray(thumbnails(html)[0]).tolist()
+
+
+def test_array_is_not_computed_to_be_described():
+    def explode(block):
+        raise AssertionError("computed")
+
+    volume = da.zeros((4, 256, 256), np.uint8, chunks=(4, 64, 64)).map_blocks(explode, dtype="u1")
+    html = inkdask.predict(volume, model=mean_of_tile, tile=32, stride=16)._repr_html_()
+    assert "nothing is computed yet" in html
+
+
+def test_names_are_escaped(tmp_path, volume):
+    html = write(tmp_path / "<b>bold", volume[:1, :64, :64])._repr_html_()
+    assert "<b>bold" not in html
+
+
+@pytest.mark.parametrize("how", [
+    {"tile": (256, 256), "compression": "deflate"},
+    {"rowsperstrip": 64, "compression": "deflate"},
+])  # fmt: skip
+def test_large_segment_on_s3_is_described_at_once(s3, how):
+    side, layers = 20_000, 4
+    heights = [256] * 79**2 if "tile" in how else [64] * 312 + [32]
+    width = 256 if "tile" in how else side
+    rng = np.random.default_rng(0)
+    noise = np.tile(rng.integers(1, 255, (64, 64), np.uint8), (4, 313))
+    encoded = {n: zlib.compress(noise[:n, :width].tobytes()) for n in set(heights)}
+    file = io.BytesIO()
+    pieces = (encoded[height] for height in heights)
+    tifffile.imwrite(file, pieces, shape=(side, side), dtype=np.uint8, **how)
+    for number in range(layers):
+        storage.write_bytes(f"{s3}/segment/layers/{number:02d}.tif", file.getvalue())
+    segment = inkdask.open_segment(f"{s3}/segment")
+    stored = segment.stored_bytes
+    assert stored > 4e6
+
+    def described():
+        html_module._overview.cache_clear()
+        before, began = storage.counters(), time.monotonic()
+        html = segment._repr_html_()
+        return html, storage.counters() - before, time.monotonic() - began
+
+    looks = [described() for _ in range(3)]  # the machine may be busy with something else
+    html, read, _ = looks[0]
+    seconds = min(look[2] for look in looks)
+    print(f"{seconds:.2f} s, {read.bytes_read / stored:.3%} of {stored:,} bytes")
+    assert read.bytes_read < 0.01 * stored
+    assert seconds < 2
+    assert "20,000 x 20,000" in html
+    assert len(thumbnails(html)) == 1
+
+    ink = inkdask.predict(segment, model=mean_of_tile, tile=64, stride=32)
+    before = storage.counters()
+    assert len(thumbnails(ink._repr_html_())) == 1
+    assert (storage.counters() - before).bytes_read < 0.01 * stored
+
+
+def test_package_does_not_load_widgets_or_browser():
+    code = (
+        "import sys, inkdask.workflow;"
+        "print([m for m in ('ipywidgets', 'anywidget', 'IPython') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
