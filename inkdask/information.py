@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from inkdask import engine
+from inkdask.memory import expected_memory
 from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
 from inkdask.plan import span
@@ -16,7 +16,6 @@ from inkdask.segment import open_segment
 from inkdask.settings import Settings
 from inkdask.tiling import Tiling
 
-IMPORTS = 600e6  # bytes that a process holds with everything imported and a network loaded
 TILE, STRIDE = 64, 16  # of the usual model, where the user names none
 
 
@@ -117,16 +116,3 @@ def _export_command(path: str, shown: dict[str, Any]) -> str:
             told = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             words += [f"--{name.replace('_', '-')}", told]
     return shlex.join(words)
-
-
-def expected_memory(volume: Any, tiling: Tiling) -> float:
-    """Estimate the most bytes that a process with local threads holds.
-
-    A row of chunks stays until its last chunk is done, with the blocks that it was read in; each
-    thread holds a chunk with its halo, or the bytes of a block as stored and as decoded.
-    """
-    depth, height, width = volume.shape
-    block = depth * max(volume.chunks[1]) * max(volume.chunks[2])
-    rows = min(max(tiling.chunks[0]) + tiling.y.halo + 2 * max(volume.chunks[1]), height)
-    chunk = depth * max(tiling.chunks[0]) * max(tiling.chunks[1])
-    return IMPORTS + depth * rows * width + engine.threads() * max(3 * block, chunk)

@@ -19,6 +19,7 @@ from zarr.codecs import ZstdCodec
 
 from inkdask import engine, storage
 from inkdask.halo import with_halo
+from inkdask.preflight import check_room_to_prepare
 from inkdask.progress import Meter
 from inkdask.reading.zarr_volume import FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE
 from inkdask.segment import Segment, open_segment
@@ -64,6 +65,7 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
     done = f"{uri}.done"
     source = _source(segment, settings.use_zarr_compression)
     if not _is_begun(uri, source) or settings.overwrite:
+        check_room_to_prepare(segment, uri, settings.use_zarr_compression)
         _begin(uri, done, segment, blocks, source)
     if not zarr.open_array(storage.zarr_store(uri), mode="r").attrs[FINISHED_ATTRIBUTE]:
         _fill(uri, done, segment, blocks, version=digest(source))

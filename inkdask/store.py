@@ -17,9 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +29,7 @@ import zarr
 
 from inkdask import storage
 from inkdask.inference import InferredChunk
+from inkdask.memory import give_back, peak_memory
 from inkdask.storage import outputs
 from inkdask.tiling import Tiling
 
@@ -141,6 +140,7 @@ class GridStore:
 def save_chunk(chunk: InferredChunk, store: GridStore, block_id: tuple[int, int]) -> ChunkReport:
     """Store one chunk from the worker that computed it, and report."""
     ran = store.write(chunk, *block_id)
+    give_back()
     total = chunk.grid.shape[0] * chunk.grid.shape[1]
     return ChunkReport(ran, total - ran, process_name(), storage.counters(), peak_memory())
 
@@ -148,12 +148,6 @@ def save_chunk(chunk: InferredChunk, store: GridStore, block_id: tuple[int, int]
 def process_name() -> str:
     """This process among all of a cluster: host and process id."""
     return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024  # kilobytes on Linux
 
 
 def encode(grid: np.ndarray) -> np.ndarray:

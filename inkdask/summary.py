@@ -8,8 +8,9 @@ import time
 import numpy as np
 
 from inkdask import engine, storage
+from inkdask.memory import peak_memory
 from inkdask.progress import amount, clock, columns
-from inkdask.store import ChunkReport, peak_memory, process_name
+from inkdask.store import ChunkReport, process_name
 from inkdask.tiling import Tiling
 
 

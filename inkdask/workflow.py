@@ -18,6 +18,7 @@ from inkdask.pictures import exporting
 from inkdask.pictures.picture import open_picture
 from inkdask.pictures.pyramid import to_uint8, write_pyramid
 from inkdask.plan import Plan, Source
+from inkdask.preflight import check_room
 from inkdask.preparation import prepare
 from inkdask.progress import Meter
 from inkdask.provenance import fingerprint, provenance
@@ -208,6 +209,7 @@ def settle(settings: Settings) -> tuple[Plan, str]:
     for place in (f"{target}.png", settings.result_file):
         outputs.check_writable(place)
     outputs.check_writable(storage.join(settings.zarr_output_dir, "grid"))
+    check_room(plan, target, settings)
     return plan, target
 
 

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 
 from inkdask import cli
-from inkdask.information import expected_memory
+from inkdask.memory import expected_memory
 from inkdask.models.registry import known
 from inkdask.tiling import Tiling
 from tests.oracle import papyrus

@@ -302,7 +302,7 @@ def test_the_command_line(prediction, tmp_path, capsys, monkeypatch):
 EXPORT = """
 import sys
 import inkdask
-from inkdask.store import peak_memory
+from inkdask.memory import peak_memory
 from inkdask.pictures import exporting
 
 floor = peak_memory()

@@ -24,8 +24,8 @@ from inkdask.view import html as html_module
 from inkdask.view import lazy, tiles
 from inkdask.view.kept import Kept
 from inkdask.view.lazy import lazy_ink
-from inkdask.view.tiles import MOST, SIDE, UNKNOWN, Papyrus
 from inkdask.view.sampling import Budget, Layer, look, shrink
+from inkdask.view.tiles import MOST, SIDE, UNKNOWN, Papyrus
 from tests.oracle import papyrus
 
 SHAPE = 5, 460, 620

@@ -18,7 +18,7 @@ import numpy as np
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from inkdask.reading.images import CHUNK, DecodedBlock, Image
+from inkdask.reading.images import CHUNK, DECODING_BYTES, DecodedBlock, Image
 from inkdask.reading.tiff import TiffBlock, TiffImage
 
 BLOCK_BYTES = 64 << 20  # of decoded uint8 over all layers: the size a block grows to
@@ -109,6 +109,13 @@ class DecodedStack:
     @property
     def unit(self) -> tuple[int, int]:  # noqa: D102
         return CHUNK, CHUNK
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Bytes held while layers are decoded side by side: their values, and those narrowed."""
+        layers, height, width = self.shape
+        layer = height * width * self.images[0].dtype.itemsize
+        return 2 * max(layer, min(DECODING_BYTES, layers * layer))
 
     def block(self, rows: slice, columns: slice) -> DecodedBlock:  # noqa: D102
         return DecodedBlock(self.images, self.identity, rows, columns)

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from inkdask.information import STRIDE, TILE, expected_memory
+from inkdask.information import STRIDE, TILE
+from inkdask.memory import expected_memory
 from inkdask.plan import span
 from inkdask.progress import amount, clock
 from inkdask.settings import Settings
 from inkdask.tiling import Tiling
 from inkdask.view.lazy import lazy_ink
-from inkdask.view.tiles import MOST, OVERVIEW_BUDGET, UNKNOWN, Ink, Papyrus
 from inkdask.view.sampling import Budget
+from inkdask.view.tiles import MOST, OVERVIEW_BUDGET, UNKNOWN, Ink, Papyrus
 
 if TYPE_CHECKING:
     from inkdask.segment import Segment

@@ -23,7 +23,7 @@ import torch
 
 import inkdask
 from inkdask import storage
-from inkdask.store import peak_memory
+from inkdask.memory import peak_memory
 
 LAYERS, STRIDE = 26, 64
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,194 @@
+"""What would stop a job after hours, found in seconds: too little memory, too little disk.
+
+The figures are estimates, and low ones for disks, because how well a result compresses is not known
+before it is there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from inkdask import engine, storage
+from inkdask.memory import expected_memory, memory_limit
+from inkdask.plan import Plan
+from inkdask.progress import amount
+from inkdask.provenance import fingerprint
+from inkdask.reading.volume import DecodedStack
+from inkdask.segment import Segment
+from inkdask.settings import Settings
+from inkdask.store import GridStore
+from inkdask.tiling import Tiling
+from inkdask.types import InkdaskError
+
+PICTURE = 0.5  # bytes of a pixel, of the stored picture or of the PNG, with some of it empty
+CODE = 1.0  # bytes of a probability in the tile grid, the same
+COMPRESSED = 0.3  # of the bytes of a volume
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a job writes below a place, and the variable that moves it elsewhere."""
+
+    what: str
+    variable: str
+    place: str
+    size: float
+
+
+def check_room(plan: Plan, target: str, settings: Settings) -> None:
+    """Check that memory and disks suffice for a job.
+
+    Parameters
+    ----------
+    plan
+        What the job does.
+    target
+        Where its outputs go, without their endings.
+    settings
+        For the rest.
+
+    Raises
+    ------
+    InkdaskError
+        Naming what is short, how much of it there is, and how much it takes.
+    """
+    needs = []
+    if settings.step != "reduce":
+        check_memory(plan)
+        needs += [
+            Need("tile grid", "ZARR_OUTPUT_DIR", settings.zarr_output_dir, _grid(plan, settings)),
+            *_scratch(plan.segment),
+        ]
+    if settings.step == "reduce" or settings.num_parts == 1:
+        height, width = (part.stop - part.start for part in plan.window)
+        size = PICTURE * height * width
+        needs += [
+            Need("picture", "OUTPUT_PATH", target, 2 * size),
+            Need("PNG in the making", "TMPDIR", tempfile.gettempdir(), size),
+        ]
+    check_disks(needs)
+
+
+def check_room_to_prepare(segment: Segment, uri: str, compress: bool) -> None:
+    """Check that the disk suffices for the prepared array of a segment at ``uri``.
+
+    Raises
+    ------
+    InkdaskError
+        As `check_room`.
+    """
+    size = float(np.prod(segment.shape, dtype=float)) * (COMPRESSED if compress else 1)
+    place = Need("surface volume", "SURFACE_VOLUME_ZARR", uri, size)
+    check_disks([place, *_scratch(segment)])
+
+
+def check_memory(plan: Plan) -> None:
+    """Check that the processes of a job have the memory that it is expected to take.
+
+    Raises
+    ------
+    InkdaskError
+        Naming both amounts.
+    """
+    where, limit, threads, processes = _processes()
+
+    def expected(tiling: Tiling) -> float:
+        return expected_memory(plan.volume, tiling, threads, processes) + _decoding(plan.segment)
+
+    needed, tiling = expected(plan.tiling), plan.tiling
+    if not limit or needed <= limit:
+        return
+    least = Tiling.of(tiling.shape, tiling.tile, tiling.stride, chunk=1)
+    advice = (
+        "a smaller CHUNK_SIZE needs less"
+        if expected(least) <= limit
+        else "layers that are cut into tiles, or prepared by inkdask prepare, need less"
+    )
+    raise InkdaskError(
+        f"The job needs about {amount(needed)} of memory in a process, and {where} has "
+        f"{amount(limit)}: {advice}."
+    )
+
+
+def _processes() -> tuple[str, int, int | None, int]:
+    """Where chunks are computed: its name, bytes and threads of a process, and how many."""
+    client = engine.current_client()
+    if client is None:
+        return "this machine", memory_limit(), None, 1
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    limits = [worker["memory_limit"] for worker in workers.values() if worker["memory_limit"]]
+    if not limits:  # none has come yet, or none says
+        return "a worker", 0, 1, 1
+    threads = max(worker["nthreads"] for worker in workers.values())
+    return "a worker", min(limits), threads, len(workers)
+
+
+def _decoding(segment: Segment | None) -> float:
+    """Bytes held while layers that cannot be cut are decoded."""
+    if segment is None or not isinstance(segment.source, DecodedStack):
+        return 0
+    return segment.source.decoding_bytes
+
+
+def _grid(plan: Plan, settings: Settings) -> float:
+    """Bytes of the tile grid that are still to be written by this part of the job."""
+    store = GridStore.of(
+        settings.zarr_output_dir, plan.name, fingerprint(plan), plan.tiling, plan.network.k
+    )
+    missing = 1.0
+    if not settings.overwrite and storage.exists(storage.join(store.uri, "zarr.json")):
+        missing = float(np.mean(store.tiles_run() < 0))
+    height, width = plan.tiling.shape
+    size = CODE * plan.tiling.tiles * plan.network.k**2 + height * width / 16
+    return missing * size / settings.num_parts
+
+
+def _scratch(segment: Segment | None) -> list[Need]:
+    """What a process without a cluster decodes into; workers have folders of their own."""
+    sources = (segment.source, segment.mask_source) if segment else ()
+    size = sum(
+        float(np.prod(source.shape, dtype=float)) * COMPRESSED
+        for source in sources
+        if isinstance(source, DecodedStack)
+    )
+    if not size or engine.current_client():
+        return []
+    return [Need("decoded layers", "TMPDIR", tempfile.gettempdir(), size)]
+
+
+def check_disks(needs: Iterable[Need]) -> None:
+    """Check that every local disk has the free space for all that goes there.
+
+    Raises
+    ------
+    InkdaskError
+        Naming the first that has not, and what goes there.
+    """
+    disks: dict[int, list[Need]] = defaultdict(list)
+    for need in needs:
+        if storage.is_local(need.place):
+            disks[_existing(need.place).stat().st_dev].append(need)
+    for together in disks.values():
+        folder = _existing(together[0].place)
+        free, size = shutil.disk_usage(folder).free, sum(need.size for need in together)
+        if size > free:
+            parts = ", ".join(
+                f"{need.what} {amount(need.size)} ({need.variable})" for need in together
+            )
+            raise InkdaskError(
+                f"The disk of {folder} has {amount(free)} free, and the job writes about "
+                f"{amount(size)} there: {parts}."
+            )
+
+
+def _existing(place: str) -> Path:
+    """The nearest folder above a place that is there already."""
+    path = Path(storage.filesystem(place)[1])
+    return next(folder for folder in [path, *path.parents] if folder.exists())

@@ -1,0 +1,129 @@
+"""What is short is said in seconds, before anything is computed or written."""
+
+import shutil
+from collections import namedtuple
+
+import imagecodecs
+import numpy as np
+import pytest
+
+import inkdask
+from inkdask import memory, preflight
+from inkdask.reading import volume
+from inkdask.types import InkdaskError
+from tests.oracle import papyrus
+from tests.test_workflow import depth_slope, own_environment, write_layers  # noqa: F401
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def segment(tmp_path):
+    return write_layers(tmp_path / "seg", papyrus((6, 230, 301)))
+
+
+@pytest.fixture
+def nearly_full(monkeypatch):
+    """Every disk has as many bytes free as this list's last element says."""
+    free = [0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, free[-1]))
+    return free
+
+
+def assert_refused(says, job, *places):
+    with pytest.raises(InkdaskError, match=says) as caught:
+        job()
+    assert "\n" not in str(caught.value)
+    assert not any(place.exists() for place in places)
+
+
+def test_too_little_memory_is_found_first(segment, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "memory_limit", lambda: 500_000_000)
+    says = r"needs about 6\d\d MB of memory in a process, and this machine has 500 MB: .* need less"
+    job = lambda: inkdask.run(segment, model=depth_slope)  # noqa: E731
+    assert_refused(says, job, segment / "predictions", tmp_path / "partitions")
+
+
+def test_a_smaller_chunk_is_advised_where_it_helps(tmp_path, monkeypatch):
+    segment = write_layers(tmp_path / "tall", papyrus((4, 900, 301)))
+    monkeypatch.setattr(volume, "BLOCK_SIDE", 16)  # otherwise the blocks alone need most
+
+    def job(**options):
+        return inkdask.run(segment, model=depth_slope, stride=64, **options)
+
+    monkeypatch.setattr(memory, "IMPORTS", 0)
+    monkeypatch.setattr(preflight, "memory_limit", lambda: 1_000_000)
+    assert_refused("a smaller CHUNK_SIZE needs less", lambda: job(chunk_size=1024))
+    assert job(chunk_size=128)
+
+
+def test_a_full_disk_names_what_would_go_there(segment, tmp_path, nearly_full):
+    nearly_full.append(1000)
+    says = (
+        r"The disk of \S+ has 1.0 kB free, and the job writes about \d+ kB there: tile grid 7.4 kB "
+        r"\(ZARR_OUTPUT_DIR\), picture 69.2 kB \(OUTPUT_PATH\), PNG in the making 34.6 kB \(TMPDIR\)"
+    )
+    job = lambda: inkdask.run(segment, model=depth_slope)  # noqa: E731
+    assert_refused(says, job, segment / "predictions", tmp_path / "partitions")
+    nearly_full.append(10**6)
+    assert inkdask.run(segment, model=depth_slope)
+
+
+def test_what_is_there_already_needs_no_room(segment, tmp_path, nearly_full):
+    nearly_full.append(10**9)
+    part = {"model": depth_slope, "num_parts": 2}
+    for number in range(2):
+        inkdask.run(segment, part_id=number, **part)
+    nearly_full.append(100)
+    inkdask.run(segment, part_id=1, **part)
+    with pytest.raises(InkdaskError, match="has 100 bytes free, .* there: picture"):
+        inkdask.run(segment, step="reduce", **part)
+    with pytest.raises(InkdaskError, match="tile grid"):
+        inkdask.run(segment, part_id=1, overwrite=True, **part)
+
+
+def test_places_on_s3_have_room(segment, s3, nearly_full):
+    nearly_full.append(40_000)  # for the PNG in the making
+    options = {"output_path": s3, "zarr_output_dir": f"{s3}/partitions"}
+    assert inkdask.run(segment, model=depth_slope, **options)
+
+
+def test_layers_that_are_decoded_whole_need_scratch(tmp_path, nearly_full):
+    pixels = papyrus((6, 300, 400))
+    (tmp_path / "png" / "layers").mkdir(parents=True)
+    for number, layer in enumerate(pixels):
+        path = tmp_path / "png" / "layers" / f"{number:02d}.png"
+        path.write_bytes(imagecodecs.png_encode(layer))
+    nearly_full.append(200_000)
+    with pytest.raises(InkdaskError, match=r"decoded layers 216 kB \(TMPDIR\)"):
+        inkdask.run(tmp_path / "png", model=depth_slope, stride=64)
+
+
+def test_prepare_asks_for_room_too(segment, tmp_path, nearly_full):
+    nearly_full.append(300_000)
+    place = tmp_path / "volume.zarr"
+    job = lambda: inkdask.prepare(segment, surface_volume_zarr=place)  # noqa: E731
+    assert_refused(r"surface volume 415 kB \(SURFACE_VOLUME_ZARR\)", job, place)
+    assert inkdask.prepare(segment, surface_volume_zarr=place, use_zarr_compression=True)
+
+
+def test_workers_are_asked_for_their_own_memory(segment):
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, memory_limit="400MB", processes=False,
+            dashboard_address=None,
+        ) as cluster,
+        distributed.Client(cluster),
+        pytest.raises(InkdaskError, match=r"and a worker has 400 MB"),
+    ):  # fmt: skip
+        inkdask.run(segment, model=depth_slope)
+
+
+def test_the_peak_is_this_process_s_own():
+    before = memory.peak_memory()
+    held = np.ones(100_000_000, np.uint8)
+    assert memory.peak_memory() >= before
+    assert memory.peak_memory() > held.nbytes
+    assert 10**8 < memory.memory_limit() < 10**14
+    memory.give_back()
