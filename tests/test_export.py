@@ -76,10 +76,10 @@ def test_a_png_of_many_strips_is_one_stream(tmp_path, monkeypatch):
 
 def test_bands_bound_the_memory():
     wide = da.zeros((2000, 400_000), dtype=np.uint8, chunks=(1000, 1000))
-    band = next(bands(wide))
+    band = next(bands(wide, "PNG"))
     assert band.nbytes <= BAND
     narrow = da.zeros((2000, 400), dtype=np.uint8, chunks=(1000, 100))
-    assert [len(band) for band in bands(narrow)] == [1000, 1000]
+    assert [len(band) for band in bands(narrow, "PNG")] == [1000, 1000]
 
 
 def test_items_are_taken_only_a_few_ahead():

@@ -11,6 +11,7 @@ import dask.array as da
 import numpy as np
 
 from inkdask import engine
+from inkdask.progress import Meter
 
 BAND = 1 << 27  # bytes of a band at most, where its chunks are not smaller still
 
@@ -18,23 +19,27 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def bands(canvas: da.Array, rows: int | None = None) -> Iterator[np.ndarray]:
+def bands(canvas: da.Array, phase: str, rows: int | None = None) -> Iterator[np.ndarray]:
     """Compute a picture band by band, in the threads of this process, which writes the file.
 
     Parameters
     ----------
     canvas
         Dask uint8 (y, x) or (y, x, 3).
+    phase
+        What is being made of it, for the progress.
     rows
         Height of a band. Default: that of a chunk, or less where that is much memory.
     """
     height, row_bytes = canvas.shape[0], int(np.prod(canvas.shape[1:]))
     rows = rows or max(min(canvas.chunks[0][0], BAND // row_bytes), 1)
-    for start in range(0, height, rows):
-        part = canvas[start : start + rows]
-        band = np.empty(part.shape, np.uint8)  # filled in place: a band is held once, not twice
-        da.store(part, band, lock=False, scheduler="threads", num_workers=engine.threads())
-        yield band
+    with Meter(phase, height, "rows") as meter:
+        for start in range(0, height, rows):
+            part = canvas[start : start + rows]
+            band = np.empty(part.shape, np.uint8)  # filled in place: held once, not twice
+            da.store(part, band, lock=False, scheduler="threads", num_workers=engine.threads())
+            yield band
+            meter.add(len(band))
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -41,5 +41,5 @@ def write_jpeg(
         options["comment"] = comment
     if pixel_um and 1 <= (per_inch := round(25400 / pixel_um)) <= MOST_DENSITY:
         options["dpi"] = (per_inch, per_inch)
-    pixels = np.concatenate(list(bands(canvas)))
+    pixels = np.concatenate(list(bands(canvas, "JPEG")))
     Image.fromarray(pixels).save(path, "JPEG", quality=QUALITY, subsampling=0, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +20,7 @@ Flattening = Literal["max", "mean"]
 
 DARK, LIGHT = np.array([58, 44, 32], np.float32), np.array([244, 231, 204], np.float32)  # papyrus
 BLACK = np.array([16, 11, 8], np.float32)  # ink
-SAMPLES, SAMPLE = 5, 256  # windows a side, and pixels a side of one, that settle the contrast
+SAMPLES, SAMPLE = 5, 64  # windows a side, and pixels a side of one, that settle the contrast
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,11 @@ def _mix(
 def _contrast(segment: Segment, how: Flattening) -> tuple[float, float]:
     """Values that few pixels are below and above, from some windows of a segment."""
     _, height, width = segment.shape
+    in_one_piece = segment.source.unit[1] >= segment.source.shape[2]  # strips are read whole
+    columns = [slice(0, width)] if in_one_piece else _windows(width)
     found = []
-    for y, x in np.ndindex(SAMPLES, SAMPLES):
-        rows = _window(height, y)
-        columns = _window(width, x)
-        flat = flatten(np.asarray(segment.crop(rows, columns).volume), how)
+    for window in itertools.product(_windows(height), columns):
+        flat = flatten(np.asarray(segment.crop(*window).volume), how)
         found.append(flat[flat > 0])
     values = np.concatenate(found)
     if not values.size:
@@ -159,8 +160,8 @@ def _contrast(segment: Segment, how: Flattening) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _window(length: int, number: int) -> slice:
-    """One of `SAMPLES` windows, spread evenly over a length."""
+def _windows(length: int) -> list[slice]:
+    """Spread windows evenly over a length."""
     side = min(SAMPLE, length)
-    start = (length - side) * (2 * number + 1) // (2 * SAMPLES)
-    return slice(start, start + side)
+    starts = [(length - side) * (2 * n + 1) // (2 * SAMPLES) for n in range(SAMPLES)]
+    return [slice(start, start + side) for start in starts]

@@ -15,7 +15,7 @@ import png
 from inkdask.pictures.bands import bands, in_order
 
 STRIP = 4 << 20  # bytes compressed at a time
-LEVEL = 6
+LEVEL = 4  # of zlib: files 5 to 10 % larger than at 6, in a quarter of the time
 
 
 def write_png(
@@ -64,7 +64,7 @@ class _Strip:
 def _strips(canvas: da.Array) -> Iterator[np.ndarray]:
     """Rows as bytes, uint8 (y, bytes), each strip with the row above it."""
     above = np.zeros((1, int(np.prod(canvas.shape[1:]))), np.uint8)
-    for band in bands(canvas):
+    for band in bands(canvas, "PNG"):
         flat = band.reshape(len(band), -1)
         rows = max(STRIP // flat.shape[1], 1)
         for start in range(0, len(flat), rows):

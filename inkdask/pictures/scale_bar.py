@@ -98,7 +98,7 @@ def _draw(block: np.ndarray, bar: ScaleBar, block_info: Any = None) -> np.ndarra
 def _stamp(label: str, pixels: int, text: int) -> tuple[np.ndarray, np.ndarray]:
     font = ImageFont.load_default(text)
     left, top, right, bottom = map(round, font.getbbox(label))
-    rim, thick, gap = max(round(text / 9), 1), max(round(text / 4), 2), round(text / 2)
+    rim, thick, gap = max(round(text / 12), 1), max(round(text / 4), 2), round(text / 2)
     width = max(pixels, right - left) + 2 * rim
     height = bottom - top + gap + thick + 2 * rim
     start, bar_top = (width - pixels) // 2, height - rim - thick

@@ -66,7 +66,7 @@ def write_tiff(
 def _tiles(canvas: da.Array) -> Iterator[np.ndarray]:
     """The tiles from left to right and from top to bottom; those at the edges are smaller."""
     rows = max(canvas.chunks[0][0] // TILE, 1) * TILE
-    for band in bands(canvas, rows):
+    for band in bands(canvas, "TIFF", rows):
         for y in range(0, len(band), TILE):
             for x in range(0, band.shape[1], TILE):
                 yield band[y : y + TILE, x : x + TILE]
