@@ -50,8 +50,8 @@ def provenance(identity: Mapping[str, Any], plan: Plan, settings: Settings) -> d
     """The origin of a picture: for zarr attributes, PNG text, TIFF tags. No secrets are in it."""
     origin = {
         "fingerprint": dict(identity),
-        "source": _absolute(plan.segment.uri) if plan.segment else None,
-        "mask": _absolute(plan.segment.mask_uri) if plan.segment else None,
+        "source": absolute(plan.segment.uri) if plan.segment else None,
+        "mask": absolute(plan.segment.mask_uri) if plan.segment else None,
         "roi_xyxy": settings.roi_xyxy,
         "direction": "reverse" if settings.force_reverse else "forward",
         "weights_from": None if plan.network.function else plan.network.model.weights,
@@ -82,13 +82,13 @@ def command(plan: Plan, settings: Settings) -> str | None:
     if plan.network.function is not None:
         return None
     start, end = settings.layers or (min(plan.layers), max(plan.layers) + 1)
-    words = ["inkdask", "run", _absolute(settings.s3_path), "--model", _model(plan, settings)]
+    words = ["inkdask", "run", absolute(settings.s3_path), "--model", _model(plan, settings)]
     words += ["--layers", f"{start}:{end}", "--tile", plan.tiling.tile]
     words += ["--stride", plan.tiling.stride, "--clip", f"{plan.network.clip:.15g}"]
     words += ["--divisor", f"{plan.network.divisor:.15g}"]
     for name in SHAPING:
         value = getattr(settings, name)
-        value = _absolute(value) if name in ("surface_volume_zarr", "mask_path") else value
+        value = absolute(value) if name in ("surface_volume_zarr", "mask_path") else value
         if value != Settings.model_fields[name].default:
             words.append(f"--{name.replace('_', '-')}")
             if isinstance(value, tuple):
@@ -101,10 +101,10 @@ def command(plan: Plan, settings: Settings) -> str | None:
 def _model(plan: Plan, settings: Settings) -> str:
     """The model as the user named it; a folder that happens to have its key is not meant."""
     of_path = settings.model == plan.network.model.weights
-    return str(_absolute(settings.model) if of_path else settings.model)
+    return str(absolute(settings.model) if of_path else settings.model)
 
 
-def _absolute(value: Any) -> Any:
+def absolute(value: Any) -> Any:
     """A local path as it is everywhere on this machine; anything else as it is."""
     if isinstance(value, str) and storage.is_local(value) and Path(value).exists():
         return str(Path(value).absolute())

@@ -81,7 +81,7 @@ def test_the_command_of_an_export_makes_it_again(prediction, capsys, tmp_path, m
     cli.main(
         ["export", stored, "--to", str(tmp_path / "p.png"), "--overlay", "mean", "--colour-map",
          "hot", "--add-scale-bar", "--scale-bar-length-um", "400", "--opacity", "0.5",
-         "--roi-xyxy", "20,10,150,100"]
+         "--roi-xyxy", "20,10,150,100", "--pixel-resolution-um", "8.5"]
     )  # fmt: skip
     first = (tmp_path / "p.png").read_bytes()
     capsys.readouterr()

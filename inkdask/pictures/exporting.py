@@ -20,7 +20,7 @@ from inkdask.pictures.png import write_png
 from inkdask.pictures.pyramid import ORIGIN, write_pyramid
 from inkdask.pictures.scale_bar import ScaleBar, with_scale_bar
 from inkdask.pictures.tiff import Compression, write_tiff
-from inkdask.provenance import without_secrets
+from inkdask.provenance import absolute, without_secrets
 from inkdask.settings import Settings
 from inkdask.storage import outputs
 from inkdask.types import SettingsError
@@ -224,8 +224,10 @@ def _origin(picture: Picture, look: Look, settings: Settings) -> dict[str, Any]:
     """The origin of an export: that of the prediction, and how it is shown."""
     usual = asdict(Look())
     shown = {name: value for name, value in asdict(look).items() if value != usual[name]}
+    if settings.pixel_resolution_um:
+        shown["pixel_resolution_um"] = settings.pixel_resolution_um
     if settings.add_scale_bar:
         shown["scale_bar_length_um"] = settings.scale_bar_length_um
     if settings.roi_xyxy:
         shown["roi_xyxy"] = settings.roi_xyxy
-    return without_secrets({**picture.origin, "export": {"of": picture.uri, **shown}})
+    return without_secrets({**picture.origin, "export": {"of": absolute(picture.uri), **shown}})
