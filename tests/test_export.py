@@ -315,9 +315,9 @@ print(peak_memory() - floor)
 def test_memory_does_not_grow_with_the_picture(tmp_path, name):
     uri = str(tmp_path / "prediction.zarr")
     noise = da.from_array(np.random.default_rng(0).integers(0, 9, (512, 512), dtype=np.uint8))
-    write_pyramid(da.tile(noise, (24, 8)), uri, {})
+    write_pyramid(da.tile(noise, (48, 8)), uri, {})
     done = subprocess.run(
         [sys.executable, "-c", EXPORT, uri, str(tmp_path / name)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(done.stdout) < 50e6  # the picture has 50 MB
+    assert int(done.stdout) < 100e6  # the picture has 100 MB, what is imported about 40

@@ -52,7 +52,7 @@ def test_a_smaller_chunk_is_advised_where_it_helps(tmp_path, monkeypatch):
         return inkdask.run(segment, model=depth_slope, stride=64, **options)
 
     monkeypatch.setattr(memory, "IMPORTS", 0)
-    monkeypatch.setattr(preflight, "memory_limit", lambda: 1_000_000)
+    monkeypatch.setattr(preflight, "memory_limit", lambda: 2_000_000)
     assert_refused("a smaller CHUNK_SIZE needs less", lambda: job(chunk_size=1024))
     assert job(chunk_size=128)
 
@@ -60,8 +60,9 @@ def test_a_smaller_chunk_is_advised_where_it_helps(tmp_path, monkeypatch):
 def test_a_full_disk_names_what_would_go_there(segment, tmp_path, nearly_full):
     nearly_full.append(1000)
     says = (
-        r"The disk of \S+ has 1.0 kB free, and the job writes about \d+ kB there: tile grid 7.4 kB "
-        r"\(ZARR_OUTPUT_DIR\), picture 69.2 kB \(OUTPUT_PATH\), PNG in the making 34.6 kB \(TMPDIR\)"
+        r"The disk of \S+ has 1.0 kB free, and the job writes about 111 kB there: "
+        r"tile grid 7.4 kB \(ZARR_OUTPUT_DIR\), picture 69.2 kB \(OUTPUT_PATH\), "
+        r"PNG in the making 34.6 kB \(TMPDIR\)"
     )
     job = lambda: inkdask.run(segment, model=depth_slope)  # noqa: E731
     assert_refused(says, job, segment / "predictions", tmp_path / "partitions")
