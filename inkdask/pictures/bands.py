@@ -13,7 +13,7 @@ import numpy as np
 from inkdask import engine
 from inkdask.progress import Meter
 
-BAND = 1 << 27  # bytes of a band at most, where its chunks are not smaller still
+BAND = 320 << 20  # bytes of a band at most: the chunks of a picture 100,000 pixels wide, in colour
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,6 +40,7 @@ def bands(canvas: da.Array, phase: str, rows: int | None = None) -> Iterator[np.
             da.store(part, band, lock=False, scheduler="threads", num_workers=engine.threads())
             yield band
             meter.add(len(band))
+            del band  # before the next one is made
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -71,6 +71,7 @@ def _strips(canvas: da.Array) -> Iterator[np.ndarray]:
             head = above if start == 0 else flat[start - 1 : start]
             yield np.concatenate([head, flat[start : start + rows]])
         above = flat[-1:].copy()
+        del band, flat  # before the next band is made
 
 
 def _deflate(rows: np.ndarray) -> _Strip:
