@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,16 @@ import inkdask
 from inkdask.settings import Settings, parameters
 from inkdask.types import InkdaskError
 
-INTERRUPTED = 130  # the shell's own code for Ctrl-C
-
 
 def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
     """Run the command line; a user's mistake is one sentence and an exit code, no traceback."""
+    signals: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)  # how clouds reclaim a machine: as Ctrl-C
     try:
         inkdask_.main(arguments, prog_name=name, standalone_mode=False)
     except InkdaskError as error:
@@ -36,7 +42,8 @@ def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(INTERRUPTED)  # an exit in order would wait for the chunks that are in flight
+        # An exit in order would wait for the chunks that are in flight.
+        os._exit(128 + (signals[0] if signals else signal.SIGINT))  # as shells say it
 
 
 def _fail(sentence: str, code: int) -> None:
@@ -120,6 +127,25 @@ def check(**given: Any) -> None:
     from inkdask.workflow import check
 
     print(check(**_complete(given)))
+
+
+@inkdask_.command()
+@click.argument("s3_path", required=False)
+@_settings_options(
+    "model", "start_layer", "end_layer", "model_in_chans", "force_reverse",
+    "z_downsample_mean_factor", "tile", "stride", "clip", "divisor", "precision", "roi_xyxy",
+    "blend_mode", "gaussian_sigma", "grid", "zarr_output_dir", "num_parts", "output_path",
+    "result_file", "cluster", "scheduler_address", "report",
+)  # fmt: skip
+def reduce(**given: Any) -> None:
+    """Make the picture of a tile grid that a run or its parts have stored.
+
+    No weights, no GPU and no layers are needed. The grid is the one that --grid names, or the one
+    under ZARR_OUTPUT_DIR that was made from S3_PATH with MODEL.
+    """
+    from inkdask.workflow import run
+
+    print(run(step="reduce", **_given(given)))
 
 
 @inkdask_.command()

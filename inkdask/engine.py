@@ -1,20 +1,43 @@
-"""Where tasks run: the current Dask client if there is one, else threads of this process."""
+"""Where tasks run: the current Dask client if there is one, else threads of this process.
+
+A task that fails does not stop the others. What may pass (a lost worker, a server that does not
+answer) is tried again, after a pause and on other workers; what cannot (a corrupt file) is not.
+"""
 
 from __future__ import annotations
 
+import copy
+import logging
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import dask
+from dask import threaded
+from dask.base import collections_to_expr
 from dask.callbacks import Callback
 from dask.delayed import Delayed
 from dask.system import CPU_COUNT
 
-RETRIES = 3  # of a chunk, on any worker, before it fails for good
+from inkdask.types import InkdaskError, UnavailableError
+
+log = logging.getLogger("inkdask")
+
+TRIES = 3  # of a task, before it fails for good
+PAUSE = 1.0  # seconds before the second try; the next waits twice as long
+HOPELESS = 10  # failures without one success: something is wrong with all of them
+
+Key = Any
+Tell = Callable[[Key, Any, Exception | None], None]  # a task, and its result or its error
 
 
-def compute_each(tasks: Sequence[Delayed], on_result: Callable[[Any], None]) -> None:
+def compute_each(
+    tasks: Sequence[Delayed], on_result: Callable[[Any], None]
+) -> dict[Key, Exception]:
     """Compute tasks in any order, and hand over each result as it comes.
 
     Runs on the current ``distributed.Client`` where there is one, else on the threads of this
@@ -25,27 +48,56 @@ def compute_each(tasks: Sequence[Delayed], on_result: Callable[[Any], None]) -> 
     tasks
         They may share parts of one graph.
     on_result
-        Called in this thread, once for each task.
-    """
-    if not tasks:
-        return
-    client = current_client()
-    if client is None:
-        with _EachResult({task.key for task in tasks}, on_result):
-            dask.compute(
-                *tasks,
-                scheduler=dask.config.get("scheduler", None) or "threads",
-                num_workers=dask.config.get("num_workers", None) or threads(),
-            )
-        return
-    from distributed import as_completed
+        Called in this thread, once for each task that succeeds.
 
-    futures = client.compute(list(tasks), retries=RETRIES)
-    try:
-        for _, result in as_completed(futures, with_results=True):
-            on_result(result)
-    finally:
-        client.cancel(futures)
+    Returns
+    -------
+    What failed for good: the key of the task, and its error. Tasks that were never tried, because
+    all the first ones failed, are not in it.
+    """
+    left = {task.key: task for task in tasks}
+    failed: dict[Key, Exception] = {}
+    avoid: set[str] = set()  # workers on which tasks failed
+    succeeded = False
+
+    def tell(key: Key, result: Any, error: Exception | None) -> None:
+        nonlocal succeeded
+        if error is not None:
+            failed[key] = error
+            if not succeeded and len(failed) >= HOPELESS:
+                raise _HopelessError
+            return
+        succeeded = True
+        failed.pop(key, None)
+        on_result(result)
+
+    for attempt in range(TRIES):
+        if attempt:
+            log.info("%d failed, and will be tried again", len(left))
+            time.sleep(PAUSE * 2 ** (attempt - 1))
+        client = current_client()
+        try:
+            if client is None:
+                _on_threads(left, tell)
+            else:
+                _on_cluster(client, left, tell, avoid)
+        except _HopelessError:
+            break
+        left = {key: left[key] for key, error in failed.items() if may_pass(error)}
+        if not left:
+            break
+    return failed
+
+
+def raise_any(failed: Mapping[Key, Exception]) -> None:
+    """Raise the first error of `compute_each`, where a failure of one is a failure of all."""
+    for error in failed.values():
+        raise error
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether it makes sense to try again: not after an error that a user must act on."""
+    return isinstance(error, UnavailableError) or not isinstance(error, InkdaskError)
 
 
 def current_client() -> Any | None:
@@ -66,18 +118,123 @@ def on_workers(function: Callable[[], Any]) -> list[Any]:
     return [] if client is None else list(client.run(function).values())
 
 
+def lost_tasks(keys: set[Key]) -> list[Key]:
+    """Those of some tasks that a worker was at, or held, when it was lost; once for each time."""
+    client = current_client()
+    lost: list[Key] = []
+    for _, event in client.get_events("all") if client else ():
+        if isinstance(event, dict) and event.get("action") == "remove-worker":
+            names = {*event["processing-tasks"], *event["lost-computed-tasks"]}
+            lost += [key for key in names if key in keys]
+    return lost
+
+
 def threads() -> int:
     """Threads of the local scheduler: the network has one of its own, the others read ahead."""
     return CPU_COUNT + 1
 
 
-class _EachResult(Callback):
-    """Tells of the tasks of interest as the local scheduler finishes them."""
+class _HopelessError(Exception):
+    """All that was tried has failed."""
 
-    def __init__(self, keys: set[Any], on_result: Callable[[Any], None]) -> None:
-        super().__init__()
-        self._keys, self._on_result = keys, on_result
 
-    def _posttask(self, key: Any, result: Any, *_: Any) -> None:
-        if key in self._keys:
-            self._on_result(result)
+def _on_cluster(client: Any, tasks: Mapping[Key, Delayed], tell: Tell, avoid: set[str]) -> None:
+    from distributed import as_completed
+
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    others = [address for address in workers if address not in avoid]
+    where = {"workers": others, "allow_other_workers": True} if avoid and others else {}
+    futures = client.compute(list(tasks.values()), **where)
+    try:
+        for future in as_completed(futures):
+            if future.status == "finished":
+                result = future.result()
+                # Nobody shall compute it again when the worker that holds it dies.
+                future.release()
+                tell(future.key, result, None)
+                continue
+            avoid |= set(client.run_on_scheduler(_failed_on, key=future.key))
+            lost = RuntimeError(f"task {future.key} was {future.status}")
+            tell(future.key, None, future.exception() if future.status == "error" else lost)
+    finally:
+        client.cancel(futures)
+
+
+def _failed_on(key: Key, dask_scheduler: Any) -> list[str]:
+    task = dask_scheduler.tasks.get(key)
+    return list((task.exception_blame or task).erred_on or ()) if task else []
+
+
+def _on_threads(tasks: Mapping[Key, Delayed], tell: Tell) -> None:
+    """Compute on threads, where Dask stops at an error; go on with what does not depend on it."""
+    expression = collections_to_expr(list(tasks.values()), optimize_graph=True).optimize()
+    outcomes: SimpleQueue[tuple[Key, Any, Exception | None]] = SimpleQueue()
+    graph = {key: _watched(node, outcomes) for key, node in expression.__dask_graph__().items()}
+    left = set(tasks)
+
+    def pass_on(*_: Any) -> None:
+        while not outcomes.empty():
+            key, result, error = outcomes.get()
+            ended = left & ({key} if error is None else _dependents(graph, key))
+            left.difference_update(ended)
+            for each in ended:
+                tell(each, result, error)
+
+    while left:
+        pool = ThreadPoolExecutor(dask.config.get("num_workers", None) or threads())
+        try:
+            with Callback(posttask=pass_on):
+                keys = list(left)
+                results = threaded.get(graph, keys, pool=pool)
+            for key, result in zip(keys, results, strict=True):
+                if key in left:  # no task of its own, but another name of one
+                    outcomes.put((key, result, None))
+            pass_on()
+        except _TaskError:
+            pool.shutdown()  # what is under way is finished, and counts
+            pass_on()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _TaskError(Exception):
+    """The error of a task, which is among the outcomes."""
+
+
+def _watched(node: Any, outcomes: SimpleQueue[tuple[Key, Any, Exception | None]]) -> Any:
+    """A task that tells its outcome before Dask knows of it."""
+    if not hasattr(node, "func"):  # data, or another name of a task
+        return node
+    watched = copy.copy(node)
+    watched.func = partial(_tell, outcomes, node.key, node.func)
+    return watched
+
+
+def _tell(
+    outcomes: SimpleQueue[tuple[Key, Any, Exception | None]],
+    key: Key,
+    function: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    try:
+        result = function(*args, **kwargs)
+    except Exception as error:
+        outcomes.put((key, None, error))
+        raise _TaskError from error
+    outcomes.put((key, result, None))
+    return result
+
+
+def _dependents(graph: Mapping[Key, Any], key: Key) -> set[Key]:
+    """A task, and all that need its result."""
+    users: dict[Key, list[Key]] = {}
+    for user, node in graph.items():
+        for used in node.dependencies:
+            users.setdefault(used, []).append(user)
+    found, todo = {key}, [key]
+    while todo:
+        fresh = set(users.get(todo.pop(), ())) - found
+        found |= fresh
+        todo += fresh
+    return found

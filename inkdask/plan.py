@@ -88,6 +88,18 @@ class Plan:
         return cls(network, segment, layers, volume, mask, tiling, corner, window)
 
     @property
+    def middle_layer(self) -> da.Array:
+        """The middle one of the layers, dask uint8 (1, y, x); no other layer is read for it."""
+        middle = len(self.layers) // 2
+        if self.segment is None:
+            return self.volume[self.volume.shape[0] // 2][None]
+        number = self.segment.layers.index(self.layers[middle])
+        reach = (
+            slice(top, top + side) for top, side in zip(self.corner, self.tiling.shape, strict=True)
+        )
+        return self.segment.take(slice(number, number + 1)).crop(*reach).volume
+
+    @property
     def name(self) -> str:
         """What the job is about, for the names of files."""
         return self.segment.name if self.segment else "array"

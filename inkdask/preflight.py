@@ -17,9 +17,8 @@ import numpy as np
 
 from inkdask import engine, storage
 from inkdask.memory import expected_memory, memory_limit
-from inkdask.plan import Plan
+from inkdask.plan import Plan, Window
 from inkdask.progress import amount
-from inkdask.provenance import fingerprint
 from inkdask.reading.volume import DecodedStack
 from inkdask.segment import Segment
 from inkdask.settings import Settings
@@ -42,15 +41,17 @@ class Need:
     size: float
 
 
-def check_room(plan: Plan, target: str, settings: Settings) -> None:
-    """Check that memory and disks suffice for a job.
+def check_room(plan: Plan, store: GridStore, target: str, settings: Settings) -> None:
+    """Check that the disks suffice for all that a job writes, or one part of it.
 
     Parameters
     ----------
     plan
         What the job does.
+    store
+        Its tile grid.
     target
-        Where its outputs go, without their endings.
+        Where its picture goes, without an ending.
     settings
         For the rest.
 
@@ -59,21 +60,22 @@ def check_room(plan: Plan, target: str, settings: Settings) -> None:
     InkdaskError
         Naming what is short, how much of it there is, and how much it takes.
     """
-    needs = []
-    if settings.step != "reduce":
-        check_memory(plan)
-        needs += [
-            Need("tile grid", "ZARR_OUTPUT_DIR", settings.zarr_output_dir, _grid(plan, settings)),
-            *_scratch(plan.segment),
-        ]
-    if settings.step == "reduce" or settings.num_parts == 1:
-        height, width = (part.stop - part.start for part in plan.window)
-        size = PICTURE * height * width
-        needs += [
-            Need("picture", "OUTPUT_PATH", target, 2 * size),
-            Need("PNG in the making", "TMPDIR", tempfile.gettempdir(), size),
-        ]
-    check_disks(needs)
+    variable = "GRID" if settings.grid else "ZARR_OUTPUT_DIR"
+    needs = [Need("tile grid", variable, store.uri, _grid(store, settings))]
+    if settings.num_parts == 1:
+        needs += _picture(plan.window, target)
+    check_disks([*needs, *_scratch(plan.segment)])
+
+
+def check_room_for_picture(window: Window, target: str) -> None:
+    """Check that the disks suffice for a picture at ``target``, which has no ending.
+
+    Raises
+    ------
+    InkdaskError
+        As `check_room`.
+    """
+    check_disks(_picture(window, target))
 
 
 def check_room_to_prepare(segment: Segment, uri: str, compress: bool) -> None:
@@ -137,17 +139,23 @@ def _decoding(segment: Segment | None) -> float:
     return segment.source.decoding_bytes
 
 
-def _grid(plan: Plan, settings: Settings) -> float:
+def _grid(store: GridStore, settings: Settings) -> float:
     """Bytes of the tile grid that are still to be written by this part of the job."""
-    store = GridStore.of(
-        settings.zarr_output_dir, plan.name, fingerprint(plan), plan.tiling, plan.network.k
-    )
     missing = 1.0
-    if not settings.overwrite and storage.exists(storage.join(store.uri, "zarr.json")):
+    if not settings.overwrite and GridStore.attributes(store.uri):
         missing = float(np.mean(store.tiles_run() < 0))
-    height, width = plan.tiling.shape
-    size = CODE * plan.tiling.tiles * plan.network.k**2 + height * width / 16
+    height, width = store.tiling.shape
+    size = CODE * store.tiling.tiles * store.k**2 + height * width / 16
     return missing * size / settings.num_parts
+
+
+def _picture(window: Window, target: str) -> list[Need]:
+    height, width = (part.stop - part.start for part in window)
+    size = PICTURE * height * width
+    return [
+        Need("picture", "OUTPUT_PATH", target, 2 * size),
+        Need("PNG in the making", "TMPDIR", tempfile.gettempdir(), size),
+    ]
 
 
 def _scratch(segment: Segment | None) -> list[Need]:

@@ -21,7 +21,7 @@ from inkdask import engine, storage
 from inkdask.halo import with_halo
 from inkdask.preflight import check_room_to_prepare
 from inkdask.progress import Meter
-from inkdask.reading.zarr_volume import FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE
+from inkdask.reading.zarr_volume import FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE, OCCUPIED_ATTRIBUTE
 from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
 from inkdask.storage import outputs
@@ -69,7 +69,10 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
         _begin(uri, done, segment, blocks, source)
     if not zarr.open_array(storage.zarr_store(uri), mode="r").attrs[FINISHED_ATTRIBUTE]:
         _fill(uri, done, segment, blocks, version=digest(source))
-        zarr.open_array(storage.zarr_store(uri), mode="r+").attrs[FINISHED_ATTRIBUTE] = True
+        share = np.asarray(open_array(done, digest(source))[:], float).round(4).tolist()
+        zarr.open_array(storage.zarr_store(uri), mode="r+").attrs.update(
+            {OCCUPIED_ATTRIBUTE: {"side": SHARD, "share": share}, FINISHED_ATTRIBUTE: True}
+        )
         outputs.remove(done)
     return uri
 
@@ -91,7 +94,7 @@ def _is_begun(uri: str, source: dict[str, Any]) -> bool:
 
 
 def _begin(uri: str, done: str, segment: Segment, blocks: Tiling, source: dict[str, Any]) -> None:
-    """Lay the empty array, and a mark for each of its blocks."""
+    """Lay the empty array, and a mark for each block: its share of pixels with data, or -1."""
     depth = segment.shape[0]
     outputs.remove(uri)
     with storage.explained(uri):
@@ -99,8 +102,8 @@ def _begin(uri: str, done: str, segment: Segment, blocks: Tiling, source: dict[s
             storage.zarr_store(done),
             shape=blocks.block_shape,
             chunks=(1, 1),
-            dtype="bool",
-            fill_value=False,
+            dtype="float32",
+            fill_value=-1,
             overwrite=True,
         )
         zarr.create_array(
@@ -131,7 +134,7 @@ def _source(segment: Segment, compress: bool) -> dict[str, Any]:
 
 def _fill(uri: str, done: str, segment: Segment, blocks: Tiling, version: str) -> None:
     """Copy the blocks that are not there yet."""
-    missing = np.argwhere(~np.asarray(open_array(done, version)[:]))
+    missing = np.argwhere(np.asarray(open_array(done, version)[:]) < 0)
     copies = da.map_blocks(
         _copy_block,
         with_halo(segment.volume, blocks),
@@ -144,9 +147,8 @@ def _fill(uri: str, done: str, segment: Segment, blocks: Tiling, version: str) -
     ).to_delayed()
     log.info("%s: %d layers of %d x %d pixels to %s", segment.uri, *segment.shape, uri)
     with Meter("surface volume", len(missing), "blocks") as meter:
-        engine.compute_each(
-            [copies[0, row, column] for row, column in missing], lambda _: meter.add(1)
-        )
+        tasks = [copies[0, row, column] for row, column in missing]
+        engine.raise_any(engine.compute_each(tasks, lambda _: meter.add(1)))
 
 
 def _copy_block(
@@ -160,4 +162,4 @@ def _copy_block(
     _, row, column = block_id
     rows, columns = blocks.y.edges[row : row + 2], blocks.x.edges[column : column + 2]
     open_array(uri, version)[:, slice(*rows), slice(*columns)] = block
-    open_array(done, version)[row, column] = True
+    open_array(done, version)[row, column] = np.count_nonzero(block.any(axis=0)) / block[0].size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import Any
 from inkdask import storage
 from inkdask.plan import Plan
 from inkdask.settings import Settings
+from inkdask.store import FORMAT
 
-FORMAT = 1  # of the stored grid; another number never resumes an older grid
 SOFTWARE = ("inkdask", "torch", "dask", "zarr", "numpy")
 
 
@@ -46,35 +46,55 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
     }
 
 
-def provenance(identity: Mapping[str, Any], plan: Plan, settings: Settings) -> dict[str, Any]:
-    """The origin of a picture: for zarr attributes, PNG text, TIFF tags. No secrets are in it."""
+def origin_of(plan: Plan, settings: Settings) -> dict[str, Any]:
+    """Where a tile grid comes from, beside what shapes it: kept with it, for its pictures."""
+    start, end = settings.layers or (min(plan.layers), max(plan.layers) + 1)
     origin = {
-        "fingerprint": dict(identity),
-        "source": absolute(plan.segment.uri) if plan.segment else None,
+        "segment": plan.name,
+        "source": absolute(settings.s3_path),
+        "volume": absolute(plan.segment.uri) if plan.segment else None,
         "mask": absolute(plan.segment.mask_uri) if plan.segment else None,
-        "roi_xyxy": settings.roi_xyxy,
+        "layer_range": [start, end],
         "direction": "reverse" if settings.force_reverse else "forward",
         "weights_from": None if plan.network.function else plan.network.model.weights,
-        "blend_mode": settings.blend_mode,
-        "gaussian_sigma": settings.gaussian_sigma,
-        "pixel_resolution_um": settings.pixel_resolution_um,
+        "roi_xyxy": list(settings.roi_xyxy) if settings.roi_xyxy else None,
         "software": {"python": platform.python_version(), **{p: version(p) for p in SOFTWARE}},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(plan, settings),
     }
     return without_secrets(origin)
 
 
-# Parameters that shape a picture, beside those that `command` always says.
-SHAPING = (
-    "surface_volume_zarr", "roi_xyxy", "mask_path", "z_downsample_mean_factor", "force_reverse",
-    "model_type", "model_in_chans", "blend_mode", "gaussian_sigma", "precision",
-    "pixel_resolution_um", "add_scale_bar", "scale_bar_length_um",
+def provenance(
+    identity: Mapping[str, Any], origin: Mapping[str, Any], settings: Settings
+) -> dict[str, Any]:
+    """The origin of a picture: for zarr attributes, PNG text, TIFF tags. No secrets are in it."""
+    roi = settings.roi_xyxy or origin["roi_xyxy"]
+    said = origin["command"]
+    return {
+        "fingerprint": dict(identity),
+        **origin,
+        "roi_xyxy": list(roi) if roi else None,
+        "blend_mode": settings.blend_mode,
+        "gaussian_sigma": settings.gaussian_sigma,
+        "pixel_resolution_um": settings.pixel_resolution_um,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": said and shlex.join([*said, *_options(OF_PICTURES, settings, roi_xyxy=roi)]),
+    }
+
+
+# Parameters that shape a tile grid, beside those that `command` always says; and its pictures.
+OF_GRIDS = (
+    "surface_volume_zarr", "mask_path", "z_downsample_mean_factor", "force_reverse", "model_type",
+    "model_in_chans", "precision",
+)  # fmt: skip
+OF_PICTURES = (
+    "roi_xyxy", "blend_mode", "gaussian_sigma", "pixel_resolution_um", "add_scale_bar",
+    "scale_bar_length_um",
 )  # fmt: skip
 
 
-def command(plan: Plan, settings: Settings) -> str | None:
-    """The command line that makes the same picture; None when the model is no more than a function.
+def command(plan: Plan, settings: Settings) -> list[str] | None:
+    """The command that makes the same tile grid; None when the model is no more than a function.
 
     What the model or the program would choose is said too, so that a later version, which might
     choose otherwise, repeats it.
@@ -86,16 +106,20 @@ def command(plan: Plan, settings: Settings) -> str | None:
     words += ["--layers", f"{start}:{end}", "--tile", plan.tiling.tile]
     words += ["--stride", plan.tiling.stride, "--clip", f"{plan.network.clip:.15g}"]
     words += ["--divisor", f"{plan.network.divisor:.15g}"]
-    for name in SHAPING:
-        value = getattr(settings, name)
+    return [*map(str, words), *_options(OF_GRIDS, settings)]
+
+
+def _options(names: Sequence[str], settings: Settings, **instead: Any) -> Iterator[str]:
+    """Those of some parameters that are not at their defaults, as words of a command."""
+    for name in names:
+        value = instead.get(name, getattr(settings, name))
         value = absolute(value) if name in ("surface_volume_zarr", "mask_path") else value
         if value != Settings.model_fields[name].default:
-            words.append(f"--{name.replace('_', '-')}")
-            if isinstance(value, tuple):
-                words.append(",".join(map(str, value)))
+            yield f"--{name.replace('_', '-')}"
+            if isinstance(value, tuple | list):
+                yield ",".join(map(str, value))
             elif value is not True:
-                words.append(f"{value:.15g}" if isinstance(value, float) else str(value))
-    return shlex.join(map(str, words))
+                yield f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def _model(plan: Plan, settings: Settings) -> str:

@@ -265,7 +265,8 @@ class Settings(BaseSettings):
 
     def export_devices(self) -> None:
         """Tell CUDA which GPUs this process may use, before it is loaded."""
-        os.environ["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
+        if self.cluster != "cuda":  # its workers have one each
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
 
     def export_token(self) -> None:
         """Tell huggingface_hub the token, which must be in no graph and no log."""

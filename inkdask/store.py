@@ -7,9 +7,12 @@ result, so that different jobs never meet:
         grid    uint16 (gy, gx, k, k)   0: no tile ran here; c: probability (c - 1) / 65534
         valid   bool (y, x)             any layer is non-zero
         tiles   int32 (rows, columns)   tiles run in each chunk; -1: the chunk is not done
+        work    int32 (rows, columns)   tiles that probably have data; -1: not estimated
 
 A chunk's data are written before its element of ``tiles``, and each has zarr chunks of its own,
-so a chunk is done or it is not, and writers never touch each other's objects.
+so a chunk is done or it is not, and writers never touch each other's objects. Nothing is ever
+removed: to start anew is to take back the marks. The attributes ``fingerprint`` and ``origin`` say
+all that a picture needs, so a stored grid is complete in itself.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,13 +30,16 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import zarr
+from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from inkdask import storage
 from inkdask.inference import InferredChunk
 from inkdask.memory import give_back, peak_memory
-from inkdask.storage import outputs
 from inkdask.tiling import Tiling
+from inkdask.types import InkdaskError
 
+FORMAT = 1  # of the store; another number never resumes an older grid
+ENDING = ".zarr"
 STEPS = 65534  # of a probability in 16 bits: 30 times finer than float16 near 1, and no larger
 
 
@@ -67,44 +74,99 @@ class GridStore:
 
     @classmethod
     def of(
-        cls,
-        folder: str,
-        segment: str,
-        fingerprint: Mapping[str, Any],
-        tiling: Tiling,
-        k: int,
+        cls, place: str, segment: str, fingerprint: Mapping[str, Any], tiling: Tiling, k: int
     ) -> GridStore:
-        """The store of the job with this fingerprint; nothing is read or written yet."""
-        return cls(storage.join(folder, f"{segment}-{digest(fingerprint)[:16]}.zarr"), tiling, k)
+        """The store of the job with this fingerprint; nothing is read or written yet.
 
-    def create(self, fingerprint: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        """Make the empty store, or leave what is there for the job to go on from.
+        ``place`` is the folder of all grids, or the store itself when it ends in ``.zarr``.
+        """
+        if place.endswith(ENDING):
+            return cls(place, tiling, k)
+        name = f"{segment}-{digest(fingerprint)[:16]}{ENDING}"
+        return cls(storage.join(place, name), tiling, k)
+
+    @classmethod
+    def open(cls, uri: str) -> GridStore:
+        """The store at ``uri``.
 
         Raises
         ------
         InkdaskError
-            When the place cannot be written.
+            When no tile grid is there.
         """
-        if overwrite or not storage.exists(storage.join(self.uri, "zarr.json")):
-            outputs.remove(self.uri)  # a removal that was stopped halfway may have left a part
+        found = cls.attributes(uri).get("fingerprint")
+        if found is None or found["format"] != FORMAT:
+            raise InkdaskError(f"{uri} is no tile grid that this version of inkdask can read.")
+        tiling = Tiling.of(found["shape"], found["tile"], found["stride"], found["chunk"][0])
+        return cls(uri, tiling, found["k"])
+
+    @staticmethod
+    def attributes(uri: str) -> dict[str, Any]:
+        """Fingerprint and origin of the store at ``uri``; empty when there is none."""
+        if not storage.exists(storage.join(uri, "zarr.json")):
+            return {}
+        with storage.explained(uri):
+            return dict(zarr.open_group(storage.zarr_store(uri, read_only=True), mode="r").attrs)
+
+    def create(self, fingerprint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+        """Make the empty store, or leave what is there for the job to go on from.
+
+        Several processes may do so at once.
+
+        Raises
+        ------
+        InkdaskError
+            When the place cannot be written, or another job's grid is there.
+        """
+        there = self.attributes(self.uri)
+        if "fingerprint" in there:
+            check_same(self.uri, there["fingerprint"], fingerprint)
         tiling, k = self.tiling, self.k
         side = [min(axis.step, axis.length) for axis in (tiling.y, tiling.x)]
         tiles = [axis.grid_chunks[0] for axis in (tiling.y, tiling.x)]
+        arrays: dict[str, dict[str, Any]] = {
+            "grid": {
+                "shape": (*tiling.grid_shape, k, k), "chunks": (*tiles, k, k), "dtype": "uint16",
+                "fill_value": 0, "dimension_names": ("gy", "gx", "ky", "kx"),
+            },
+            "valid": {
+                "shape": tiling.shape, "chunks": tuple(side), "dtype": "bool",
+                "fill_value": False, "dimension_names": ("y", "x"),
+            },
+            "tiles": {
+                "shape": tiling.block_shape, "chunks": (1, 1), "dtype": "int32",
+                "fill_value": -1, "dimension_names": ("row", "column"),
+            },
+            "work": {
+                "shape": tiling.block_shape, "chunks": tiling.block_shape, "dtype": "int32",
+                "fill_value": -1, "dimension_names": ("row", "column"),
+            },
+        }  # fmt: skip
+        attributes = {"fingerprint": dict(fingerprint), "origin": dict(origin)}
         with storage.explained(self.uri):
-            group = zarr.open_group(storage.zarr_store(self.uri), mode="a", zarr_format=3)
-            group.require_array(
-                "grid", shape=(*tiling.grid_shape, k, k), chunks=(*tiles, k, k), dtype="uint16",
-                fill_value=0, dimension_names=("gy", "gx", "ky", "kx"),
-            )  # fmt: skip
-            group.require_array(
-                "valid", shape=tiling.shape, chunks=tuple(side), dtype="bool",
-                fill_value=False, dimension_names=("y", "x"),
-            )  # fmt: skip
-            group.require_array(
-                "tiles", shape=tiling.block_shape, chunks=(1, 1), dtype="int32",
-                fill_value=-1, dimension_names=("row", "column"),
-            )  # fmt: skip
-            group.attrs.update({"fingerprint": dict(fingerprint)})
+            place = storage.zarr_store(self.uri)
+            with suppress(ContainsGroupError):  # others may be making the same
+                zarr.create_group(place, zarr_format=3, attributes=attributes)
+            for name, how in arrays.items():
+                with suppress(ContainsArrayError):
+                    zarr.create_array(place, name=name, zarr_format=3, **how)
+
+    def forget(self, chunks: np.ndarray) -> None:
+        """Take back the marks of some chunks, bool (rows, columns), so that they are redone."""
+        with storage.explained(self.uri):
+            marks = self._array("tiles")
+            for row, column in np.argwhere(chunks & (self.tiles_run() >= 0)):
+                marks[row, column] = -1
+
+    def work(self) -> np.ndarray | None:
+        """Tiles of each chunk that probably have data, int32 (rows, columns), once planned."""
+        work = np.asarray(self._array("work")[:])
+        return None if (work < 0).any() else work
+
+    def plan_work(self, work: np.ndarray) -> None:
+        """Keep an estimate of the work, so that all parts divide it alike."""
+        with storage.explained(self.uri):
+            self._array("work")[:] = work
 
     def tiles_run(self) -> np.ndarray:
         """Tiles run in each chunk, int32 (rows, columns); -1 where the chunk is not done."""
@@ -160,6 +222,34 @@ def decode(codes: np.ndarray) -> np.ndarray:
     """Uint16 codes to float32 probabilities, off by at most 1 / 131068; 0 becomes NaN."""
     probability = (codes.astype(np.float32) - 1) / STEPS
     return np.where(codes > 0, probability, np.float32(np.nan))
+
+
+def check_same(uri: str, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Check that the grid at ``uri`` is this very job's.
+
+    Raises
+    ------
+    InkdaskError
+        Naming all that differs.
+    """
+    if differing := differences(there, wanted):
+        raise InkdaskError(f"The tile grid {uri} is another job's: {differing}.")
+
+
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What is not the same in a stored fingerprint, in words; empty when nothing is."""
+    # JSON has lists where Python may have tuples
+    there, wanted = (json.loads(json.dumps(f, default=str)) for f in (there, wanted))
+    return ", ".join(
+        f"{name} is {_short(there.get(name))} there and {_short(value)} here"
+        for name, value in wanted.items()
+        if there.get(name) != value
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"
 
 
 def digest(fingerprint: Mapping[str, Any]) -> str:

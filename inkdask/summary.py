@@ -24,12 +24,17 @@ class Summary:
         earlier run had finished.
     tiles
         Tiles of the job.
+    finished, failed
+        Chunks of this run that were computed, and that could not be.
+    lost
+        Chunks that a worker was computing when it was lost, and that another computed again.
     """
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.inferring = 0.0  # seconds
         self.tiles = self.ran = self.empty = self.resumed = 0
+        self.finished = self.failed = self.lost = 0
         self._start = storage.counters()
         self._processes: dict[str, ChunkReport] = {}
         self._before = dict(engine.on_workers(_named_counters))
@@ -51,6 +56,7 @@ class Summary:
 
     def add(self, report: ChunkReport) -> None:
         """Count a finished chunk."""
+        self.finished += 1
         self.ran += report.ran
         self.empty += report.empty
         latest = self._processes.get(report.process)
@@ -90,8 +96,14 @@ class Summary:
             tiles += f", {self.resumed:,} resumed from an earlier run"
         speed = f"{self.ran / self.inferring:,.1f} tiles/s" if self.inferring else "none was left"
         retries = f", {read.retries:,} retried" if read.retries else ""
+        chunks = f"{self.finished:,} completed"
+        if self.lost:
+            chunks += f", {self.lost:,} of them computed again after workers were lost"
+        if self.failed:
+            chunks += f", {self.failed:,} failed"
         rows = {
             "tiles": tiles,
+            "chunks": chunks,
             "time": f"{clock(seconds)} ({speed})",
             "read": f"{amount(read.bytes_read)} in {read.requests:,} requests{retries}",
             "memory": f"{amount(self.peak_memory)} at most in one process",

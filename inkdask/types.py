@@ -23,6 +23,10 @@ class InkdaskError(Exception):
     exit_code = 1
 
 
+class UnavailableError(InkdaskError):
+    """A place does not answer now: the same work may succeed later, or on another machine."""
+
+
 class SettingsError(InkdaskError):
     """A setting is missing or out of its bounds."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,15 @@ import numpy as np
 
 from inkdask import engine, storage, view
 from inkdask.blending import Window, blend
+from inkdask.clusters import connect, report
 from inkdask.inference import infer
-from inkdask.pictures import exporting
-from inkdask.pictures.picture import open_picture
-from inkdask.pictures.pyramid import to_uint8, write_pyramid
+from inkdask.parts import agreed_work, assign
 from inkdask.plan import Plan, Source
-from inkdask.preflight import check_room
+from inkdask.preflight import check_memory, check_room
 from inkdask.preparation import prepare
 from inkdask.progress import Meter
-from inkdask.provenance import fingerprint, provenance
+from inkdask.provenance import fingerprint, origin_of
+from inkdask.reduction import output_stem, picture, reduce
 from inkdask.settings import Settings
 from inkdask.storage import outputs
 from inkdask.store import ChunkReport, GridStore, save_chunk
@@ -145,29 +145,21 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     settings = Settings.of(**options, **_given(s3_path=s3_path))
     if settings.step == "prepare":
         return prepare(s3_path, **options)
-    summary = Summary()
-    plan, target = settle(settings)
-    log.info("%s", plan)
-
-    identity = fingerprint(plan)
-    store = GridStore.of(settings.zarr_output_dir, plan.name, identity, plan.tiling, plan.network.k)
-    if settings.step == "inference":
-        check_weights(plan.network)
-        store.create(identity, overwrite=settings.overwrite)
-        fill(store, plan, summary, settings)
+    if settings.step == "reduce":
+        return reduce(settings)
+    job = Job.of(settings)
+    log.info("%s", job.plan)
+    with connect(settings), report(settings.report):
+        check_memory(job.plan)
+        summary = Summary()
+        job.store.create(job.fingerprint, job.origin)
+        fill(job.store, job.plan, summary, settings)
         if settings.num_parts > 1:  # the picture is for STEP=reduce, when all parts are there
-            summary.say(store.uri)
-            return store.uri
-    check_complete(store, settings)
-
-    ink = blend(
-        store.grid(), store.valid(), plan.tiling, settings.blend_mode, settings.gaussian_sigma
-    )
-    write(ink[plan.window], target, provenance(identity, plan, settings), settings)
-    uri = f"{target}.png"
-    storage.write_bytes(settings.result_file, uri.encode())
-    summary.say(uri)
-    return uri
+            summary.say(job.store.uri)
+            return job.store.uri
+        uri = picture(job.store, settings)
+        summary.say(uri)
+        return uri
 
 
 def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
@@ -191,26 +183,59 @@ def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
         What `run` would fail with, in one sentence.
     """
     settings = Settings.of(**options, **_given(s3_path=s3_path))
-    plan, target = settle(settings)
-    log.info("%s", plan)
-    check_weights(plan.network)
-    return f"{target}.png"
+    job = Job.of(settings)
+    log.info("%s", job.plan)
+    check_weights(job.plan.network)
+    if settings.cluster == "threads":
+        check_memory(job.plan)
+    return f"{job.target}.png"
 
 
-def settle(settings: Settings) -> tuple[Plan, str]:
-    """Settle what a job will do and where its outputs go, without their endings."""
-    settings.require("s3_path", "model")
-    if settings.add_scale_bar:
-        settings.require("pixel_resolution_um")
-    settings.export_devices()
-    settings.export_token()
-    plan = Plan.of(str(settings.s3_path), settings)
-    target = output_stem(settings, plan)
-    for place in (f"{target}.png", settings.result_file):
-        outputs.check_writable(place)
-    outputs.check_writable(storage.join(settings.zarr_output_dir, "grid"))
-    check_room(plan, target, settings)
-    return plan, target
+@dataclass(frozen=True)
+class Job:
+    """What `run` will do, settled and found possible before anything is computed.
+
+    Attributes
+    ----------
+    plan
+        Network, volume and tiles.
+    fingerprint, origin
+        What shapes the tile grid, and where it comes from (`inkdask.provenance`).
+    store
+        Where the grid lies.
+    target
+        Where the picture goes, without its endings.
+    """
+
+    plan: Plan
+    fingerprint: Mapping[str, Any]
+    origin: Mapping[str, Any]
+    store: GridStore
+    target: str
+
+    @classmethod
+    def of(cls, settings: Settings) -> Job:
+        """Settle a job, and check that there is a place for all that it writes.
+
+        Raises
+        ------
+        InkdaskError
+            When something is missing or does not fit, in one sentence.
+        """
+        settings.require("s3_path", "model")
+        if settings.add_scale_bar:
+            settings.require("pixel_resolution_um")
+        settings.export_devices()
+        settings.export_token()
+        plan = Plan.of(str(settings.s3_path), settings)
+        identity, origin = fingerprint(plan), origin_of(plan, settings)
+        target = output_stem(settings, origin, plan.network.model.key)
+        place = settings.grid or settings.zarr_output_dir
+        store = GridStore.of(place, plan.name, identity, plan.tiling, plan.network.k)
+        for file in (f"{target}.png", settings.result_file, storage.join(store.uri, "zarr.json")):
+            outputs.check_writable(file)
+        check_room(plan, store, target, settings)
+        return cls(plan, identity, origin, store, target)
 
 
 def check_weights(network: Network) -> None:
@@ -222,71 +247,58 @@ def check_weights(network: Network) -> None:
 
 
 def fill(store: GridStore, plan: Plan, summary: Summary, settings: Settings) -> None:
-    """Compute the chunks that a part still lacks, each written as soon as it is done."""
+    """Compute the chunks that a part still lacks, each written as soon as it is done.
+
+    Raises
+    ------
+    InkdaskError
+        When chunks failed for good; the others are done all the same.
+    """
+    mine = np.ones(plan.tiling.block_shape, bool)
+    if settings.num_parts > 1:
+        mine = assign(agreed_work(store, plan), settings.num_parts) == settings.part_id
+    if settings.overwrite:
+        store.forget(mine)
     tiles_run = store.tiles_run()
-    mine = parts(store, settings) == settings.part_id
     summary.resume(tiles_run, mine, plan.tiling)
     missing = np.argwhere((tiles_run < 0) & mine)
     if not len(missing):
         return
+    check_weights(plan.network)
     chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask).chunks
     saved = da.map_blocks(
         save_chunk, chunks, store=store, meta=np.empty((0, 0), object), enforce_ndim=False
     )
     blocks = saved.to_delayed()
+    tasks = [blocks[row, column] for row, column in missing]
     # A chunk is thousands of tiles; those that run in this process are counted as they run.
     with Meter("ink", summary.missing, "tiles", peek=lambda: summary.progress) as meter:
 
-        def on_report(report: ChunkReport) -> None:
-            summary.add(report)
-            meter.add(report.ran + report.empty)
+        def on_report(chunk: ChunkReport) -> None:
+            summary.add(chunk)
+            meter.add(chunk.ran + chunk.empty)
 
-        engine.compute_each([blocks[row, column] for row, column in missing], on_report)
+        failed = engine.compute_each(tasks, on_report)
     summary.inferring = meter.seconds
+    summary.lost = len(engine.lost_tasks({task.key for task in tasks}))
+    if failed:
+        summary.failed = len(tasks) - summary.finished
+        summary.say(store.uri)
+        raise failure(failed, summary)
 
 
-def parts(store: GridStore, settings: Settings) -> np.ndarray:
-    """Which part each chunk belongs to, int (rows, columns): dealt out one by one."""
-    chunks = store.tiling.block_shape
-    return (np.arange(chunks[0] * chunks[1]) % settings.num_parts).reshape(chunks)
-
-
-def check_complete(store: GridStore, settings: Settings) -> None:
-    """Check that a stored grid lacks nothing: a picture never has holes.
-
-    Raises
-    ------
-    InkdaskError
-        Naming the missing parts.
-    """
-    there = storage.exists(storage.join(store.uri, "zarr.json"))
-    missing = store.tiles_run() < 0 if there else np.ones(store.tiling.block_shape, bool)
-    if missing.any():
-        lacking = ", ".join(map(str, np.unique(parts(store, settings)[missing])))
-        raise InkdaskError(
-            f"{np.count_nonzero(missing)} of {missing.size} chunks are missing in {store.uri}: run "
-            f"STEP=inference with NUM_PARTS={settings.num_parts} and PART_ID={lacking} first."
-        )
-
-
-def write(ink: da.Array, target: str, origin: dict[str, Any], settings: Settings) -> None:
-    """Write the picture as ``<target>.zarr`` and ``<target>.png``, each whole or not at all."""
-    left, top = (settings.roi_xyxy or (0, 0))[:2]
-    picture = da.map_blocks(to_uint8, ink, dtype=np.uint8)
-    write_pyramid(picture, f"{target}.zarr", origin, settings.pixel_resolution_um, (top, left))
-    stored = open_picture(f"{target}.zarr")
-    exporting.write(stored, f"{target}.png", exporting.Look(), settings)
-
-
-def output_stem(settings: Settings, plan: Plan) -> str:
-    """Where the outputs go, without their endings: ``.../prediction_<MODEL>_<START>_<END>``."""
-    folder = settings.output_path or storage.join(str(settings.s3_path), "predictions")
-    model = plan.network.model.key.replace("/", "_")
-    start, end = settings.layers or (min(plan.layers), max(plan.layers) + 1)
-    name = f"prediction_{model}_{start:02d}_{end:02d}"
-    if settings.roi_xyxy:  # a part must not take the place of the whole
-        name += "_{}-{}-{}-{}".format(*settings.roi_xyxy)
-    return storage.join(folder, name)
+def failure(failed: Mapping[Any, Exception], summary: Summary) -> InkdaskError:
+    """One sentence for the chunks that failed for good."""
+    first = next(iter(failed.values()))
+    for error in failed.values():
+        log.debug("a chunk failed", exc_info=error)
+    reason = str(first) if isinstance(first, InkdaskError) else f"{type(first).__name__}: {first}"
+    error = InkdaskError(
+        f"{reason.rstrip('.')} ({summary.failed} of {summary.finished + summary.failed} chunks "
+        "were not computed; the others are kept, and the same command resumes with the rest)."
+    )
+    error.__cause__ = first
+    return error
 
 
 def _given(**values: Any) -> dict[str, Any]:

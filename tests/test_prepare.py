@@ -64,7 +64,7 @@ def test_a_stopped_run_resumes_and_nothing_reads_it_meanwhile(
         copied.append(block_id)
 
     monkeypatch.setattr(preparation, "_copy_block", failing)
-    one_by_one = dask.config.set(scheduler="synchronous")
+    one_by_one = dask.config.set(num_workers=1)
     with one_by_one, pytest.raises(InkdaskError, match="full"):
         inkdask.prepare(segment, surface_volume_zarr=uri)
     with pytest.raises(InkdaskError, match="volume.zarr is not finished"):

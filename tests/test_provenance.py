@@ -13,7 +13,7 @@ import inkdask
 from inkdask import cli, storage
 from inkdask.demo import synthetic
 from inkdask.models.registry import known
-from inkdask.provenance import SHAPING, without_secrets
+from inkdask.provenance import OF_GRIDS, OF_PICTURES, without_secrets
 from inkdask.settings import Settings
 from tests.test_workflow import depth_slope, own_environment  # noqa: F401
 
@@ -119,7 +119,7 @@ def test_what_is_written_is_for_all_to_read(segment, capsys, monkeypatch):
 
 
 def test_the_parameters_of_the_command_exist():
-    assert set(SHAPING) <= set(Settings.model_fields)
+    assert {*OF_GRIDS, *OF_PICTURES} <= set(Settings.model_fields)
 
 
 def test_the_weights_are_named_by_their_digest(prediction):

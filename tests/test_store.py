@@ -41,7 +41,7 @@ def tiling():
 
 def test_what_is_written_is_read_and_the_rest_is_missing(tmp_path, tiling):
     store = GridStore.of(str(tmp_path), "seg", {"a": 1}, tiling, k=4)
-    store.create({"a": 1})
+    store.create({"a": 1}, {})
     assert (store.tiles_run() == -1).all()
     assert store.write(chunk_of(tiling, 1, 2, 0.25), 1, 2) == np.prod(
         [tiling.y.grid_chunks[1], tiling.x.grid_chunks[2]]
@@ -58,14 +58,14 @@ def test_what_is_written_is_read_and_the_rest_is_missing(tmp_path, tiling):
 
 def test_an_empty_chunk_is_done_too(tmp_path, tiling):
     store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
-    store.create({})
+    store.create({}, {})
     assert store.write(chunk_of(tiling, 0, 0, np.nan), 0, 0) == 0
     assert store.tiles_run()[0, 0] == 0
 
 
 def test_writers_side_by_side_lose_nothing(tmp_path, tiling):
     store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
-    store.create({})
+    store.create({}, {})
     rows, columns = tiling.block_shape
     places = [(i, j) for i in range(rows) for j in range(columns)]
     with ThreadPoolExecutor(8) as pool:
@@ -77,14 +77,49 @@ def test_writers_side_by_side_lose_nothing(tmp_path, tiling):
         assert at == pytest.approx((i + j) / 10, abs=1e-5)
 
 
-def test_creating_again_keeps_what_is_done_unless_overwritten(tmp_path, tiling):
+def test_creating_again_keeps_what_is_done(tmp_path, tiling):
     store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
-    store.create({})
+    store.create({}, {})
     store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
-    store.create({})
+    store.write(chunk_of(tiling, 1, 1, 0.5), 1, 1)
+    store.create({}, {})
     assert store.tiles_run()[0, 0] > 0
-    store.create({}, overwrite=True)
-    assert (store.tiles_run() == -1).all()
+    store.forget(np.arange(tiling.block_shape[1]) == np.zeros((tiling.block_shape[0], 1)))
+    assert np.argwhere(store.tiles_run() >= 0).tolist() == [[1, 1]]
+
+
+def test_many_may_create_one_store_at_once(home, tiling):
+    """Nobody removes what another has done already."""
+    store = GridStore.of(home, "seg", {"a": [1, 2]}, tiling, k=4)
+    rows, columns = tiling.block_shape
+    places = [(i, j) for i in range(rows) for j in range(columns)]
+
+    def work(place):
+        store.create({"a": (1, 2)}, {"source": "here"})
+        return store.write(chunk_of(tiling, *place, 0.5), *place)
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        list(pool.map(work, places))
+    assert (store.tiles_run() > 0).all()
+    assert store.attributes(store.uri) == {
+        "fingerprint": {"a": [1, 2]},
+        "origin": {"source": "here"},
+    }
+
+
+def test_a_grid_of_another_job_is_refused_and_what_differs_named(tmp_path, tiling):
+    uri = str(tmp_path / "mine.zarr")
+    first = {"stride": 16, "model": "a", "layers": [0, 1]}
+    store = GridStore.of(uri, "seg", first, tiling, k=4)
+    assert store.uri == uri
+    store.create(first, {})
+    store.create({**first, "layers": (0, 1)}, {})
+    with pytest.raises(
+        InkdaskError, match=r"mine.zarr is another job's: stride is 16 there and 32 h"
+    ):
+        store.create({**first, "stride": 32}, {})
+    with pytest.raises(InkdaskError, match=r"no tile grid"):
+        GridStore.open(str(tmp_path / "other.zarr"))
 
 
 def test_other_jobs_have_other_places(tmp_path, tiling):
@@ -100,10 +135,10 @@ def test_other_jobs_have_other_places(tmp_path, tiling):
 def test_an_unwritable_place_is_one_sentence(tmp_path, tiling):
     tmp_path.chmod(0o500)
     with pytest.raises(InkdaskError, match="permission denied"):
-        GridStore.of(str(tmp_path), "seg", {}, tiling, 4).create({})
+        GridStore.of(str(tmp_path), "seg", {}, tiling, 4).create({}, {})
 
 
 def test_a_place_below_a_file_is_one_sentence(tmp_path, tiling):
     (tmp_path / "file").write_text("")
     with pytest.raises(InkdaskError, match="file"):
-        GridStore.of(str(tmp_path / "file"), "seg", {}, tiling, 4).create({})
+        GridStore.of(str(tmp_path / "file"), "seg", {}, tiling, 4).create({}, {})

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import cloudpickle
 import numpy as np
@@ -163,30 +162,6 @@ def test_layers_from_a_zarr_array(segment, volume, tmp_path, depth_first):
     assert_same_picture(
         np.asarray(Image.open(uri)), picture(naive_map(volume[2:5], depth_slope)), share=1e-3
     )
-
-
-def test_parts_make_the_same_picture_and_a_missing_one_is_named(segment, tmp_path):
-    options = {"model": depth_slope, "num_parts": 3}
-    whole = inkdask.run(segment, model=depth_slope, zarr_output_dir=tmp_path / "other")
-    expected = np.asarray(Image.open(whole))
-    Path(whole).unlink()
-    for part in (1, 1):
-        grid = inkdask.run(segment, part_id=part, **options)
-        assert grid.startswith(str(tmp_path / "partitions"))
-    with pytest.raises(InkdaskError, match=r"PART_ID=0 first"):
-        inkdask.run(segment, step="reduce", **options)
-    assert not Path(whole).exists()
-    for part in (2, 0):
-        inkdask.run(segment, part_id=part, **options)
-    assert not Path(whole).exists()
-    assert inkdask.run(segment, step="reduce", **options) == whole
-    assert_same_picture(np.asarray(Image.open(whole)), expected)
-
-
-def test_reduce_without_a_grid_makes_nothing(segment, tmp_path):
-    with pytest.raises(InkdaskError, match="PART_ID=0, 1 first"):
-        inkdask.run(segment, model=depth_slope, step="reduce", num_parts=2)
-    assert not (tmp_path / "partitions").exists()
 
 
 def test_the_mask_of_a_segment_holds_for_its_zarr_too(segment):

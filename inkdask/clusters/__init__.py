@@ -1,1 +1,8 @@
-"""Where a job runs."""
+"""Where a job runs: threads, processes, GPUs, Kubernetes, or a scheduler that is there already."""
+
+from inkdask.clusters.connection import connect
+from inkdask.clusters.cuda import cuda
+from inkdask.clusters.local import local
+from inkdask.clusters.report import report
+
+__all__ = ["connect", "cuda", "local", "report"]

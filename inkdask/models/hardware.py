@@ -49,7 +49,8 @@ def cores() -> int:
     """
     if distributed := sys.modules.get("distributed"):
         try:
-            return distributed.get_worker().state.nthreads
+            worker = distributed.get_worker().state
+            return int(worker.total_resources.get("cores", worker.nthreads))
         except ValueError:
             pass  # not in a task of a worker
     named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]

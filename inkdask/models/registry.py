@@ -171,6 +171,17 @@ def resolve(
     )
 
 
+def known_of(model: str | Callable[[Any], Any]) -> dict[str, str]:
+    """Key of a model, and the digest of its weights where they are a local file.
+
+    Nothing is downloaded; a stored grid is found by it when the weights are gone.
+    """
+    if callable(model):
+        return {"model": _name(model)}
+    path = Path(model)
+    return {"model": model, **({"weights": sha256(path)} if path.is_file() else {})}
+
+
 def _described(model: str, model_type: str | None) -> ModelSpec:
     """Return the spec of a model given by name; its architecture may be the user's."""
     architecture = None if model_type is None else ARCHITECTURES.get(model_type, model_type)
@@ -249,7 +260,7 @@ def _try_function(
     import cloudpickle  # type: ignore[import-untyped]
     import torch
 
-    name = getattr(function, "__name__", type(function).__name__).strip("<>")
+    name = _name(function)
     if getattr(function, "training", False):
         raise InkdaskError(f"The model {name} is in training mode: call its eval() first.")
     parameters: Callable[[], Iterable[Any]] = getattr(function, "parameters", tuple)
@@ -277,6 +288,10 @@ def _try_function(
         )
     digest = hashlib.sha256(pickled + _source_code(function)).hexdigest()
     return replace(spec, pixels_per_logit=spec.tile // k), digest, k
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__)).strip("<>")
 
 
 def _source_code(function: Any) -> bytes:

@@ -21,7 +21,19 @@ from inkdask.reading.volume import BLOCK_BYTES
 from inkdask.types import InkdaskError
 
 LAYERS_ATTRIBUTE = "layers"  # of an array that inkdask prepared: the numbers of its layers
+OCCUPIED_ATTRIBUTE = "occupied"  # of such an array: see `Occupied`
 FINISHED_ATTRIBUTE = "finished"  # of such an array: False until its last block is there
+
+
+@dataclass(frozen=True)
+class Occupied:
+    """Where a volume has data: the share of such pixels in squares of ``side`` pixels.
+
+    The last square of a row or column reaches to the end.
+    """
+
+    side: int
+    share: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,8 @@ class ZarrSource:
         Whether the array itself says these numbers; otherwise they count from 0.
     words
         The layout as a person says it.
+    occupied
+        Where there are data, when the array says so.
     """
 
     uri: str
@@ -66,6 +80,7 @@ class ZarrSource:
     numbers: tuple[int, ...]
     is_numbered: bool
     words: str
+    occupied: Occupied | None = None
 
     @property
     def name(self) -> str:
@@ -166,7 +181,14 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
         is_numbered=bool(kept),
         words=f"zarr {node.metadata.zarr_format}, {chunks} chunks"
         + (" in shards" if node.shards else ""),
+        occupied=_occupied(node.attrs.get(OCCUPIED_ATTRIBUTE)),
     )
+
+
+def _occupied(kept: Any) -> Occupied | None:
+    if not kept:
+        return None
+    return Occupied(int(kept["side"]), tuple(tuple(map(float, row)) for row in kept["share"]))
 
 
 def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, tuple[str, ...] | None]:

@@ -21,7 +21,7 @@ from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 
 from inkdask.storage.counting import count
-from inkdask.types import InkdaskError
+from inkdask.types import InkdaskError, UnavailableError
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -231,9 +231,9 @@ def explain(error: BaseException, uri: str) -> InkdaskError:
     if isinstance(error, FileNotFoundError):
         return InkdaskError(f"{uri} does not exist.")
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
-        return InkdaskError(f"{uri} does not answer{_endpoint()}: several tries timed out.")
+        return UnavailableError(f"{uri} does not answer{_endpoint()}: several tries timed out.")
     if type(error).__name__ == "EndpointConnectionError":
-        return InkdaskError(f"{uri} cannot be reached{_endpoint()}: nothing answers there.")
+        return UnavailableError(f"{uri} cannot be reached{_endpoint()}: nothing answers there.")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return InkdaskError(f"No space is left to write {uri}.")
     return InkdaskError(f"{uri}: {_one_line(error)}.")

@@ -141,7 +141,8 @@ class LazyInk(Ink):
                         self._thread = None
                         break
                 blocks = self._delayed()
-                engine.compute_each([blocks[place] for place in batch], self._receive)
+                tasks = [blocks[place] for place in batch]
+                engine.raise_any(engine.compute_each(tasks, self._receive))
         except Exception as error:
             # Nobody called: what went wrong is shown in the viewer.
             if not isinstance(error, InkdaskError):
@@ -162,7 +163,7 @@ class LazyInk(Ink):
             plan, k = self._ink.plan, self._ink.network.k
             self._folder = tempfile.TemporaryDirectory(prefix="inkdask-view-")
             self._store = GridStore(f"{self._folder.name}/grid.zarr", self._tiling, k)
-            self._store.create({})
+            self._store.create({}, {})
             chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask).chunks
             located = da.map_blocks(
                 _locate, chunks, meta=np.empty((0, 0), object), enforce_ndim=False

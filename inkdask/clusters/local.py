@@ -1,0 +1,40 @@
+"""Worker processes on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from dask.system import CPU_COUNT
+
+from inkdask.settings import Settings
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+CORES = 4  # of a worker: a network gains little from more, and each worker has a copy of it
+DASHBOARD = "127.0.0.1:8787"
+
+
+@contextmanager
+def local(settings: Settings) -> Iterator[Client]:
+    """Start as many workers as the machine's cores feed.
+
+    All forward passes of a worker run on one thread, with the worker's share of the cores;
+    another thread reads ahead meanwhile.
+    """
+    from distributed import Client, LocalCluster
+
+    workers = settings.max_workers or max(CPU_COUNT // CORES, 1)
+    cores = max(CPU_COUNT // workers, 1)
+    with (
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=max(cores, 2),
+            resources={"cores": cores},  # not asked for by tasks: see models.hardware.cores
+            dashboard_address=DASHBOARD,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client

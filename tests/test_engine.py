@@ -1,0 +1,141 @@
+"""Tasks that fail: the others finish, what may pass is tried again, and nothing runs twice."""
+
+import operator
+import tempfile
+from pathlib import Path
+
+import dask
+import pytest
+from dask import delayed
+from distributed import Client
+
+from inkdask import engine
+from inkdask.types import InkdaskError, UnavailableError
+
+
+@pytest.fixture(params=["threads", "one thread", "cluster"])
+def compute_each(request, monkeypatch):
+    monkeypatch.setattr(engine, "PAUSE", 0.01)
+    if request.param == "cluster":
+        with Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None):
+            yield engine.compute_each
+    else:
+        with dask.config.set(num_workers=1 if request.param == "one thread" else None):
+            yield engine.compute_each
+
+
+class Runs:
+    """How often each number ran, counted in files, because workers have their own memory."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def add(self, number):
+        with tempfile.NamedTemporaryFile(prefix=f"{number}-", dir=self.folder, delete=False):
+            pass
+        return self[number]
+
+    def __getitem__(self, number):
+        return len(list(Path(self.folder).glob(f"{number}-*")))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return Runs(tmp_path)
+
+
+def tens(compute_each, function, count=12):
+    """What `compute_each` makes of ten times each number, over a shared task for each pair."""
+    shared = [
+        delayed(operator.mul)(10, pair, dask_key_name=f"pair-{pair}") for pair in range(count)
+    ]
+    tasks = [
+        delayed(function)(number, shared[number // 2], dask_key_name=f"task-{number}")
+        for number in range(count)
+    ]
+    results = []
+    failed = compute_each(tasks, results.append)
+    return sorted(results), {int(key.partition("-")[2]): error for key, error in failed.items()}
+
+
+def test_a_failure_does_not_stop_the_others(compute_each, runs):
+    def function(number, _):
+        runs.add(number)
+        if number in (3, 8):
+            raise InkdaskError(f"layer {number} is corrupt")
+        return number
+
+    results, failed = tens(compute_each, function)
+    assert results == [n for n in range(12) if n not in (3, 8)]
+    assert {n: str(error) for n, error in failed.items()} == {
+        3: "layer 3 is corrupt",
+        8: "layer 8 is corrupt",
+    }
+    assert all(runs[n] == 1 for n in (3, 8))
+
+
+@pytest.mark.parametrize("error", [UnavailableError, ValueError])
+def test_what_may_pass_is_tried_again(compute_each, runs, error):
+    def function(number, _):
+        run = runs.add(number)
+        if number == 5 and run < 3:
+            raise error("not now")
+        if number == 7:
+            raise error("never")
+        return number
+
+    results, failed = tens(compute_each, function)
+    assert results == [n for n in range(12) if n != 7]
+    assert list(failed) == [7]
+    assert isinstance(failed[7], error)
+    assert runs[5] == runs[7] == engine.TRIES
+
+
+def test_all_that_depends_on_a_failure_fails_and_nothing_else(compute_each):
+    def broken():
+        raise InkdaskError("a strip is corrupt")
+
+    strip = delayed(broken)(dask_key_name="strip")
+    tasks = [delayed(operator.add)(n, strip, dask_key_name=f"bad-{n}") for n in range(3)]
+    tasks += [delayed(operator.neg)(n, dask_key_name=f"good-{n}") for n in range(5)]
+    results = []
+    failed = compute_each(tasks, results.append)
+    assert sorted(results) == [-4, -3, -2, -1, 0]
+    assert set(failed) == {"bad-0", "bad-1", "bad-2"}
+
+
+def test_when_everything_fails_it_stops_early(compute_each, runs):
+    def function(number, _):
+        runs.add(number)
+        raise RuntimeError("no network")
+
+    results, failed = tens(compute_each, function, count=100)
+    assert not results
+    assert len(failed) == engine.HOPELESS
+    assert sum(runs[n] for n in range(100)) < 50
+
+
+def test_an_interrupt_is_no_failure(monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.compute_each([delayed(operator.neg)(1)], stop)
+
+
+def test_other_workers_are_tried_first(monkeypatch):
+    """A worker whose network is broken spoils nothing."""
+    monkeypatch.setattr(engine, "PAUSE", 0.01)
+
+    def function(number):
+        from distributed import get_worker
+
+        if get_worker().name == 0:
+            raise OSError("no route")
+        return number
+
+    with Client(processes=False, n_workers=3, threads_per_worker=1, dashboard_address=None):
+        results = []
+        failed = engine.compute_each([delayed(function)(n) for n in range(9)], results.append)
+    assert not failed
+    assert sorted(results) == list(range(9))
