@@ -106,10 +106,14 @@ class Plan:
 
     def __str__(self) -> str:
         height, width = (part.stop - part.start for part in self.window)
+        averaged = len(self.layers) // self.network.layers
+        count = f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
+        means = f" as means of {averaged}" if averaged > 1 else ""
         return (
             f"{self.segment.uri if self.segment else 'array'}: {height:,} x {width:,} pixels, "
-            f"layers {span(self.layers)}, {self.tiling.tiles:,} tiles of {self.tiling.tile} px at "
-            f"stride {self.tiling.stride}, model {self.network.model.key}"
+            f"{count} ({span(self.layers)}){means}, {self.tiling.tiles:,} tiles "
+            f"of {self.tiling.tile} px at stride {self.tiling.stride}, model "
+            f"{self.network.model.key}"
         )
 
 

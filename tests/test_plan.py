@@ -1,0 +1,55 @@
+"""What a job says it reads is what it reads: which layers, and in which order."""
+
+import numpy as np
+import pytest
+
+import inkdask
+from inkdask.plan import Plan
+from inkdask.settings import Settings
+from tests.files import write_layers
+from tests.oracle import papyrus
+from tests.test_workflow import depth_slope, own_environment  # noqa: F401
+
+FIRST = 10  # number of the first of 8 layers
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "layers"),
+    [
+        ({}, "8 layers (10 to 17),", range(10, 18)),
+        ({"layers": (12, 15)}, "3 layers (12 to 14),", range(12, 15)),
+        ({"layers": (12, 13)}, "1 layer (12),", [12]),
+        ({"force_reverse": True}, "8 layers (17 to 10 in reverse),", range(17, 9, -1)),
+        ({"model_in_chans": 4}, "4 layers (12 to 15),", range(12, 16)),
+        (
+            {"layers": (10, 16), "model_in_chans": 3, "force_reverse": True},
+            "3 layers (13 to 11 in reverse),",
+            [13, 12, 11],
+        ),
+        (
+            {"z_downsample_mean_factor": 2, "model_in_chans": 3},
+            "6 layers (11 to 16) as means of 2,",
+            [(11, 12), (13, 14), (15, 16)],
+        ),
+        (
+            {"z_downsample_mean_factor": 2, "force_reverse": True},
+            "8 layers (17 to 10 in reverse) as means of 2,",
+            [(17, 16), (15, 14), (13, 12), (11, 10)],
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["tiff", "zarr"])
+def test_the_log_states_the_layers_that_are_read(tmp_path, caplog, kind, options, says, layers):
+    pixels = papyrus((8, 70, 90))
+    write_layers(tmp_path / "seg" / "layers", pixels, first=FIRST)
+    if kind == "zarr":
+        options = options | {"surface_volume_zarr": inkdask.prepare(tmp_path / "seg")}
+    options = {"model": depth_slope, **options}
+    plan = Plan.of(str(tmp_path / "seg"), Settings.of(**options))
+    means = [np.mean([pixels[n - FIRST] for n in np.atleast_1d(layer)], 0) for layer in layers]
+    read = plan.volume.compute().astype(int)
+    assert np.array_equal(read, np.floor(np.array(means) + 0.5))
+    with caplog.at_level("INFO", "inkdask"):
+        inkdask.run(tmp_path / "seg", **options)
+    [line] = [line for line in caplog.messages if "tiles of" in line]
+    assert says in line
