@@ -288,12 +288,12 @@ def test_tasks_survive_a_journey(tmp_path, pixels):
 @pytest.mark.parametrize(
     ("shape", "options", "steps"),
     [
-        ((26, 4000, 4000), {}, (512, 4000)),
-        ((26, 4000, 100_000), {}, (16, 100_000)),
-        ((26, 4000, 4000), {"unit": (17, 4000)}, (544, 4000)),
-        ((26, 4000, 4000), {"unit": (256, 256)}, (1024, 2048)),
-        ((62, 4000, 4000), {"unit": (256, 256)}, (1024, 1024)),
-        ((109, 4000, 4000), {"unit": (128, 128)}, (512, 1024)),
+        ((26, 4000, 4000), {}, (256, 4000)),
+        ((26, 4000, 100_000), {}, (8, 100_000)),
+        ((26, 4000, 4000), {"unit": (17, 4000)}, (272, 4000)),
+        ((26, 4000, 4000), {"unit": (256, 256)}, (1024, 1024)),
+        ((62, 4000, 4000), {"unit": (256, 256)}, (512, 1024)),
+        ((109, 4000, 4000), {"unit": (128, 128)}, (512, 512)),
         ((26, 100, 300), {"unit": (256, 256)}, (100, 300)),
         ((1, 9000, 9000), {"unit": (1, 9000)}, (1024, 9000)),
         ((26, 9000, 9000), {"unit": (4096, 4096)}, (4096, 4096)),
@@ -338,6 +338,7 @@ def test_reading_through_faults_gives_the_same(s3, faults, pixels):
 def test_what_cannot_be_cut_is_decoded_once(tmp_path, kind, monkeypatch, caplog):
     monkeypatch.setattr(volume, "BLOCK_SIDE", 64)
     monkeypatch.setattr(volume, "BLOCK_BYTES", 3 * 64 * 64)
+    monkeypatch.setattr(volume, "WHOLE_BYTES", 3 * 64 * 64)
     monkeypatch.setattr(volume, "CHUNK", 64)
     monkeypatch.setattr(images, "CHUNK", 64)
     layers = random_volume((3, 200, 170))
@@ -365,6 +366,7 @@ def test_many_layers_and_threads_decode_each_layer_once(tmp_path, monkeypatch):
     """More layers than the pool has threads, each read inside it; none may wait for ever."""
     monkeypatch.setattr(volume, "BLOCK_SIDE", 32)
     monkeypatch.setattr(volume, "BLOCK_BYTES", 32 * 32)
+    monkeypatch.setattr(volume, "WHOLE_BYTES", 32 * 32)
     monkeypatch.setattr(volume, "CHUNK", 32)
     layers = random_volume((THREADS + 5, 64, 64))
     write_layers(tmp_path, layers, compression="lzw")

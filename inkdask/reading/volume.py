@@ -21,7 +21,10 @@ from dask.highlevelgraph import HighLevelGraph
 from inkdask.reading.images import CHUNK, DECODING_BYTES, DecodedBlock, Image
 from inkdask.reading.tiff import TiffBlock, TiffImage
 
-BLOCK_BYTES = 64 << 20  # of decoded uint8 over all layers: the size a block grows to
+# Decoded uint8 over all layers, to which a block grows: two rows of chunks are held in blocks, and
+# what is read beyond them must be little.
+BLOCK_BYTES = 32 << 20
+WHOLE_BYTES = 64 << 20  # of what may be read in one piece where cutting it costs more
 BLOCK_SIDE = 1024  # pixels: no block is taller, because the chunks with the tiles are about this
 
 
@@ -83,7 +86,7 @@ class TiffStack:
     def can_be_cut(self) -> bool:
         """Whether a task can hold a piece of all layers; one-strip images may be too tall."""
         height, width = self.unit
-        is_small = self.shape[0] * height * width <= BLOCK_BYTES or height <= BLOCK_SIDE
+        is_small = self.shape[0] * height * width <= WHOLE_BYTES or height <= BLOCK_SIDE
         one_piece = any(image.offsets.size == 1 for image in self.images)
         return is_small or (self.images[0].layout.is_tiled and not one_piece)
 

@@ -17,7 +17,7 @@ import numpy as np
 import zarr
 
 from inkdask import storage
-from inkdask.reading.volume import BLOCK_BYTES
+from inkdask.reading.volume import WHOLE_BYTES
 from inkdask.types import InkdaskError
 
 LAYERS_ATTRIBUTE = "layers"  # of an array that inkdask prepared: the numbers of its layers
@@ -161,7 +161,7 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
     depth = _depth(shape, axes)
     pieces = (node.shards or node.chunks)[-3:]
     unit = [length for axis, length in enumerate(pieces) if axis != depth]
-    if shape[depth] * unit[0] * unit[1] > BLOCK_BYTES:  # shards too large to be read whole
+    if shape[depth] * unit[0] * unit[1] > WHOLE_BYTES:  # shards too large to be read whole
         unit = [length for axis, length in enumerate(node.chunks[-3:]) if axis != depth]
     kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
     numbers = kept or range(shape[depth])

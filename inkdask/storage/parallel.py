@@ -13,7 +13,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # Most of these wait for the network; decoding releases the interpreter and shares the cores.
-THREADS = 16
+THREADS = 24
 
 _here = threading.local()
 
