@@ -302,9 +302,11 @@ def test_the_command_line(prediction, tmp_path, capsys, monkeypatch):
 EXPORT = """
 import sys
 import inkdask
+from inkdask import engine
 from inkdask.memory import peak_memory
 from inkdask.pictures import exporting
 
+engine.CPU_COUNT = 2  # each thread holds pieces of its own
 floor = peak_memory()
 inkdask.export(sys.argv[1], sys.argv[2])
 print(peak_memory() - floor)

@@ -130,7 +130,7 @@ def _mix(
     opacity: float,
     table: np.ndarray | None,
 ) -> np.ndarray:
-    """Tables of the 256 values do the work, so that it is whole numbers a pixel."""
+    """Mix colours that are looked up, one for each of the 256 values of ink and papyrus."""
     values = np.arange(256, dtype=np.float32)
     light = np.clip((values - low) / max(high - low, 1), 0, 1)[:, None]
     papyrus = DARK + light * (LIGHT - DARK)

@@ -14,7 +14,7 @@ import png
 
 from inkdask.pictures.bands import bands, in_order
 
-STRIP = 4 << 20  # bytes compressed at a time
+STRIP = 1 << 20  # bytes compressed at a time
 LEVEL = 4  # of zlib: files 5 to 10 % larger than at 6, in a quarter of the time
 
 
