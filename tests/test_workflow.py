@@ -344,6 +344,9 @@ def test_the_container_on_s3(s3, tmp_path, monkeypatch):
     scan, _ = synthetic.segment(height=150, width=260, seed=2)
     local = write_layers(tmp_path / "scan", (scan >> 8).astype(np.uint8))
     monkeypatch.setenv("ZARR_OUTPUT_DIR", f"{s3}/partitions")
+    # In bfloat16 this network is near the bound at which float32 takes over, so that the tiles
+    # that happen to come first would decide.
+    monkeypatch.setenv("PRECISION", "float32")
     for path in sorted((local / "layers").iterdir()):
         storage.put_file(path, f"{s3}/scroll/segment/layers/{path.name}")
     done = command(
