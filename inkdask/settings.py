@@ -183,6 +183,19 @@ class Settings(BaseSettings):
         description="Workers at most. Default: local: one for every 4 cores; cuda: the visible "
         "GPUs; kubernetes: 8.",
     )
+    cluster_namespace: str | None = Field(
+        None,
+        description="Namespace of a Kubernetes cluster's pods. Default: that of the kubeconfig or "
+        "of the pod.",
+    )
+    cluster_image: str | None = Field(
+        None, description="Image of a Kubernetes cluster's pods. Default: the manifest's."
+    )
+    cluster_spec: str | None = Field(
+        None,
+        description="File with the DaskCluster to make on Kubernetes, as `kubectl kustomize "
+        "cluster` prints it. Default: inkdask's own manifest.",
+    )
     report: str | None = Field(
         None,
         description="Write Dask's performance report to this HTML file, also when the job fails.",
