@@ -178,7 +178,7 @@ class _Handler:
                         and selected(document, labels, fields)
                     ):
                         await send(what, document)
-        except TimeoutError:
+        except (TimeoutError, ConnectionResetError):  # seen enough, or gone
             pass
         return answer
 

@@ -1,0 +1,81 @@
+"""The Argo templates, followed step by step: they make the picture that a plain run makes."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import inkdask
+from inkdask import storage
+from tests.argo import FailedError, Runner
+from tests.files import random_volume, write_layers
+from tests.manifests import CLUSTER, only, render
+
+
+@pytest.fixture
+def segment(s3):
+    write_layers(f"{s3}/seg/layers", random_volume((26, 200, 260)), first=3)
+    return f"{s3}/seg"
+
+
+@pytest.fixture
+def submit(s3, tmp_path):
+    """Run a template with parameters; returns the runner, after its ``run()``."""
+    documents = render(CLUSTER)
+    settings = dict(only(documents, "ConfigMap")["data"])
+    settings.update(ZARR_OUTPUT_DIR=f"{s3}/partitions", CHUNK_SIZE="128")  # work for all parts
+    keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    configured = {("configMapRef", "inkdask"): settings, ("secretRef", "inkdask"): keys}
+
+    def run(name, **parameters):
+        template = only(documents, "WorkflowTemplate", name)
+        given = {key.replace("_", "-"): value for key, value in parameters.items()}
+        runner = Runner(template, {"model": "demo", **given}, configured, tmp_path / name)
+        try:
+            runner.outputs = runner.run()
+        except FailedError as failure:
+            runner.failure = str(failure)
+        return runner
+
+    return run
+
+
+def pixels(uri):
+    return np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
+
+
+def test_both_workflows_make_the_picture_of_a_plain_run(segment, s3, submit, tmp_path):
+    job = {"s3_path": segment, "start_layer": "3", "end_layer": "29", "stride": "32"}
+    plain = inkdask.run(
+        segment, model="demo", layers=(3, 29), stride=32, output_path=f"{s3}/plain",
+        zarr_output_dir=str(tmp_path / "plain"), result_file=str(tmp_path / "result"),
+    )  # fmt: skip
+    whole = submit("inkdask", **job)
+    assert [name for name, _ in whole.ran] == ["check", "infer"]
+    uri = f"{segment}/predictions/prediction_demo_03_29.png"
+    assert whole.outputs == {"result-s3-url": uri}
+    np.testing.assert_array_equal(pixels(uri), pixels(plain))
+
+    parts = submit("inkdask-parts", **job, parts="3", output_path=f"{s3}/parts")
+    assert [name for name, _ in parts.ran] == ["check", "prepare", *["infer"] * 3, "reduce"]
+    assert parts.outputs == {"result-s3-url": f"{s3}/parts/prediction_demo_03_29.png"}
+    np.testing.assert_array_equal(pixels(parts.outputs["result-s3-url"]), pixels(plain))
+
+
+@pytest.mark.parametrize("name", ["inkdask", "inkdask-parts"])
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"start_layer": "three"}, 2),
+        ({"model": "no-such-model"}, 1),
+        ({"end_layer": "28"}, 1),
+        ({"s3_path": "s3://no-such-bucket/seg"}, 1),
+    ],
+)
+def test_a_mistake_ends_the_first_step_at_once(segment, submit, name, wrong, code):
+    job = {"s3_path": segment, "start_layer": "3", "end_layer": "29"}
+    runner = submit(name, **{**job, **wrong})
+    assert runner.ran == [("check", code)]
+    assert runner.failure == f"check exited {code}"
