@@ -16,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from inkdask.clusters import kubernetes
+from inkdask.clusters.kubernetes import cluster_manifest, kubernetes, summary
 from inkdask.settings import Settings
 from inkdask.types import InkdaskError, SettingsError
 from tests.kubernetes.world import kubeconfig
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.timeout(900)  # on a busy machine
 
 def test_the_cluster_of_a_job_is_that_of_the_manifests():
     own = only(render(CLUSTER / "base"), "DaskCluster")
-    made = kubernetes.cluster_manifest(settings(min_workers=2, cluster_image="here/inkdask:7"))
+    made = cluster_manifest(settings(min_workers=2, cluster_image="here/inkdask:7"))
     assert problems(made) == []
     name = made["metadata"]["name"]
     assert made["spec"]["scheduler"]["service"]["selector"]["dask.org/cluster-name"] == name
@@ -47,7 +47,7 @@ def test_the_cluster_of_a_job_is_that_of_the_manifests():
         assert pod["containers"][0].pop("image") == "here/inkdask:7"
         base["containers"][0].pop("image")
         assert pod == base
-    assert kubernetes.cluster_manifest(settings())["metadata"]["name"] != name
+    assert cluster_manifest(settings())["metadata"]["name"] != name
 
 
 def test_a_spec_of_the_users_own_is_taken_from_what_kustomize_prints(tmp_path):
@@ -55,7 +55,7 @@ def test_a_spec_of_the_users_own_is_taken_from_what_kustomize_prints(tmp_path):
     documents = render(CLUSTER)
     only(documents, "DaskCluster")["spec"]["worker"]["spec"]["nodeSelector"] = {"gpu": "big"}
     file.write_text(yaml.safe_dump_all(documents))
-    made = kubernetes.cluster_manifest(settings(cluster_spec=str(file)))
+    made = cluster_manifest(settings(cluster_spec=str(file)))
     assert made["spec"]["worker"]["spec"]["nodeSelector"] == {"gpu": "big"}
     assert "namespace" not in made["metadata"]
 
@@ -75,7 +75,7 @@ def test_a_spec_that_is_none_is_refused_in_a_sentence(tmp_path, text, sentence):
     if text is not None:
         file.write_text(text)
     with pytest.raises(SettingsError, match=f"CLUSTER_SPEC: .*cluster.yaml.*{sentence}"):
-        kubernetes.cluster_manifest(settings(cluster_spec=str(file)))
+        cluster_manifest(settings(cluster_spec=str(file)))
 
 
 # Mistakes that are found before anything is made
@@ -92,7 +92,7 @@ def test_a_spec_that_is_none_is_refused_in_a_sentence(tmp_path, text, sentence):
 )
 def test_paths_that_workers_do_not_see_are_refused(given, variable):
     with pytest.raises(SettingsError, match=f"^{variable}: .*do not see"):  # noqa: SIM117
-        with kubernetes.kubernetes(settings(**given)):
+        with kubernetes(settings(**given)):
             pass
 
 
@@ -100,7 +100,7 @@ def test_without_a_cluster_there_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(InkdaskError, match="Kubernetes cannot be reached"):  # noqa: SIM117
-        with kubernetes.kubernetes(settings()):
+        with kubernetes(settings()):
             pass
 
 
@@ -126,11 +126,11 @@ def test_a_wait_is_told_with_its_reason():
         pod("worker", waiting={"reason": "ContainerCreating"}),
         pod("worker", waiting={"reason": "ImagePullBackOff", "message": "no such image"}),
     ]
-    assert kubernetes.summary(pods) == (
+    assert summary(pods) == (
         "scheduler running, 2 workers pending (0/3 nodes: no GPU), 1 worker starting, "
         "1 worker pending, 1 worker pending (ImagePullBackOff: no such image)"
     )
-    assert kubernetes.summary([]) == "waiting for the operator"
+    assert summary([]) == "waiting for the operator"
 
 
 # The real operator
@@ -219,16 +219,10 @@ class World:
             "RESULT_FILE": str(self.folder / "result.txt"),
             "KUBECONFIG": str(self.folder / "user.kubeconfig"),
         }
-        return self.start(sys.executable, "-c", code + DRIVER, **{**STORAGE, **usual, **settings})
+        program = f"{code}\nfrom inkdask.cli import main; main(['run'])"
+        return self.start(sys.executable, "-c", program, **{**STORAGE, **usual, **settings})
 
 
-DRIVER = """
-import inkdask
-from inkdask.clusters.kubernetes import kubernetes
-from inkdask.settings import Settings
-with kubernetes(Settings.of()):
-    print(inkdask.run())
-"""
 ENDPOINT = "http://10.9.0.1:15000"
 STORAGE = {
     "AWS_ENDPOINT_URL": ENDPOINT,
@@ -320,12 +314,9 @@ def apply(world):
 @pytest.fixture(scope="module")
 def plain(world):
     """The picture of a job on one machine."""
-    job = world.start_job(CLUSTER="threads", OUTPUT_PATH="s3://scrolls/plain", code=PLAIN)
+    job = world.start_job(CLUSTER="threads", OUTPUT_PATH="s3://scrolls/plain")
     assert job.wait(300) == 0, job.told()
     return world.picture(job.said())
-
-
-PLAIN = "import inkdask; print(inkdask.run()); raise SystemExit\n"
 
 
 @pytest.mark.slow
@@ -354,7 +345,7 @@ def test_an_interrupted_job_leaves_nothing(world):
     world.wait(lambda: re.search(r"ink: \d", job.told()) or job.poll() is not None)
     assert job.poll() is None, job.told()
     job.send_signal(signal.SIGINT)
-    assert job.wait(240) != 0
+    assert job.wait(240) == 130
     assert world.clusters() == []
 
 
@@ -365,13 +356,14 @@ def test_a_job_that_waits_for_gpus_says_so_and_leaves_nothing(world):
     world.wait(lambda: expected in job.told() or job.poll() is not None)
     assert job.poll() is None, job.told()
     job.send_signal(signal.SIGINT)
-    assert job.wait(240) != 0
+    assert job.wait(240) == 130
     assert world.clusters() == []
 
 
 @pytest.mark.slow
 def test_an_image_that_is_not_there_is_named(world):
-    patience = "from inkdask.clusters import kubernetes as k; k.PATIENCE = 3\n"
+    patience = "import sys, inkdask.clusters; "
+    patience += "sys.modules['inkdask.clusters.kubernetes'].PATIENCE = 3"
     job = world.start_job(patience, CLUSTER_IMAGE="inkdask:lost")
     assert job.wait(240) != 0
     sentence = "does not get the scheduler started in namespace inkdask: ImagePullBackOff: no image"
@@ -421,6 +413,8 @@ def test_a_dask_job_makes_the_picture(world, plain, dask_job):
     status, log = dask_job()
     assert status == "Successful", log
     np.testing.assert_array_equal(world.picture(log.splitlines()[-1]), plain)
+    schedulers = world.folder.glob("pods/inkdask-read-ink-scheduler-*/log")
+    assert any("Receive client connection" in log.read_text() for log in schedulers)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from inkdask import storage
 from inkdask.settings import Settings, env_name
-from inkdask.types import InkdaskError, SettingsError
+from inkdask.types import SettingsError, UnavailableError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -79,7 +79,7 @@ def kubernetes(settings: Settings) -> Iterator[Client]:
         from dask_kubernetes.operator import KubeCluster
         from distributed import Client
     except ImportError as error:
-        raise InkdaskError(
+        raise UnavailableError(
             f"A Kubernetes cluster needs dask-kubernetes: pip install 'inkdask[kubernetes]' "
             f"({error})."
         ) from None
@@ -224,7 +224,7 @@ class _Pods:
         except kr8s.ServerError as error:
             self._refused = True
             if error.response is not None and error.response.status_code == 404:
-                raise InkdaskError(
+                raise UnavailableError(
                     f"Namespace {self.namespace} of this Kubernetes cluster is not there, or the "
                     "cluster has no Dask operator: see cluster/README.md."
                 ) from None
@@ -247,7 +247,7 @@ class _Pods:
     def wait_for_scheduler(self, tell: Callable[[str], None]) -> None:
         while not self._is_ready(pods := self._list(), "scheduler"):
             if not pods and time.monotonic() - self._started > PATIENCE:
-                raise InkdaskError(
+                raise UnavailableError(
                     f"Nothing happens to the DaskCluster {self.name} in namespace "
                     f"{self.namespace}: the Dask operator does not seem to run."
                 )
@@ -304,7 +304,7 @@ class _Pods:
         elif self._hopeless_since is None:
             self._hopeless_since = time.monotonic()
         elif time.monotonic() - self._hopeless_since > PATIENCE:
-            raise InkdaskError(
+            raise UnavailableError(
                 f"Kubernetes does not get the {_component(stuck[0])} started in namespace "
                 f"{self.namespace}: {reason(stuck[0])}{_last_words(stuck[0])}."
             )
@@ -383,11 +383,11 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except kr8s.ServerError as error:
-        raise InkdaskError(f"Kubernetes refuses: {str(error).rstrip('.')}.") from None
+        raise UnavailableError(f"Kubernetes refuses: {str(error).rstrip('.')}.") from None
     except (kr8s.APITimeoutError, kr8s.ConnectionClosedError, httpx.HTTPError) as error:
-        raise InkdaskError(f"Kubernetes cannot be reached: {error}.") from None
+        raise UnavailableError(f"Kubernetes cannot be reached: {error}.") from None
     except ValueError as error:  # no kubeconfig, or one that makes no sense
-        raise InkdaskError(
+        raise UnavailableError(
             f"Kubernetes cannot be reached: {str(error).rstrip('.')}; is KUBECONFIG set?"
         ) from None
 
