@@ -151,8 +151,8 @@ def reduce(**given: Any) -> None:
 @inkdask_.command()
 @click.argument("s3_path", required=False)
 @_settings_options(
-    "start_layer", "end_layer", "surface_volume_zarr", "zarr_output_dir", "use_zarr_compression",
-    "overwrite",
+    "start_layer", "end_layer", "ome_zarr_level", "surface_volume_zarr", "zarr_output_dir",
+    "use_zarr_compression", "overwrite",
 )  # fmt: skip
 def prepare(**given: Any) -> None:
     """Write the layers of a segment to one zarr array, for SURFACE_VOLUME_ZARR.
@@ -222,7 +222,7 @@ def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
 
 @inkdask_.command()
 @click.argument("path")
-@_settings_options("start_layer", "end_layer", "tile", "stride", "chunk_size")
+@_settings_options("start_layer", "end_layer", "ome_zarr_level", "tile", "stride", "chunk_size")
 def info(path: str, **given: Any) -> None:
     """Say what is at PATH.
 

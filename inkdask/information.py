@@ -27,7 +27,8 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     path
         A segment, a PNG, TIFF or JPEG, or a stored picture; local or ``s3://``.
     **options
-        ``layers``, ``tile``, ``stride`` and ``chunk_size`` of `inkdask.settings.Settings`.
+        ``layers``, ``ome_zarr_level``, ``tile``, ``stride`` and ``chunk_size`` of
+        `inkdask.settings.Settings`.
 
     Raises
     ------
@@ -37,7 +38,7 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     if is_picture_file(path) or is_picture(path):
         return dict(_of_picture(path, read_facts(path)))
     settings = Settings.of(s3_path=path, **options)
-    segment = open_segment(path, settings.layers)
+    segment = open_segment(path, settings.layers, level=settings.ome_zarr_level)
     found = describe_segment(segment)
     depth, height, width = found.shape
     tiling = Tiling.of(

@@ -54,7 +54,7 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
     given = options if s3_path is None else {**options, "s3_path": os.fspath(s3_path)}
     settings = Settings.of(**given)
     settings.require("s3_path")
-    segment = open_segment(str(settings.s3_path), settings.layers)
+    segment = open_segment(str(settings.s3_path), settings.layers, level=settings.ome_zarr_level)
     first, last = min(segment.layers), max(segment.layers)
     name = f"{segment.name}-{first:02d}-{last + 1:02d}-{segment.identity}.volume.zarr"
     uri = settings.surface_volume_zarr or storage.join(settings.zarr_output_dir, name)

@@ -129,7 +129,6 @@ def open_segment(
     layers: tuple[int, int] | None = None,
     *,
     window: int | None = None,
-    reverse: bool = False,
     mask: str | None = None,
     level: str = "0",
 ) -> Segment:
@@ -144,8 +143,6 @@ def open_segment(
         First layer (inclusive) and last (exclusive), as the files are numbered.
     window
         Without ``layers``: as many layers, centred on the middle one. Default: all.
-    reverse
-        Read the layers from the last to the first.
     mask
         Picture that is non-zero where there is papyrus. Default: ``<id>_mask.png`` when there.
     level
@@ -169,8 +166,6 @@ def open_segment(
         source, dtype, identity = _open_files(files)
         numbers = tuple(file.number for file in files)
         stored = sum(file.size for file in files)
-    if reverse:
-        source, numbers = source.take(slice(None, None, -1)), numbers[::-1]
     mask_uri = mask or _find_mask(uri, name, listing)
     mask_source = _open_mask(mask_uri, source.shape[1:]) if mask_uri else None
     if mask_source:
@@ -309,6 +304,8 @@ def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
     image = _read_header(LayerFile(0, uri, entry.size, entry.mark))
     if isinstance(image, images.Picture):
         image = replace(image, is_mask=True)
+    elif image.dtype != np.uint8:  # its high bytes alone might all be zero
+        raise InkdaskError(f"The mask {uri} has {image.dtype.name} values, and a TIFF needs uint8.")
     if image.shape != shape:
         raise InkdaskError(
             f"The mask {uri} has {image.shape[1]} x {image.shape[0]} pixels, "

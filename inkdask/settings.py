@@ -67,6 +67,9 @@ class Settings(BaseSettings):
         description="Read the layers from this zarr array instead: a prepared one, or an OME-Zarr "
         "group, local or `s3://`. For prepare: write it there.",
     )
+    ome_zarr_level: str = Field(
+        "0", description="Level of an OME-Zarr group that is read; 0 is the finest."
+    )
     roi_xyxy: Annotated[tuple[int, int, int, int] | None, NoDecode] = Field(
         None,
         json_schema_extra={"metavar": "X0,Y0,X1,Y1"},

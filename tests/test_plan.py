@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import zarr
 
 import inkdask
 from inkdask.plan import Plan
 from inkdask.settings import Settings
 from tests.files import write_layers
 from tests.oracle import papyrus
+from tests.test_segment import ome
 from tests.test_workflow import depth_slope, own_environment  # noqa: F401
 
 FIRST = 10  # number of the first of 8 layers
@@ -53,3 +55,18 @@ def test_the_log_states_the_layers_that_are_read(tmp_path, caplog, kind, options
         inkdask.run(tmp_path / "seg", **options)
     [line] = [line for line in caplog.messages if "tiles of" in line]
     assert says in line
+
+
+def test_the_level_of_an_ome_zarr_is_a_setting(tmp_path):
+    pixels = papyrus((8, 140, 180))
+    group = zarr.create_group(str(tmp_path / "seg.zarr"), attributes=ome("0.5"))
+    for level, scaled in enumerate([pixels, pixels[:, ::2, ::2]]):
+        array = group.create_array(str(level), shape=scaled.shape, chunks=(8, 64, 64), dtype="u1")
+        array[:] = scaled
+    names = set()
+    for level in "01":
+        settings = Settings.of(model=depth_slope, ome_zarr_level=level)
+        plan = Plan.of(str(tmp_path / "seg.zarr"), settings)
+        assert np.array_equal(plan.volume.compute(), pixels if level == "0" else scaled)
+        names.add(plan.segment.identity)
+    assert len(names) == 2

@@ -115,8 +115,6 @@ def test_sixteen_bit_png(tmp_path, pixels):
         (0, {"window": 4}, range(1, 5)),
         (10, {"window": 3}, range(11, 14)),
         (0, {"layers": (1, 3), "window": 4}, range(1, 3)),
-        (0, {"window": 4, "reverse": True}, range(4, 0, -1)),
-        (5, {"layers": (5, 11), "reverse": True}, range(10, 4, -1)),
     ],
 )
 def test_choice_of_layers(tmp_path, first, options, layers, pixels, caplog):
@@ -265,7 +263,7 @@ def test_names_follow_from_the_files(tmp_path, pixels):
     assert first.identity == pickle.loads(pickle.dumps(first)).identity
     others = [
         open_segment(str(tmp_path), (0, 5)),
-        open_segment(str(tmp_path), reverse=True),
+        first.take(slice(None, None, -1)),
         first.crop(slice(0, 50), slice(0, 50)),
         first.crop(slice(0, 50), slice(50, 100)),
     ]
@@ -421,7 +419,7 @@ def test_zarr_arrays(home, zarr_format, dtype, order):
     expected = data if dtype == "|u1" else data >> 8
     assert_reads(open_segment(uri), expected)
     assert_reads(open_segment(uri, (1, 5)), expected[1:5])
-    segment = pickle.loads(pickle.dumps(open_segment(uri, (1, 5), reverse=True)))
+    segment = pickle.loads(pickle.dumps(open_segment(uri, (1, 5)).take(slice(None, None, -1))))
     assert segment.layers == (4, 3, 2, 1)
     assert segment.name == "volume"
     assert_reads(segment, expected[4:0:-1])
@@ -573,6 +571,13 @@ def test_mask_by_path(tmp_path, pixels, mask):
     tifffile.imwrite(tmp_path / "mask.tif", mask.astype(np.uint8))
     segment = open_segment(str(tmp_path), mask=str(tmp_path / "mask.tif"))
     np.testing.assert_array_equal(segment.mask.compute(), mask)
+
+
+def test_a_mask_whose_high_bytes_are_zero_is_refused(tmp_path, pixels, mask):
+    write_layers(tmp_path / "layers", pixels)
+    tifffile.imwrite(tmp_path / "mask.tif", mask.astype(np.uint16))
+    with pytest.raises(InkdaskError, match=r"mask\.tif has uint16 values, and a TIFF needs uint8"):
+        open_segment(str(tmp_path), mask=str(tmp_path / "mask.tif"))
 
 
 def test_a_mask_of_another_size_or_place_is_refused(tmp_path, pixels, mask):

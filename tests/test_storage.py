@@ -126,9 +126,24 @@ def test_unknown_profile_is_an_error_of_the_user(s3, monkeypatch):
 
 
 def test_requester_pays(s3, monkeypatch):
-    assert not storage.s3_filesystem().requester_pays
-    monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
-    assert storage.s3_filesystem().requester_pays
+    storage.write_bytes(f"{s3}/folder/x", b"ink")
+    asked = []
+
+    def look(request, **_):
+        asked.append((request.method, request.headers.get("x-amz-request-payer")))
+
+    for payer, said in [(None, None), ("requester", b"requester")]:
+        if payer:
+            monkeypatch.setenv("AWS_REQUEST_PAYER", payer)
+        client = storage.s3_filesystem().call_s3  # connects
+        client("head_bucket", Bucket=s3.removeprefix("s3://"))
+        storage.s3_filesystem().s3.meta.events.register("before-send.s3", look)
+        asked.clear()
+        assert [entry.name for entry in storage.list_folder(f"{s3}/folder")] == ["x"]
+        assert storage.entry(f"{s3}/folder/x").size == 3
+        assert storage.read_range(f"{s3}/folder/x", 1, 3) == b"nk"
+        assert {method for method, _ in asked} == {"GET", "HEAD"}
+        assert {value for _, value in asked} <= {said, said and said.decode()}
 
 
 def test_one_connection_for_each_process_and_setting(s3, monkeypatch):
