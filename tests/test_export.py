@@ -29,7 +29,7 @@ from tests.files import random_volume, write_layers
 from tests.test_workflow import own_environment  # noqa: F401
 
 HEIGHT, WIDTH = 620, 530
-ORIGIN = {"source": "nowhere", "model": "tοy"}
+ORIGIN = {"volume": "nowhere", "model": "tοy"}
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_ink_lies_over_its_papyrus(tmp_path, segment, how, flat):
     ink = np.zeros((HEIGHT, WIDTH), np.uint8)
     ink[300:330, 200:300] = 255
     uri = str(tmp_path / "p.zarr")
-    write_pyramid(da.from_array(ink, chunks=128), uri, {"source": str(place)}, None, (64, 32))
+    write_pyramid(da.from_array(ink, chunks=128), uri, {"volume": str(place)}, None, (64, 32))
     inkdask.export(uri, tmp_path / "black.png", overlay=how, opacity=1)
     inkdask.export(uri, tmp_path / "red.png", overlay=how, colour_map="Reds", opacity=1)
     black, red = (

@@ -91,6 +91,17 @@ def test_the_command_of_an_export_makes_it_again(prediction, capsys, tmp_path, m
     assert (tmp_path / "p.png").read_bytes() == first
 
 
+def test_an_overlay_on_layers_that_were_prepared(segment, tmp_path):
+    volume = inkdask.prepare(segment, layers=(0, 26), surface_volume_zarr=tmp_path / "v.zarr")
+    uri = inkdask.run(
+        segment, model="demo", layers=(0, 26), surface_volume_zarr=volume, compile=False
+    )
+    for layer in (segment / "layers").iterdir():
+        layer.unlink()
+    inkdask.export(uri.replace(".png", ".zarr"), tmp_path / "p.png", overlay="max")
+    assert np.asarray(Image.open(tmp_path / "p.png")).max() > 150
+
+
 def test_a_model_that_is_a_function_has_no_command(segment, capsys):
     uri = inkdask.run(segment, model=depth_slope, layers=(0, 26))
     assert "function" in info(capsys, uri)["repeat"]

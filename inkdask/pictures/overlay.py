@@ -58,7 +58,7 @@ def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -
         When the segment cannot be read, or the picture does not lie in it.
     """
     made_of = picture.origin.get("fingerprint", {})
-    place = segment or picture.origin.get("source")
+    place = segment or picture.origin.get("volume")
     if not place:
         raise InkdaskError(
             f"{picture.uri} does not say what segment it was made of: name it by --segment."

@@ -23,7 +23,7 @@ import inkdask
 from inkdask.pictures.exporting import export
 from inkdask.pictures.picture import open_picture
 from inkdask.pictures.pyramid import halve, to_uint8, write_pyramid
-from inkdask.store import peak_memory
+from inkdask.memory import peak_memory
 
 prediction = sys.argv[1]
 """
