@@ -134,8 +134,9 @@ def check(**given: Any) -> None:
 @_settings_options(
     "model", "start_layer", "end_layer", "model_in_chans", "force_reverse",
     "z_downsample_mean_factor", "tile", "stride", "clip", "divisor", "precision", "roi_xyxy",
-    "blend_mode", "gaussian_sigma", "grid", "zarr_output_dir", "num_parts", "output_path",
-    "result_file", "cluster", "scheduler_address", "report",
+    "blend_mode", "gaussian_sigma", "pixel_resolution_um", "add_scale_bar", "scale_bar_length_um",
+    "grid", "zarr_output_dir", "num_parts", "output_path", "result_file", "cluster",
+    "scheduler_address", "report",
 )  # fmt: skip
 def reduce(**given: Any) -> None:
     """Make the picture of a tile grid that a run or its parts have stored.
@@ -227,7 +228,8 @@ def info(path: str, **given: Any) -> None:
     """Say what is at PATH.
 
     Of a segment: layers, type, layout, size, tiles, expected memory. Of a picture that inkdask
-    made (PNG, TIFF, JPEG, zarr): where it comes from, and the command that makes it again.
+    made (PNG, TIFF, JPEG, zarr), or a tile grid: where it comes from, and the command that makes
+    it again.
     """
     from inkdask.information import describe
     from inkdask.progress import columns

@@ -1,4 +1,4 @@
-"""What is at a path, for ``inkdask info``: a segment, or a picture and where it comes from."""
+"""What is at a path, for ``inkdask info``: a segment, or what was made of one, and how."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import zarr
+
+from inkdask import storage
 from inkdask.memory import expected_memory
 from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
@@ -14,18 +18,19 @@ from inkdask.progress import amount
 from inkdask.segment import describe as describe_segment
 from inkdask.segment import open_segment
 from inkdask.settings import Settings
+from inkdask.store import GridStore
 from inkdask.tiling import Tiling
 
 TILE, STRIDE = 64, 16  # of the usual model, where the user names none
 
 
 def describe(path: str, **options: Any) -> dict[str, str]:
-    """Describe the segment or the picture at a path; reads headers and a few sampled blocks.
+    """Describe what is at a path; reads headers, and a few sampled blocks of a segment.
 
     Parameters
     ----------
     path
-        A segment, a PNG, TIFF or JPEG, or a stored picture; local or ``s3://``.
+        A segment, a PNG, TIFF or JPEG, a stored picture or tile grid; local or ``s3://``.
     **options
         ``layers``, ``ome_zarr_level``, ``tile``, ``stride`` and ``chunk_size`` of
         `inkdask.settings.Settings`.
@@ -33,10 +38,12 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     Raises
     ------
     InkdaskError
-        When there is neither, in one sentence.
+        When there is none of these, in one sentence.
     """
     if is_picture_file(path) or is_picture(path):
         return dict(_of_picture(path, read_facts(path)))
+    if _is_grid(path):
+        return dict(_of_grid(path))
     settings = Settings.of(s3_path=path, **options)
     segment = open_segment(path, settings.layers, level=settings.ome_zarr_level)
     found = describe_segment(segment)
@@ -69,42 +76,64 @@ def describe(path: str, **options: Any) -> dict[str, str]:
 def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """A picture, and all that shaped it, as far as it says."""
     height, width = facts.shape
-    origin, made_of = facts.origin, facts.origin.get("fingerprint", {})
     yield "picture", path
     yield "type", facts.kind
     size = f"{height:,} x {width:,} pixels"
     if side := facts.pixel_um:
         size += f" of {side:.3g} um: {height * side / 1e4:.3g} x {width * side / 1e4:.3g} cm"
     yield "size", size
-    if not made_of:
+    if "fingerprint" not in facts.origin:
         yield "origin", "not recorded in the file"
         return
+    yield from _of_origin(facts.origin)
+    if shown := facts.origin.get("export"):
+        yield "export", _export_command(path, shown)
+
+
+def _is_grid(uri: str) -> bool:
+    if not storage.exists(storage.join(uri, "zarr.json")):
+        return False
+    with storage.explained(uri):
+        node = zarr.open(storage.zarr_store(uri, read_only=True), mode="r")
+    return isinstance(node, zarr.Group) and "fingerprint" in node.attrs
+
+
+def _of_grid(path: str) -> Iterator[tuple[str, str]]:
+    """A tile grid, and how much of it is done."""
+    store, attributes = GridStore.open(path), GridStore.attributes(path)
+    done = store.tiles_run() >= 0
+    yield "grid", path
+    yield "done", f"{np.count_nonzero(done):,} of {done.size:,} chunks ({done.mean():.0%})"
+    yield from _of_origin({"fingerprint": attributes["fingerprint"], **attributes["origin"]})
+
+
+def _of_origin(origin: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """All that shaped a tile grid or a picture."""
+    made_of = origin["fingerprint"]
     yield "segment", f"{origin['source']} (input {made_of['input']})"
-    if origin.get("mask"):
+    if origin["mask"]:
         yield "mask", origin["mask"]
     averaged = made_of["averaged"]
     mean = f", means of {averaged}" if averaged > 1 else ""
     yield "layers", f"{len(made_of['layers'])} ({span(tuple(made_of['layers']))}){mean}"
-    if origin.get("roi_xyxy"):
+    if origin["roi_xyxy"]:
         yield "region", ",".join(map(str, origin["roi_xyxy"])) + " (x0,y0,x1,y1)"
-    place = f" from {origin['weights_from']}" if origin.get("weights_from") else ""
+    place = f" from {origin['weights_from']}" if origin["weights_from"] else ""
     yield "model", f"{made_of['model']} ({made_of['architecture']}){place}"
     yield "weights", f"sha256 {made_of['weights']}"
     yield "voxels", f"clipped to {made_of['clip']:g}, divided by {made_of['divisor']:g}"
-    window = f"{origin['blend_mode']} window"
-    if origin["blend_mode"] == "gaussian":
-        window += f" of sigma {origin['gaussian_sigma'] or made_of['tile'] / 2.5:g} px"
-    yield "tiles", f"{made_of['tile']} px at stride {made_of['stride']}, {window}"
+    tiles = f"{made_of['tile']} px at stride {made_of['stride']}"
+    if window := origin.get("blend_mode"):
+        tiles += f", {window} window"
+    if window == "gaussian":
+        tiles += f" of sigma {origin['gaussian_sigma'] or made_of['tile'] / 2.5:g} px"
+    yield "tiles", tiles
     yield "precision", made_of["precision"]
     yield "software", ", ".join(f"{name} {v}" for name, v in origin["software"].items())
-    yield "made", origin["created"]
-    yield (
-        "repeat",
-        origin.get("command")
-        or ("inkdask.run in Python: the model was a function, not a checkpoint"),
-    )
-    if shown := origin.get("export"):
-        yield "export", _export_command(path, shown)
+    if "created" in origin:
+        yield "made", origin["created"]
+    repeat = origin["command"] or "inkdask.run in Python: the model was a function, no checkpoint"
+    yield "repeat", repeat if isinstance(repeat, str) else shlex.join(repeat)
 
 
 def _export_command(path: str, shown: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from tests.test_workflow import depth_slope, own_environment  # noqa: F401
 
 @pytest.fixture
 def segment(tmp_path):
-    synthetic.write_segment(tmp_path / "scroll" / "20230702", height=150, width=200, layers=26)
+    synthetic.write_segment(tmp_path / "scroll" / "20230702", height=150, width=300, layers=26)
     return tmp_path / "scroll" / "20230702"
 
 
@@ -105,6 +105,25 @@ def test_an_overlay_on_layers_that_were_prepared(segment, tmp_path):
 def test_a_model_that_is_a_function_has_no_command(segment, capsys):
     uri = inkdask.run(segment, model=depth_slope, layers=(0, 26))
     assert "function" in info(capsys, uri)["repeat"]
+
+
+def test_a_grid_says_how_much_is_done(segment, tmp_path, capsys):
+    options = {"model": "demo", "layers": (0, 26), "stride": 32, "num_parts": 2, "compile": False}
+    grid = inkdask.run(segment, part_id=0, **options)
+    rows = info(capsys, grid)
+    assert rows["grid"] == grid
+    assert rows["done"] == "1 of 2 chunks (50%)"
+    assert rows["tiles"] == "64 px at stride 32"
+    assert rows["repeat"].startswith(f"inkdask run {segment} --model demo --layers 0:26")
+    inkdask.run(segment, part_id=1, **options)
+    assert info(capsys, grid)["done"] == "2 of 2 chunks (100%)"
+    cli.main(
+        ["reduce", "--grid", grid, "--add-scale-bar", "--pixel-resolution-um", "8",
+         "--output-path", str(tmp_path / "reduced")]
+    )  # fmt: skip
+    (picture,) = capsys.readouterr().out.split()
+    with Image.open(picture) as image:
+        assert 255 in np.asarray(image)[-30:]
 
 
 def test_pictures_on_s3(s3, prediction, capsys):

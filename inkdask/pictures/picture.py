@@ -91,8 +91,8 @@ def open_picture(uri: str) -> Picture:
     if isinstance(node, zarr.Group):
         if {"grid", "tiles"} <= set(node.array_keys()):
             raise InkdaskError(
-                f"{uri} is a tile grid, which STEP=reduce turns into a picture; name the "
-                "prediction_*.zarr that it writes."
+                f"{uri} is a tile grid, which `inkdask reduce --grid` turns into a picture; name "
+                "the prediction_*.zarr that it writes."
             )
         image = _multiscales(attributes, uri)
         arrays = [node[dataset["path"]] for dataset in image["datasets"]]
