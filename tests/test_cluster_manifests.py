@@ -19,12 +19,19 @@ COMPONENTS = sorted(folder.name for folder in (CLUSTER / "components").iterdir()
 def with_components(folder, *components):
     """A copy of the manifests whose overlay has these components, as its README tells."""
     shutil.copytree(CLUSTER, folder)
-    site = folder / "overlays/site/kustomization.yaml"
-    listed = "".join(f"\n  - ../../components/{name}" for name in components)
-    text, count = re.subn(r"components: \[\]", f"components:{listed or ' []'}", site.read_text())
-    assert count == 1
-    site.write_text(text)
+    for name in components:
+        edit_site(folder, (f"# - ../../components/{name} #", f"- ../../components/{name} #"))
     return folder
+
+
+def edit_site(folder, *changes):
+    """Edit the one place that an admin edits."""
+    site = folder / "overlays/site/kustomization.yaml"
+    text = site.read_text()
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    site.write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +76,13 @@ def test_the_schemas_refuse_what_is_wrong(site):
 
 def test_one_place_sets_namespace_image_and_bucket(tmp_path):
     folder = with_components(tmp_path / "cluster")
-    site = folder / "overlays/site/kustomization.yaml"
-    text = site.read_text()
-    for old, new in (
+    edit_site(
+        folder,
         ("newName: registry.example.com/inkdask", "newName: here.example.org/ink"),
         ("newTag: 0.1.0", "newTag: v9"),
         ("namespace: inkdask", "namespace: papyri"),
         ("s3://my-bucket/", "s3://papyri/"),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    site.write_text(text)
+    )
     documents = render(folder)
     images = {c["image"] for d in documents for pod in pod_specs(d) for c in pod["containers"]}
     assert images == {"here.example.org/ink:v9"}
@@ -88,6 +91,16 @@ def test_one_place_sets_namespace_image_and_bucket(tmp_path):
     assert settings["data"]["ZARR_OUTPUT_DIR"].startswith("s3://papyri/")
     # The names by which pods refer to it stay as they are.
     assert settings["metadata"]["name"] == "inkdask"
+
+
+def test_a_role_of_the_cloud_is_one_patch(tmp_path):
+    folder = with_components(tmp_path / "cluster")
+    site = folder / "overlays/site/kustomization.yaml"
+    head, tail = site.read_text().split("  # - target")
+    patch, rest = tail.split("\n\n", 1)
+    site.write_text(f"{head}  - target{patch.replace('  # ', '  ')}\n\n{rest}")
+    annotations = only(render(folder), "ServiceAccount")["metadata"]["annotations"]
+    assert annotations["eks.amazonaws.com/role-arn"].endswith(":role/inkdask")
 
 
 def containers(documents):

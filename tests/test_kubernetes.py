@@ -291,7 +291,8 @@ def apply(world):
         ("newTag: 0.1.0", "newTag: test"),
         ("s3://my-bucket/inkdask/partitions", "s3://scrolls/parts"),
         ("# - AWS_ENDPOINT_URL=https://s3.example.com", f"- AWS_ENDPOINT_URL={ENDPOINT}"),
-        ("components: []", "components: [../../components/cpu, ../../components/no-argo]"),
+        ("# - ../../components/cpu", "- ../../components/cpu"),
+        ("# - ../../components/no-argo", "- ../../components/no-argo"),
     )
     replace(
         copy / "job/dask-job.yaml",
