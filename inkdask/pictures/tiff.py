@@ -16,7 +16,7 @@ from inkdask import engine
 from inkdask.pictures.bands import bands
 
 TILE = 512  # pixels
-AHEAD = 64 << 20  # bytes that wait to be compressed
+AHEAD = 16 << 20  # bytes that wait to be compressed
 
 Compression = Literal["deflate", "zstd"]
 
