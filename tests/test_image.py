@@ -1,9 +1,20 @@
 """The image: its recipe, and the files that the installed package must bring."""
 
+import io
+import os
+import shlex
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import inkdask
+from inkdask import storage
+from tests.files import random_volume, write_layers
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,3 +47,70 @@ def test_the_build_sees_what_it_copies_and_no_more():
     assert sorted(name for names in copied for name in names) == sorted(let_in)
     assert all((ROOT / name).exists() for name in let_in)
     assert "*" in lines
+
+
+@pytest.fixture
+def container(s3_endpoint):
+    """Run the image named in the environment; with nothing but what is said here.
+
+    ``INKDASK_RUN_IMAGE="docker run --rm --network host"`` and ``INKDASK_IMAGE=inkdask:cpu``.
+    """
+    if "INKDASK_RUN_IMAGE" not in os.environ:
+        pytest.skip("INKDASK_RUN_IMAGE does not say how to run the image")
+    engine = shlex.split(os.environ["INKDASK_RUN_IMAGE"])
+    image = os.environ.get("INKDASK_IMAGE", "inkdask")
+
+    def run(*options, words=(), **environment):
+        given = [word for item in environment.items() for word in ("-e", "=".join(item))]
+        command = [*engine, "--read-only", "--cap-drop", "ALL", *options, *given, image, *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=280)
+
+    return run
+
+
+AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+
+
+@pytest.mark.slow
+def test_a_container_makes_the_picture_from_its_environment(container, s3, tmp_path):
+    write_layers(f"{s3}/seg/layers", random_volume((26, 200, 260)))
+    tmp = tmp_path / "tmp"
+    tmp.mkdir()
+    tmp.chmod(0o777)
+    job = {"MODEL": "demo", "S3_PATH": f"{s3}/seg", "START_LAYER": "0", "END_LAYER": "26"}
+    done = container("-v", f"{tmp}:/tmp", **job, **{name: os.environ[name] for name in AWS})
+    assert done.returncode == 0, done.stderr
+    uri = f"{s3}/seg/predictions/prediction_demo_00_26.png"
+    result = tmp / "result_s3_url.txt"
+    assert (done.stdout.strip(), result.read_text()) == (uri, uri)
+    assert result.stat().st_uid == 10001
+    plain = inkdask.run(
+        f"{s3}/seg", model="demo", layers=(0, 26), output_path=str(tmp_path / "plain"),
+        zarr_output_dir=str(tmp_path / "parts"), result_file=str(tmp_path / "result"),
+    )  # fmt: skip
+    pictures = (np.asarray(Image.open(io.BytesIO(storage.read_bytes(u)))) for u in (uri, plain))
+    np.testing.assert_array_equal(*pictures)
+
+
+@pytest.mark.slow
+def test_a_container_says_what_is_wrong_in_one_sentence(container):
+    for environment, sentence in (
+        ({}, "inkdask: MODEL is not set: "),
+        ({"MODEL": "demo", "S3_PATH": "s3://b/s", "START_LAYER": "ten"}, "inkdask: START_LAYER: "),
+    ):
+        ended = container(**environment)
+        assert ended.returncode == 2
+        assert ended.stderr.startswith(sentence)
+        assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_container_has_no_rights_and_no_build_tools(container):
+    code = (
+        "import os, shutil; tools = ['gcc', 'cc', 'g++', 'make', 'git']; "
+        "print(os.getuid(), [t for t in tools if shutil.which(t)], os.access('/opt', os.W_OK))"
+    )
+    said = container("--entrypoint", "python", words=["-c", code])
+    assert said.stdout.split() == ["10001", "[]", "False"], said.stderr
+    for words in (["scheduler", "--help"], ["worker", "--help"], ["ink", "--help"]):
+        assert container("--entrypoint", "dask", words=words).returncode == 0

@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
+import kr8s
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-from inkdask.clusters.kubernetes import cluster_manifest, kubernetes, summary
+from inkdask.clusters.kubernetes import cluster_manifest, kubernetes, pods_of, summary
 from inkdask.settings import Settings
 from inkdask.types import InkdaskError, SettingsError
 from tests.kubernetes.world import kubeconfig
@@ -133,6 +135,22 @@ def test_a_wait_is_told_with_its_reason():
     assert summary([]) == "waiting for the operator"
 
 
+def test_an_api_server_may_be_away_for_a_moment(monkeypatch):
+    answers = iter([httpx.ConnectError("refused"), kr8s.APITimeoutError("late"), ["pod"]])
+
+    def get(kind, namespace, label_selector):
+        assert (kind, namespace) == ("pods", "ns")
+        assert label_selector == {"dask.org/cluster-name": "ink"}
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(kr8s, "get", get)
+    monkeypatch.setattr(sys.modules[kubernetes.__module__], "INTERVAL", 0.01)
+    assert pods_of("ink", "ns") == ["pod"]
+
+
 # The real operator
 
 
@@ -187,7 +205,7 @@ class World:
         kinds = "daskjobs,daskclusters,daskworkergroups,daskautoscalers,deployments,services,pods"
         names = {f"{o['kind']}/{o['metadata']['name']}" for o in self.get(kinds)}
         assert "DaskCluster/inkdask" in names
-        standing = r"\w+/inkdask(-default|-scheduler(-\w+)?)?"
+        standing = r"\w+/inkdask(-default(-worker-\w+(-\w+)?)?|-scheduler(-\w+)?)?"
         return sorted(name for name in names if not re.fullmatch(standing, name))
 
     def logs(self):
@@ -359,6 +377,16 @@ def test_a_job_that_waits_for_gpus_says_so_and_leaves_nothing(world):
     job.send_signal(signal.SIGINT)
     assert job.wait(240) == 130
     assert world.clusters() == []
+
+
+@pytest.mark.slow
+def test_the_standing_cluster_gets_workers_when_there_is_work(world, plain):
+    address = "tcp://inkdask-scheduler.inkdask:8786"
+    places = {"ZARR_OUTPUT_DIR": "s3://scrolls/standing", "OUTPUT_PATH": "s3://scrolls/three"}
+    job = world.start_job(CLUSTER=address, **places)
+    assert job.wait(300) == 0, job.told() + world.logs()
+    np.testing.assert_array_equal(world.picture(job.said()), plain)
+    assert list(world.folder.glob("pods/inkdask-inkdask-default-worker-*"))
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from rich.console import Console
 from rich.text import Text
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from inkdask import storage
 from inkdask.settings import Settings, env_name
@@ -245,7 +246,7 @@ class _Pods:
         self._object("DaskAutoscaler", metadata, spec).create()
 
     def wait_for_scheduler(self, tell: Callable[[str], None]) -> None:
-        while not self._is_ready(pods := self._list(), "scheduler"):
+        while not _is_up(pods := self._list(), "scheduler"):
             if not pods and time.monotonic() - self._started > PATIENCE:
                 raise UnavailableError(
                     f"Nothing happens to the DaskCluster {self.name} in namespace "
@@ -287,13 +288,7 @@ class _Pods:
             )
 
     def _list(self) -> list[Any]:
-        import kr8s
-
-        labels = {"dask.org/cluster-name": self.name}
-        return list(kr8s.get("pods", namespace=self.namespace, label_selector=labels))
-
-    def _is_ready(self, pods: list[Any], component: str) -> bool:
-        return any(_component(pod) == component and _is_ready(pod) for pod in pods)
+        return pods_of(self.name, self.namespace)
 
     def _look(self, pods: list[Any], tell: Callable[[str], None]) -> None:
         """Say how the pods are doing, and give up on those that cannot start."""
@@ -309,6 +304,21 @@ class _Pods:
                 f"{self.namespace}: {reason(stuck[0])}{_last_words(stuck[0])}."
             )
         time.sleep(INTERVAL)
+
+
+def pods_of(cluster: str, namespace: str) -> list[Any]:
+    """List the pods of a Dask cluster; an API server may be away for a moment."""
+    import httpx
+    import kr8s
+
+    patiently = Retrying(
+        retry=retry_if_exception_type((kr8s.APITimeoutError, httpx.TransportError)),
+        stop=stop_after_delay(PATIENCE),
+        wait=wait_fixed(INTERVAL),
+        reraise=True,
+    )
+    labels = {"dask.org/cluster-name": cluster}
+    return patiently(lambda: list(kr8s.get("pods", namespace=namespace, label_selector=labels)))
 
 
 def summary(pods: list[Any]) -> str:
@@ -356,6 +366,10 @@ def _phase(pod: Any) -> str:
 def _is_ready(pod: Any) -> bool:
     conditions = _status(pod).get("conditions") or []
     return any(one.get("type") == "Ready" and one.get("status") == "True" for one in conditions)
+
+
+def _is_up(pods: list[Any], component: str) -> bool:
+    return any(_component(pod) == component and _is_ready(pod) for pod in pods)
 
 
 def _waiting(pod: Any) -> dict[str, Any]:
