@@ -18,6 +18,7 @@ import numpy as np
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
+from inkdask.memory import pages
 from inkdask.tiling import Axis, Tiling
 
 
@@ -27,7 +28,7 @@ def with_halo(volume: da.Array, tiling: Tiling) -> da.Array:
     Parameters
     ----------
     volume
-        Dask (z, y, x), in any chunks.
+        Dask (z, y, x) of uint8 or bool, in any chunks.
     tiling
         Its chunks overlap here: each block is longer than its chunk by the halo, except at the
         end of an axis.
@@ -85,7 +86,7 @@ def _join(pieces: list[list[np.ndarray]]) -> np.ndarray:
     """Put pieces together in one copy."""
     heights = [row[0].shape[1] for row in pieces]
     widths = [piece.shape[2] for piece in pieces[0]]
-    joined = np.empty((len(pieces[0][0]), sum(heights), sum(widths)), pieces[0][0].dtype)
+    joined = pages((len(pieces[0][0]), sum(heights), sum(widths))).view(pieces[0][0].dtype)
     y = 0
     for row, height in zip(pieces, heights, strict=True):
         x = 0

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import resource
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from inkdask import engine
 from inkdask.tiling import Tiling
@@ -28,6 +32,15 @@ def memory_limit() -> int:
     from distributed import system  # takes a moment, and only whole jobs need it
 
     return int(system.memory_limit())
+
+
+def pages(shape: tuple[int, ...]) -> np.ndarray:
+    """An array uint8 of zeros whose memory goes back to the system as soon as it is dropped.
+
+    What the C library frees stays with the thread that had it, and no other thread uses it.
+    """
+    size = math.prod(shape)
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, size).reshape(shape)
 
 
 def give_back() -> None:

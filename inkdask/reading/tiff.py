@@ -16,6 +16,7 @@ import numpy as np
 import tifffile
 
 from inkdask import storage
+from inkdask.memory import pages
 from inkdask.reading import lzw
 from inkdask.storage.parallel import for_each
 from inkdask.types import InkdaskError
@@ -202,7 +203,7 @@ class TiffBlock:
         InkdaskError
             When a layer cannot be read or decoded, naming the file and the position in it.
         """
-        out = np.empty(self.shape, np.uint8)
+        out = pages(self.shape)
         for_each(lambda run: run.read_into(out), self._runs())
         return out
 
