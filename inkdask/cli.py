@@ -28,7 +28,10 @@ def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
         signals.append(number)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)  # how clouds reclaim a machine: as Ctrl-C
+    # As Ctrl-C: SIGTERM is how clouds reclaim a machine, SIGHUP a terminal that is closed.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
     try:
         inkdask_.main(arguments, prog_name=name, standalone_mode=False)
     except InkdaskError as error:

@@ -369,13 +369,14 @@ def test_an_interrupted_job_leaves_nothing(world):
 
 
 @pytest.mark.slow
-def test_a_job_that_waits_for_gpus_says_so_and_leaves_nothing(world):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_job_that_waits_for_gpus_says_so_and_leaves_nothing(world, number):
     job = world.start_job(CLUSTER_SPEC="", CLUSTER_IMAGE="inkdask:test")
     expected = "2 workers pending (0/1 nodes are available: 1 Insufficient nvidia.com/gpu)"
     world.wait(lambda: expected in job.told() or job.poll() is not None)
     assert job.poll() is None, job.told()
-    job.send_signal(signal.SIGINT)
-    assert job.wait(240) == 130
+    job.send_signal(number)
+    assert job.wait(240) == 128 + number
     assert world.clusters() == []
 
 
