@@ -32,7 +32,7 @@ PAUSE = 1.0  # seconds before the second try; the next waits twice as long
 HOPELESS = 10  # failures without one success: something is wrong with all of them
 
 Key = Any
-Tell = Callable[[Key, Any, Exception | None], None]  # a task, and its result or its error
+Tell = Callable[[Key, Any, Exception | None, Key], None]  # a task, its result or error, and whose
 
 
 def compute_each(
@@ -58,13 +58,15 @@ def compute_each(
     left = {task.key: task for task in tasks}
     failed: dict[Key, Exception] = {}
     avoid: set[str] = set()  # workers on which tasks failed
+    causes: set[Key] = set()  # one task that cannot read may fail many
     succeeded = False
 
-    def tell(key: Key, result: Any, error: Exception | None) -> None:
+    def tell(key: Key, result: Any, error: Exception | None, cause: Key = None) -> None:
         nonlocal succeeded
         if error is not None:
             failed[key] = error
-            if not succeeded and len(failed) >= HOPELESS:
+            causes.add(cause)
+            if not succeeded and len(causes) >= HOPELESS:
                 raise _HopelessError
             return
         succeeded = True
@@ -143,26 +145,30 @@ def _on_cluster(client: Any, tasks: Mapping[Key, Delayed], tell: Tell, avoid: se
 
     workers = client.scheduler_info(n_workers=-1)["workers"]
     others = [address for address in workers if address not in avoid]
-    where = {"workers": others, "allow_other_workers": True} if avoid and others else {}
-    futures = client.compute(list(tasks.values()), **where)
+    rather = {"workers": others, "allow_other_workers": True} if avoid and others else {}
+    futures = client.compute(list(tasks.values()), **rather)
     try:
         for future in as_completed(futures):
             if future.status == "finished":
                 result = future.result()
                 # Nobody shall compute it again when the worker that holds it dies.
                 future.release()
-                tell(future.key, result, None)
+                tell(future.key, result, None, future.key)
                 continue
-            avoid |= set(client.run_on_scheduler(_failed_on, key=future.key))
+            cause, where = client.run_on_scheduler(_blamed, key=future.key)
+            avoid.update(where)
             lost = RuntimeError(f"task {future.key} was {future.status}")
-            tell(future.key, None, future.exception() if future.status == "error" else lost)
+            error = future.exception() if future.status == "error" else lost
+            tell(future.key, None, error, cause)
     finally:
         client.cancel(futures)
 
 
-def _failed_on(key: Key, dask_scheduler: Any) -> list[str]:
+def _blamed(key: Key, dask_scheduler: Any) -> tuple[Key, list[str]]:
+    """The task whose failure failed this one, and the workers where it did."""
     task = dask_scheduler.tasks.get(key)
-    return list((task.exception_blame or task).erred_on or ()) if task else []
+    blamed = (task.exception_blame or task) if task else None
+    return (blamed.key, list(blamed.erred_on or ())) if blamed else (key, [])
 
 
 def _on_threads(tasks: Mapping[Key, Delayed], tell: Tell) -> None:
@@ -178,7 +184,7 @@ def _on_threads(tasks: Mapping[Key, Delayed], tell: Tell) -> None:
             ended = left & ({key} if error is None else _dependents(graph, key))
             left.difference_update(ended)
             for each in ended:
-                tell(each, result, error)
+                tell(each, result, error, key)
 
     while left:
         pool = ThreadPoolExecutor(dask.config.get("num_workers", None) or threads())

@@ -29,6 +29,8 @@ class Plan:
         The network, with the shape of its input settled.
     segment
         Where the volume comes from; None for an array.
+    inside
+        The layers and pixels of the segment that are the volume; None for an array.
     layers
         Numbers of the layers, in the order in which the network reads them.
     volume
@@ -45,6 +47,7 @@ class Plan:
 
     network: Network
     segment: Segment | None
+    inside: Segment | None
     layers: tuple[int, ...]
     volume: da.Array
     mask: da.Array | None
@@ -81,23 +84,34 @@ class Plan:
         stride = settings.stride or min(network.model.stride, network.tile)
         whole = Tiling.of(opened.shape[1:], network.tile, stride, settings.chunk_size)
         reach, window = _reach(whole, settings.roi_xyxy)
-        volume, mask = _cut(opened, kept, reach)
+        if isinstance(opened, Segment):  # reads less than slices of its volume would
+            inside = opened.take(kept).crop(*reach)
+            volume, mask = inside.volume, inside.mask
+        else:
+            inside, mask = None, None
+            volume = opened[kept, reach[0], reach[1]]
         volume = _average(volume, settings.z_downsample_mean_factor)
         tiling = Tiling.of(volume.shape[1:], network.tile, stride, settings.chunk_size)
         corner = reach[0].start, reach[1].start
-        return cls(network, segment, layers, volume, mask, tiling, corner, window)
+        return cls(network, segment, inside, layers, volume, mask, tiling, corner, window)
 
     @property
     def middle_layer(self) -> da.Array:
         """The middle one of the layers, dask uint8 (1, y, x); no other layer is read for it."""
         middle = len(self.layers) // 2
-        if self.segment is None:
+        if self.inside is None:
             return self.volume[self.volume.shape[0] // 2][None]
-        number = self.segment.layers.index(self.layers[middle])
-        reach = (
-            slice(top, top + side) for top, side in zip(self.corner, self.tiling.shape, strict=True)
-        )
-        return self.segment.take(slice(number, number + 1)).crop(*reach).volume
+        return self.inside.take(slice(middle, middle + 1)).volume
+
+    def cut(self, rows: slice, columns: slice) -> tuple[da.Array, da.Array | None]:
+        """A window of volume and mask, in one block each, that reads no more than it needs."""
+        if self.inside is None:
+            volume, mask = self.volume[:, rows, columns], None
+        else:
+            inside = self.inside.crop(rows, columns)
+            factor = len(self.layers) // self.network.layers
+            volume, mask = _average(inside.volume, factor), inside.mask
+        return volume.rechunk(-1), None if mask is None else mask.rechunk(-1)
 
     @property
     def name(self) -> str:
@@ -191,16 +205,6 @@ def _reach(whole: Tiling, roi_xyxy: tuple[int, int, int, int] | None) -> tuple[W
         (slice(top, bottom), slice(left, right)),
         (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)),
     )
-
-
-def _cut(
-    opened: Segment | da.Array, kept: slice, reach: Window
-) -> tuple[da.Array, da.Array | None]:
-    """The volume (z, y, x) of some layers inside a window, and its mask (y, x)."""
-    if isinstance(opened, Segment):  # reads less than slices of its volume would
-        inside = opened.take(kept).crop(*reach)
-        return inside.volume, inside.mask
-    return opened[kept, reach[0], reach[1]], None
 
 
 def _average(volume: da.Array, factor: int) -> da.Array:

@@ -71,7 +71,7 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
         _fill(uri, done, segment, blocks, version=digest(source))
         share = np.asarray(open_array(done, digest(source))[:], float).round(4).tolist()
         zarr.open_array(storage.zarr_store(uri), mode="r+").attrs.update(
-            {OCCUPIED_ATTRIBUTE: {"side": SHARD, "share": share}, FINISHED_ATTRIBUTE: True}
+            {OCCUPIED_ATTRIBUTE: {"side": blocks.y.step, "share": share}, FINISHED_ATTRIBUTE: True}
         )
         outputs.remove(done)
     return uri

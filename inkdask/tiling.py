@@ -105,6 +105,11 @@ class Axis:
         origins = self.origins[(self.origins < stop) & (self.origins + self.tile > start)]
         return int(origins[0]), min(int(origins[-1]) + self.tile, self.length)
 
+    def reading(self, index: int) -> slice:
+        """Pixels that the tiles of chunk ``index`` cover: its own and its halo."""
+        end = min(int(self.edges[index + 1]) + self.halo, self.length)
+        return slice(int(self.edges[index]), end)
+
     def local_origins(self, index: int) -> np.ndarray:
         """Origins of the tiles that chunk ``index`` owns, counted from its first pixel."""
         return self.origins[self.rows[index] : self.rows[index + 1]] - self.edges[index]

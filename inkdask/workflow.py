@@ -10,11 +10,13 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
+from dask import delayed
+from dask.delayed import Delayed
 
 from inkdask import engine, storage, view
 from inkdask.blending import Window, blend
 from inkdask.clusters import connect, report
-from inkdask.inference import infer
+from inkdask.inference import infer, infer_chunk
 from inkdask.parts import agreed_work, assign
 from inkdask.plan import Plan, Source
 from inkdask.preflight import check_memory, check_room
@@ -265,12 +267,7 @@ def fill(store: GridStore, plan: Plan, summary: Summary, settings: Settings) -> 
     if not len(missing):
         return
     check_weights(plan.network)
-    chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask).chunks
-    saved = da.map_blocks(
-        save_chunk, chunks, store=store, meta=np.empty((0, 0), object), enforce_ndim=False
-    )
-    blocks = saved.to_delayed()
-    tasks = [blocks[row, column] for row, column in missing]
+    tasks = dict(zip(map(tuple, missing.tolist()), _together(missing, plan, store), strict=True))
     # A chunk is thousands of tiles; those that run in this process are counted as they run.
     with Meter("ink", summary.missing, "tiles", peek=lambda: summary.progress) as meter:
 
@@ -278,13 +275,38 @@ def fill(store: GridStore, plan: Plan, summary: Summary, settings: Settings) -> 
             summary.add(chunk)
             meter.add(chunk.ran + chunk.empty)
 
-        failed = engine.compute_each(tasks, on_report)
+        failed = engine.compute_each(list(tasks.values()), on_report)
+        if failed and summary.finished + len(failed) == len(tasks):
+            # What could not be read may be needed by some of them only.
+            places = [place for place, task in tasks.items() if task.key in failed]
+            again = [_alone(row, column, plan, store) for row, column in places]
+            failed = engine.compute_each(again, on_report)
     summary.inferring = meter.seconds
-    summary.lost = len(engine.lost_tasks({task.key for task in tasks}))
+    summary.lost = len(engine.lost_tasks({task.key for task in tasks.values()}))
     if failed:
         summary.failed = len(tasks) - summary.finished
         summary.say(store.uri)
         raise failure(failed, summary)
+
+
+def _together(places: np.ndarray, plan: Plan, store: GridStore) -> list[Delayed]:
+    """One task for each of many chunks, which read together."""
+    chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask).chunks
+    saved = da.map_blocks(
+        save_chunk, chunks, store=store, meta=np.empty((0, 0), object), enforce_ndim=False
+    ).to_delayed()
+    return [saved[row, column] for row, column in places]
+
+
+def _alone(row: int, column: int, plan: Plan, store: GridStore) -> Delayed:
+    """The task of one chunk, which reads nothing but what this chunk needs."""
+    volume, mask = plan.cut(plan.tiling.y.reading(row), plan.tiling.x.reading(column))
+    blocks = [array.to_delayed().item() for array in (volume, mask) if array is not None]
+    if mask is not None:
+        blocks[1] = blocks[1][None]
+    place = {"block_id": (row, column)}
+    chunk = delayed(infer_chunk)(*blocks, tiling=plan.tiling, network=plan.network, **place)
+    return delayed(save_chunk)(chunk, store, **place)
 
 
 def failure(failed: Mapping[Any, Exception], summary: Summary) -> InkdaskError:

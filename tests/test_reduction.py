@@ -1,0 +1,169 @@
+"""What is stored of a run: grids of this job and of others, pictures made of them, parts."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import inkdask
+from inkdask import preparation
+from inkdask.parts import assign, estimate
+from inkdask.plan import Plan
+from inkdask.provenance import fingerprint
+from inkdask.settings import Settings
+from inkdask.store import differences, digest
+from inkdask.types import InkdaskError
+from tests.files import write_layers
+from tests.oracle import papyrus
+from tests.test_runs import (  # noqa: F401
+    HEIGHT,
+    LAYERS,
+    WIDTH,
+    grids,
+    network,
+    own_environment,
+    read_picture,
+    segment,
+    share_done,
+    volume,
+)
+
+
+def test_one_unreadable_tile_stops_no_other_chunk(segment, tmp_path, capsys):
+    """And when the file is as it was, the rest is computed and nothing else."""
+    options = {"model": network, "layers": (0, LAYERS)}
+    whole = read_picture(inkdask.run(segment, zarr_output_dir=tmp_path / "whole", **options))
+    layer = Path(segment, "layers", "02.tif")
+    kept = tmp_path / "kept.tif"
+    shutil.copy2(layer, kept)
+    with tifffile.TiffFile(layer) as file:
+        page = file.pages[0]
+        place, size = page.dataoffsets[25], page.databytecounts[25]
+    with layer.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes(size))
+    os.utime(layer, ns=(kept.stat().st_atime_ns, kept.stat().st_mtime_ns))
+
+    capsys.readouterr()
+    Path(inkdask_picture := f"{segment}/predictions/prediction_network_00_05.png").unlink()
+    with pytest.raises(InkdaskError, match=r"02\.tif .* of 50 chunks were not computed") as caught:
+        inkdask.run(segment, **options)
+    failed = int(str(caught.value).split("(")[-1].split(" of 50")[0])
+    assert 0 < failed <= 4
+    assert f"{50 - failed} completed, {failed} failed" in capsys.readouterr().err
+    assert not Path(inkdask_picture).exists()
+    assert share_done(str(tmp_path / "partitions")) == pytest.approx(1 - failed / 50)
+
+    shutil.copy2(kept, layer)
+    again = read_picture(inkdask.run(segment, **options))
+    assert f"{failed} completed\n" in capsys.readouterr().err
+    assert np.array_equal(again, whole)
+
+
+CHANGES = [
+    {"model": "other"}, {"stride": 32}, {"divisor": 255}, {"clip": 100}, {"layers": (0, 4)},
+    {"force_reverse": True}, {"tile": 32}, {"model_in_chans": 3}, {"precision": "float32"},
+    {"z_downsample_mean_factor": 2}, {"chunk_size": 256}, {"roi_xyxy": (0, 0, 640, 128)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "input"], ids=str)
+def test_what_shapes_a_grid_is_in_its_fingerprint(segment, change):
+    """A changed job never takes an old grid, and refuses one that is named."""
+    options = {"model": network, "layers": (0, LAYERS)}
+    job = Settings.of(s3_path=segment, **options)
+    plan = Plan.of(segment, job)
+    before = fingerprint(plan)
+    if change == "input":
+        os.utime(Path(segment, "layers", "03.tif"), ns=(0, 0))
+    else:
+        options |= change
+        if options["model"] == "other":
+            options["model"] = lambda x: network(x) + 1
+    after = fingerprint(Plan.of(segment, Settings.of(s3_path=segment, **options)))
+    assert digest(before) != digest(after)
+    assert " there and " in differences(before, after)
+
+
+def test_a_grid_that_is_named_and_is_another_job_s_is_refused(segment, tmp_path):
+    grid = str(tmp_path / "mine.zarr")
+    options = {"model": network, "layers": (0, LAYERS), "roi_xyxy": (0, 0, 300, 200)}
+    inkdask.run(segment, grid=grid, **options)
+    with pytest.raises(InkdaskError, match=r"mine\.zarr is another job's: stride is 16 t"):
+        inkdask.run(segment, grid=grid, stride=32, **options)
+    with pytest.raises(InkdaskError, match=r"mine\.zarr is another job's: divisor is 200.0 there"):
+        inkdask.run(segment, grid=grid, step="reduce", divisor=255, **options)
+
+
+def test_a_grid_gives_other_pictures_without_model_and_layers(segment, tmp_path):
+    whole = read_picture(inkdask.run(segment, model=network))
+    [grid] = grids(str(tmp_path / "partitions"))
+    gaussian = read_picture(inkdask.run(segment, model=network, blend_mode="gaussian"))
+    shutil.rmtree(Path(segment, "layers"))
+    out = {"grid": grid, "step": "reduce", "output_path": tmp_path / "out"}
+    assert np.array_equal(read_picture(inkdask.run(**out)), whole)
+    assert np.array_equal(read_picture(inkdask.run(**out, blend_mode="gaussian")), gaussian)
+    part = inkdask.run(**out, roi_xyxy=(200, 100, 900, 333))
+    assert part.endswith("_200-100-900-333.png")
+    assert np.array_equal(read_picture(part), whole[100:333, 200:900])
+    with pytest.raises(InkdaskError, match="beyond the tile grid, which covers 0,0,1300,700"):
+        inkdask.run(**out, roi_xyxy=(0, 0, 1301, 10))
+
+
+def test_reduce_says_which_grids_are_there_and_how_they_differ(segment, tmp_path):
+    options = {"model": network, "roi_xyxy": (0, 0, 300, 200)}
+    with pytest.raises(InkdaskError, match="No tile grid in .* it has none"):
+        inkdask.run(segment, step="reduce", **options)
+    first = inkdask.run(segment, **options)
+    found = read_picture(first)
+    with pytest.raises(InkdaskError, match="stride is 16 there and 32 here; run STEP=inference"):
+        inkdask.run(segment, step="reduce", stride=32, **options)
+    with pytest.raises(InkdaskError, match="model is network there and lambda here"):
+        inkdask.run(segment, step="reduce", model=lambda x: x, roi_xyxy=(0, 0, 300, 200))
+    inkdask.run(segment, stride=32, **options)
+    with pytest.raises(InkdaskError, match="2 tile grids .* stride is .* name one with --grid"):
+        inkdask.run(segment, step="reduce", **options)
+    again = inkdask.run(segment, step="reduce", stride=16, **options)
+    assert np.array_equal(read_picture(again), found)
+    Path(segment, "layers", "01.tif").touch()
+    with pytest.raises(InkdaskError, match="the input was another"):
+        inkdask.run(segment, step="reduce", stride=16, **options)
+
+
+def test_parts_are_cut_where_the_work_is_even(tmp_path, monkeypatch):
+    """Most of the segment is empty, and no part gets more than its share of the rest."""
+    volume = papyrus((LAYERS, HEIGHT, WIDTH))
+    volume[:, :500] = 0
+    write_layers(tmp_path / "segment" / "layers", volume, rowsperstrip=16)
+    settings = Settings.of(s3_path=str(tmp_path / "segment"), model=network)
+    monkeypatch.setattr(preparation, "SHARD", 128)
+    monkeypatch.setattr(preparation, "CHUNK", 64)
+    prepared = inkdask.prepare(tmp_path / "segment")
+    truth = None
+    for options in ({}, {"surface_volume_zarr": prepared}):
+        plan = Plan.of(settings.s3_path, Settings.of(**settings.model_dump() | options))
+        work = estimate(plan)
+        if truth is None:
+            truth = work
+        part = assign(work, 3)
+        shares = [truth[part == number].sum() / truth.sum() for number in range(3)]
+        assert max(shares) < 0.5
+        assert (np.diff(part.ravel()) >= 0).all()
+    assert work[:3].sum() <= truth.sum()
+
+
+@given(arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)),
+              elements=st.integers(0, 4096)), st.integers(1, 12))  # fmt: skip
+def test_every_chunk_belongs_to_one_part(work, num_parts):
+    part = assign(work, num_parts).ravel()
+    assert ((part >= 0) & (part < num_parts)).all()
+    assert (np.diff(part) >= 0).all()
+    cost = work.ravel() + 1
+    for number in set(part):
+        assert cost[part == number].sum() <= cost.sum() / num_parts + cost.max()
