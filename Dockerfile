@@ -7,7 +7,8 @@
 #         --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
 #
 # The base brings Python 3.11 or newer with pip. Where it brings PyTorch, that one is used, and where
-# that one is built for CUDA, the packages for GPUs are added.
+# that one is built for CUDA, the packages for GPUs are added. torch.compile needs a C compiler: the
+# CUDA base has one, and without one the network runs uncompiled.
 ARG BASE_IMAGE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 
 FROM ${BASE_IMAGE} AS build
@@ -29,8 +30,7 @@ RUN mkdir -p inkdask cluster/base \
 COPY README.md LICENSE ./
 COPY cluster/base/dask-cluster.yaml cluster/base/
 COPY inkdask ./inkdask
-RUN python3 -m pip --python /opt/inkdask/bin/python install --no-deps \
-    --force-reinstall .
+RUN python3 -m pip --python /opt/inkdask/bin/python install --no-deps --force-reinstall .
 
 
 FROM ${BASE_IMAGE}
