@@ -98,6 +98,13 @@ def test_paths_that_workers_do_not_see_are_refused(given, variable):
             pass
 
 
+def test_more_workers_at_least_than_at_most_are_refused():
+    wrong = settings(min_workers=3, max_workers=2)
+    with pytest.raises(SettingsError, match="MIN_WORKERS .3. is more than MAX_WORKERS .2."):  # noqa: SIM117
+        with kubernetes(wrong):
+            pass
+
+
 def test_without_a_cluster_there_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -75,6 +75,7 @@ def kubernetes(settings: Settings) -> Iterator[Client]:
         When Kubernetes cannot be reached, or does not start the pods: its own reason, in one
         sentence.
     """
+    minimum, maximum = _bounds(settings)
     _check_reachable_from_workers(settings)
     try:
         from dask_kubernetes.operator import KubeCluster
@@ -88,13 +89,14 @@ def kubernetes(settings: Settings) -> Iterator[Client]:
     manifest = cluster_manifest(settings)
     with ExitStack() as stack:
         with _explained():
-            pods = stack.enter_context(_made(manifest, settings))
+            pods = stack.enter_context(_made(manifest, settings.cluster_namespace))
+            pods.autoscale(minimum, maximum)
             with _news() as tell:
                 pods.wait_for_scheduler(tell)
                 cluster = KubeCluster.from_name(pods.name, namespace=pods.namespace, quiet=True)
                 stack.callback(cluster.close)
                 client = stack.enter_context(Client(cluster))
-                if settings.min_workers:
+                if minimum:
                     pods.wait_for_worker(client, tell)
         yield client
 
@@ -159,6 +161,16 @@ def _load(path: str) -> dict[str, Any]:
     return dict(manifest)
 
 
+def _bounds(settings: Settings) -> tuple[int, int]:
+    """Fewest and most workers."""
+    minimum, maximum = settings.min_workers, settings.max_workers
+    if maximum is None:
+        return minimum, max(minimum, MAX_WORKERS)
+    if minimum > maximum:
+        raise SettingsError(f"MIN_WORKERS ({minimum}) is more than MAX_WORKERS ({maximum}).")
+    return minimum, maximum
+
+
 def _check_reachable_from_workers(settings: Settings) -> None:
     """Fail before a cluster is made for paths of this machine, which its pods do not have.
 
@@ -184,12 +196,11 @@ def _check_reachable_from_workers(settings: Settings) -> None:
 
 
 @contextmanager
-def _made(manifest: dict[str, Any], settings: Settings) -> Iterator[_Pods]:
-    """Make the cluster and its autoscaler; afterwards remove them, and all that they made."""
-    pods = _Pods(manifest, settings.cluster_namespace)
+def _made(manifest: dict[str, Any], namespace: str | None) -> Iterator[_Pods]:
+    """Make the cluster; afterwards remove it, and all that was made for it."""
+    pods = _Pods(manifest, namespace)
     try:
         pods.create()
-        pods.autoscale(settings.min_workers, settings.max_workers or MAX_WORKERS)
         yield pods
     finally:
         pods.remove()
@@ -241,7 +252,7 @@ class _Pods:
             "controller": True,
             "blockOwnerDeletion": True,
         }
-        spec = {"cluster": self.name, "minimum": min(minimum, maximum), "maximum": maximum}
+        spec = {"cluster": self.name, "minimum": minimum, "maximum": maximum}
         metadata = {"name": self.name, "ownerReferences": [owner]}
         self._object("DaskAutoscaler", metadata, spec).create()
 
@@ -272,8 +283,6 @@ class _Pods:
         while left and time.monotonic() < end:
             try:
                 left[0].delete(propagation_policy="Foreground")
-                time.sleep(INTERVAL)
-                continue
             except kr8s.NotFoundError:
                 left.pop(0)
                 continue
