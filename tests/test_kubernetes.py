@@ -259,13 +259,17 @@ SECRET = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
 def can_unshare():
+    """Whether this machine lets us have networks and mounts of our own."""
     tools = all(map(shutil.which, ("unshare", "nsenter", "ip", "mount")))
     if not tools or os.geteuid() != 0:
         return False
-    bridge = (
-        "ip link set lo up && ip link add node type bridge && mount --bind /etc/hosts /etc/hosts"
-    )
-    probe = ["unshare", "--net", "--mount", "sh", "-c", bridge]
+    needed = [
+        "ip link set lo up",
+        "ip link add node type bridge",
+        "ip link add one type veth peer name other",
+        "mount --bind /etc/hosts /etc/hosts",
+    ]
+    probe = ["unshare", "--net", "--mount", "sh", "-c", " && ".join(needed)]
     return subprocess.run(probe, capture_output=True).returncode == 0
 
 
