@@ -62,8 +62,28 @@ class Inference:
     valid: da.Array
 
 
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """Which tiles are to run: those after the passes that are done, up to a last one.
+
+    Attributes
+    ----------
+    done
+        Last pass that each chunk has, int (rows, columns); -1 for none.
+    last
+        Last pass to run; the tiling says how many there are.
+    """
+
+    done: np.ndarray
+    last: int
+
+
 def infer(
-    volume: da.Array, tiling: Tiling, network: Network, mask: da.Array | None = None
+    volume: da.Array,
+    tiling: Tiling,
+    network: Network,
+    mask: da.Array | None = None,
+    passes: Passes | None = None,
 ) -> Inference:
     """Run every tile of a volume that is not empty, lazily.
 
@@ -78,6 +98,8 @@ def infer(
     mask
         Dask bool (y, x), where there is papyrus: tiles without any do not run, and other pixels
         are not valid. None is everywhere.
+    passes
+        The tiles to run; None for all.
     """
     chunks = da.map_blocks(
         infer_chunk,
@@ -85,6 +107,7 @@ def infer(
         *([] if mask is None else [with_halo(mask[None], tiling)]),
         tiling=tiling,
         network=network,
+        passes=passes,
         drop_axis=0,
         chunks=tiling.grid_chunks,
         meta=np.empty((0, 0), object),
@@ -110,6 +133,7 @@ def infer_chunk(
     *,
     tiling: Tiling,
     network: Network,
+    passes: Passes | None = None,
     block_id: tuple[int, int],
 ) -> InferredChunk:
     """Run the tiles that one chunk owns.
@@ -120,6 +144,8 @@ def infer_chunk(
         The chunk with its halo, uint8 (z, h, w).
     mask
         Where there is papyrus, bool (1, h, w).
+    passes
+        Which of them; None for all.
     block_id
         Row and column of the chunk.
     """
@@ -137,6 +163,8 @@ def infer_chunk(
 
     grid = np.full((len(ys), len(xs), network.k, network.k), np.nan, np.float32)
     occupied = tiles_with_data(seen, ys, xs, tiling.tile)  # (gy, gx)
+    if passes is not None:
+        occupied &= tiling.in_passes(row, column, int(passes.done[row, column]), passes.last)
     if occupied.any():
         from inkdask.predictor import predictor  # torch: workers only, and only when needed
 

@@ -21,6 +21,7 @@ from inkdask.parts import assign
 from inkdask.pictures import exporting
 from inkdask.pictures.picture import open_picture
 from inkdask.pictures.pyramid import to_uint8, write_pyramid
+from inkdask.plan import Window
 from inkdask.preflight import check_room_for_picture
 from inkdask.provenance import absolute, provenance
 from inkdask.segment import open_segment
@@ -30,6 +31,8 @@ from inkdask.store import ENDING, GridStore, differences
 from inkdask.types import InkdaskError, SettingsError
 
 log = logging.getLogger("inkdask")
+
+PREVIEW = "_preview"  # of a picture that is not yet final
 
 Attributes = Mapping[str, Any]  # of a stored grid: its fingerprint and its origin
 
@@ -66,21 +69,36 @@ def picture(store: GridStore, settings: Settings) -> str:
     InkdaskError
         When chunks are missing, or the picture cannot be written.
     """
-    attributes = store.attributes(store.uri)
-    identity, origin = attributes["fingerprint"], attributes["origin"]
-    window = window_of(settings, identity, origin)
-    target = output_stem(settings, origin, identity["model"])
+    target, window, ink, origin = _blended(store, settings)
     for place in (f"{target}.png", settings.result_file):
         outputs.check_writable(place)
     check_room_for_picture(window, target)
     check_complete(store, settings)
-    ink = blend(
-        store.grid(), store.valid(), store.tiling, settings.blend_mode, settings.gaussian_sigma
-    )
-    write(ink[window], target, provenance(identity, origin, settings), settings)
+    write(ink, target, origin, settings)
+    for ending in (".png", ".zarr"):
+        outputs.remove(target + PREVIEW + ending)
     uri = f"{target}.png"
     storage.write_bytes(settings.result_file, uri.encode())
     return uri
+
+
+def preview(store: GridStore, settings: Settings) -> str:
+    """Write the picture of the tiles that are there so far, beside the final one's place."""
+    target, _, ink, origin = _blended(store, settings)
+    write(ink, target + PREVIEW, origin, settings)
+    return f"{target}{PREVIEW}.png"
+
+
+def _blended(store: GridStore, settings: Settings) -> tuple[str, Window, da.Array, dict[str, Any]]:
+    """Where the picture of a stored grid goes, its window, the picture, and its origin."""
+    attributes = store.attributes(store.uri)
+    identity, origin = attributes["fingerprint"], attributes["origin"]
+    window = window_of(settings, identity, origin)
+    ink = blend(
+        store.grid(), store.valid(), store.tiling, settings.blend_mode, settings.gaussian_sigma
+    )
+    target = output_stem(settings, origin, identity["model"])
+    return target, window, ink[window], provenance(identity, origin, settings)
 
 
 def find(settings: Settings) -> GridStore:

@@ -130,6 +130,11 @@ class Settings(BaseSettings):
         description="Distance of neighbouring tiles, in pixels. Default: the model's "
         "(TimeSformer: 16).",
     )
+    progressive: bool = Field(
+        False,
+        description="Go from coarse to fine: tiles at four and two times the stride come first, "
+        "and after each pass there is a complete picture, `..._preview.png`.",
+    )
     blend_mode: Literal["hann", "gaussian"] = Field(
         "hann", description="Window that weighs the pixels of a tile."
     )

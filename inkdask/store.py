@@ -4,10 +4,14 @@ One zarr 3 group for each job, named after the segment and the fingerprint of al
 result, so that different jobs never meet:
 
     <ZARR_OUTPUT_DIR>/<segment>-<fingerprint>.zarr
-        grid    uint16 (gy, gx, k, k)   0: no tile ran here; c: probability (c - 1) / 65534
-        valid   bool (y, x)             any layer is non-zero
-        tiles   int32 (rows, columns)   tiles run in each chunk; -1: the chunk is not done
-        work    int32 (rows, columns)   tiles that probably have data; -1: not estimated
+        grid    uint16 (p, gy, gx, k, k)  0: no tile ran here; c: probability (c - 1) / 65534
+        valid   bool (y, x)               any layer is non-zero
+        tiles   int32 (p, rows, columns)  tiles run in each chunk; -1: the pass is not done
+        work    int32 (rows, columns)     tiles that probably have data; -1: not estimated
+
+A job writes all of its tiles to the last pass p, or goes from coarse to fine: then each pass holds
+the tiles that come with it, and a tile is where any pass has it. A chunk is done when its last
+pass is.
 
 A chunk's data are written before its element of ``tiles``, and each has zarr chunks of its own,
 so a chunk is done or it is not, and writers never touch each other's objects. Nothing is ever
@@ -33,8 +37,8 @@ import zarr
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from inkdask import storage
-from inkdask.inference import InferredChunk
-from inkdask.memory import give_back, peak_memory
+from inkdask.inference import InferredChunk, Passes
+from inkdask.memory import peak_memory
 from inkdask.tiling import Tiling
 from inkdask.types import InkdaskError
 
@@ -126,16 +130,17 @@ class GridStore:
         tiles = [axis.grid_chunks[0] for axis in (tiling.y, tiling.x)]
         arrays: dict[str, dict[str, Any]] = {
             "grid": {
-                "shape": (*tiling.grid_shape, k, k), "chunks": (*tiles, k, k), "dtype": "uint16",
-                "fill_value": 0, "dimension_names": ("gy", "gx", "ky", "kx"),
+                "shape": (tiling.passes, *tiling.grid_shape, k, k), "chunks": (1, *tiles, k, k),
+                "dtype": "uint16", "fill_value": 0,
+                "dimension_names": ("pass", "gy", "gx", "ky", "kx"),
             },
             "valid": {
                 "shape": tiling.shape, "chunks": tuple(side), "dtype": "bool",
                 "fill_value": False, "dimension_names": ("y", "x"),
             },
             "tiles": {
-                "shape": tiling.block_shape, "chunks": (1, 1), "dtype": "int32",
-                "fill_value": -1, "dimension_names": ("row", "column"),
+                "shape": (tiling.passes, *tiling.block_shape), "chunks": (1, 1, 1),
+                "dtype": "int32", "fill_value": -1, "dimension_names": ("pass", "row", "column"),
             },
             "work": {
                 "shape": tiling.block_shape, "chunks": tiling.block_shape, "dtype": "int32",
@@ -155,8 +160,8 @@ class GridStore:
         """Take back the marks of some chunks, bool (rows, columns), so that they are redone."""
         with storage.explained(self.uri):
             marks = self._array("tiles")
-            for row, column in np.argwhere(chunks & (self.tiles_run() >= 0)):
-                marks[row, column] = -1
+            for place in np.argwhere(chunks & (np.asarray(marks[:]) >= 0)):
+                marks[tuple(place)] = -1
 
     def work(self) -> np.ndarray | None:
         """Tiles of each chunk that probably have data, int32 (rows, columns), once planned."""
@@ -170,26 +175,37 @@ class GridStore:
 
     def tiles_run(self) -> np.ndarray:
         """Tiles run in each chunk, int32 (rows, columns); -1 where the chunk is not done."""
-        return np.asarray(self._array("tiles")[:])
+        marks = np.asarray(self._array("tiles")[:])
+        return np.where(marks[-1] < 0, -1, np.maximum(marks, 0).sum(axis=0)).astype(np.int32)
 
-    def write(self, chunk: InferredChunk, row: int, column: int) -> int:
-        """Store one finished chunk; returns how many of its tiles ran."""
+    def passes_done(self) -> np.ndarray:
+        """Last pass that is done in each chunk, int (rows, columns); -1 for none."""
+        marks = np.asarray(self._array("tiles")[:])
+        return np.max(np.where(marks < 0, -1, np.arange(len(marks))[:, None, None]), axis=0)
+
+    def write(self, chunk: InferredChunk, row: int, column: int, last: int = -1) -> int:
+        """Store a chunk whose tiles are there up to a pass; returns how many ran just now."""
         y, x = self.tiling.y, self.tiling.x
         tiles = (slice(*y.rows[row : row + 2]), slice(*x.rows[column : column + 2]))
         pixels = (slice(*y.edges[row : row + 2]), slice(*x.edges[column : column + 2]))
         ran = int(np.count_nonzero(~np.isnan(chunk.grid[:, :, 0, 0])))
+        last %= self.tiling.passes
         with storage.explained(self.uri):
-            self._array("grid")[tiles] = encode(chunk.grid)
+            self._array("grid")[(last, *tiles)] = encode(chunk.grid)
             self._array("valid")[pixels] = chunk.valid
-            self._array("tiles")[row, column] = ran
+            self._array("tiles")[last, row, column] = ran
         return ran
 
     def grid(self) -> da.Array:
         """The stored probabilities, dask float32 (gy, gx, k, k), NaN where no tile ran."""
-        stored = da.from_zarr(
-            self._array("grid"), chunks=(*self.tiling.grid_chunks, self.k, self.k)
+        marks = np.asarray(self._array("tiles")[:])
+        used = np.flatnonzero((marks >= 0).any(axis=(1, 2))).tolist()
+        chunks = (1, *self.tiling.grid_chunks, self.k, self.k)
+        stored = da.from_zarr(self._array("grid"), chunks=chunks)[used or [0]]
+        together = stored.rechunk({0: -1}, method="tasks")
+        return together.map_blocks(
+            decode, drop_axis=0, dtype=np.float32, meta=np.empty((0,) * 4, np.float32)
         )
-        return stored.map_blocks(decode, dtype=np.float32, meta=np.empty((0,) * 4, np.float32))
 
     def valid(self) -> da.Array:
         """Which pixels have data, dask bool (y, x)."""
@@ -199,11 +215,18 @@ class GridStore:
         return open_array(storage.join(self.uri, name))
 
 
-def save_chunk(chunk: InferredChunk, store: GridStore, block_id: tuple[int, int]) -> ChunkReport:
+def save_chunk(
+    chunk: InferredChunk,
+    store: GridStore,
+    passes: Passes | None = None,
+    *,
+    block_id: tuple[int, int],
+) -> ChunkReport:
     """Store one chunk from the worker that computed it, and report."""
-    ran = store.write(chunk, *block_id)
-    give_back()
-    total = chunk.grid.shape[0] * chunk.grid.shape[1]
+    tiling = store.tiling
+    done, last = (-1, tiling.passes - 1) if passes is None else (passes.done[block_id], passes.last)
+    ran = store.write(chunk, *block_id, last)
+    total = int(np.count_nonzero(tiling.in_passes(*block_id, int(done), last)))
     return ChunkReport(ran, total - ran, process_name(), storage.counters(), peak_memory())
 
 
@@ -219,7 +242,11 @@ def encode(grid: np.ndarray) -> np.ndarray:
 
 
 def decode(codes: np.ndarray) -> np.ndarray:
-    """Uint16 codes to float32 probabilities, off by at most 1 / 131068; 0 becomes NaN."""
+    """Uint16 codes of passes (p, ...) to float32 probabilities (...); NaN where none has a tile.
+
+    They are off by at most 1 / 131068.
+    """
+    codes = codes.max(axis=0)  # what two passes have is the same
     probability = (codes.astype(np.float32) - 1) / STEPS
     return np.where(codes > 0, probability, np.float32(np.nan))
 

@@ -39,20 +39,14 @@ class Summary:
         self._processes: dict[str, ChunkReport] = {}
         self._before = dict(engine.on_workers(_named_counters))
 
-    def resume(self, tiles_run: np.ndarray, mine: np.ndarray, tiling: Tiling) -> None:
+    def resume(self, passes_done: np.ndarray, mine: np.ndarray, tiling: Tiling) -> None:
         """Count what is there before the job, and what the job is to do.
 
-        ``tiles_run`` is that of `GridStore.tiles_run`, and ``mine`` is True for the chunks of this
-        job's part.
+        ``passes_done`` is that of `GridStore.passes_done`, and ``mine`` is True for the chunks of
+        this job's part.
         """
-        sizes = np.outer(*tiling.grid_chunks)
-        self.tiles = int(sizes[mine].sum())
-        self.resumed = int(sizes[mine & (tiles_run >= 0)].sum())
-
-    @property
-    def missing(self) -> int:
-        """Tiles that this run is to compute or to find empty."""
-        return self.tiles - self.resumed
+        self.tiles = int(tiling.tiles_until(tiling.passes - 1)[mine].sum())
+        self.resumed = int(tiling.tiles_there(passes_done)[mine].sum())
 
     def add(self, report: ChunkReport) -> None:
         """Count a finished chunk."""

@@ -52,6 +52,25 @@ class Axis:
         return regular if regular[-1] == last else np.append(regular, last)
 
     @property
+    def passes(self) -> int:
+        """Passes from coarse to fine: the first at the largest stride, doubled, within a tile."""
+        return (self.tile // self.stride).bit_length()
+
+    @cached_property
+    def pass_of_tile(self) -> np.ndarray:
+        """The pass in which each tile comes first, int64 (n,).
+
+        The tiles at twice a stride are a subset of those at the stride. The last tile is in the
+        first pass, which must reach the border.
+        """
+        number = np.arange(len(self.origins))
+        first = np.full(len(number), self.passes - 1)
+        for earlier in range(self.passes - 2, -1, -1):
+            first[number % (1 << (self.passes - 1 - earlier)) == 0] = earlier
+        first[-1] = 0
+        return first
+
+    @property
     def halo(self) -> int:
         """Pixels that a chunk reads after its end."""
         return self.tile - self.stride
@@ -173,6 +192,30 @@ class Tiling:
     def grid_shape(self) -> tuple[int, int]:
         """Number of tiles along y and x."""
         return len(self.y.origins), len(self.x.origins)
+
+    @property
+    def passes(self) -> int:
+        """Passes from coarse to fine; each tile comes in one of them."""
+        return self.y.passes
+
+    def tiles_until(self, last: int) -> np.ndarray:
+        """Tiles of each chunk in the passes up to ``last``, int64 (rows, columns)."""
+        early = (np.add.reduceat(a.pass_of_tile <= last, a.rows[:-1]) for a in (self.y, self.x))
+        return np.outer(*early)
+
+    def tiles_there(self, done: np.ndarray) -> np.ndarray:
+        """Tiles of chunks that have the passes up to ``done`` (-1: none), both (rows, columns)."""
+        until = np.stack([self.tiles_until(last) for last in range(-1, self.passes)])
+        return np.take_along_axis(until, done[None] + 1, axis=0)[0]
+
+    def in_passes(self, row: int, column: int, done: int, last: int) -> np.ndarray:
+        """Which tiles of a chunk come after pass ``done`` and up to ``last``, bool (gy, gx)."""
+        ys, xs = (
+            axis.pass_of_tile[axis.rows[index] : axis.rows[index + 1]]
+            for axis, index in ((self.y, row), (self.x, column))
+        )
+        pass_of_tile = np.maximum(ys[:, None], xs[None])
+        return (pass_of_tile > done) & (pass_of_tile <= last)
 
     @property
     def grid_chunks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

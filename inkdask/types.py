@@ -56,6 +56,8 @@ class ModelSpec:
         A voxel ``v`` reaches the network as ``min(v, clip) / divisor``.
     filename, revision
         File and revision inside the repo; ``None`` picks by preference and the newest.
+    precision
+        Arithmetic when the user does not say; float32 for networks that bfloat16 shows to differ.
     licence
         A note on the licence of the weights.
     """
@@ -71,6 +73,7 @@ class ModelSpec:
     divisor: float = 200.0
     filename: str | None = None
     revision: str | None = None
+    precision: Precision = "auto"
     licence: str = ""
 
 

@@ -16,14 +16,14 @@ from dask.delayed import Delayed
 from inkdask import engine, storage, view
 from inkdask.blending import Window, blend
 from inkdask.clusters import connect, report
-from inkdask.inference import infer, infer_chunk
+from inkdask.inference import Passes, infer, infer_chunk
 from inkdask.parts import agreed_work, assign
 from inkdask.plan import Plan, Source
 from inkdask.preflight import check_memory, check_room
 from inkdask.preparation import prepare
 from inkdask.progress import Meter
 from inkdask.provenance import fingerprint, origin_of
-from inkdask.reduction import output_stem, picture, reduce
+from inkdask.reduction import output_stem, picture, preview, reduce
 from inkdask.settings import Settings
 from inkdask.storage import outputs
 from inkdask.store import ChunkReport, GridStore, save_chunk
@@ -155,7 +155,15 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
         check_memory(job.plan)
         summary = Summary()
         job.store.create(job.fingerprint, job.origin)
-        fill(job.store, job.plan, summary, settings)
+        mine = share(job, settings)
+        if settings.overwrite:
+            job.store.forget(mine)
+        summary.resume(job.store.passes_done(), mine, job.plan.tiling)
+        passes = job.plan.tiling.passes
+        for last in range(0 if settings.progressive else passes - 1, passes):
+            fill(job.store, job.plan, mine, summary, last)
+            if last < passes - 1 and settings.num_parts == 1:
+                log.info("pass %d of %d: %s", last + 1, passes, preview(job.store, settings))
         if settings.num_parts > 1:  # the picture is for STEP=reduce, when all parts are there
             summary.say(job.store.uri)
             return job.store.uri
@@ -248,63 +256,82 @@ def check_weights(network: Network) -> None:
         weights.load(network)
 
 
-def fill(store: GridStore, plan: Plan, summary: Summary, settings: Settings) -> None:
-    """Compute the chunks that a part still lacks, each written as soon as it is done.
+def share(job: Job, settings: Settings) -> np.ndarray:
+    """Chunks of the part of a job that the settings name, bool (rows, columns)."""
+    if settings.num_parts == 1:
+        return np.ones(job.plan.tiling.block_shape, bool)
+    return assign(agreed_work(job.store, job.plan), settings.num_parts) == settings.part_id
+
+
+def fill(store: GridStore, plan: Plan, mine: np.ndarray, summary: Summary, last: int) -> None:
+    """Compute what some chunks lack up to a pass, each written as soon as it is done.
+
+    Parameters
+    ----------
+    mine
+        The chunks, bool (rows, columns).
+    last
+        The pass: tiles of later ones do not run.
 
     Raises
     ------
     InkdaskError
         When chunks failed for good; the others are done all the same.
     """
-    mine = np.ones(plan.tiling.block_shape, bool)
-    if settings.num_parts > 1:
-        mine = assign(agreed_work(store, plan), settings.num_parts) == settings.part_id
-    if settings.overwrite:
-        store.forget(mine)
-    tiles_run = store.tiles_run()
-    summary.resume(tiles_run, mine, plan.tiling)
-    missing = np.argwhere((tiles_run < 0) & mine)
+    passes = Passes(store.passes_done(), last)
+    missing = np.argwhere((passes.done < last) & mine)
     if not len(missing):
         return
     check_weights(plan.network)
-    tasks = dict(zip(map(tuple, missing.tolist()), _together(missing, plan, store), strict=True))
+    tasks = _together(missing, plan, store, passes)
+    tiles = plan.tiling.tiles_until(last) - plan.tiling.tiles_there(passes.done)
+    total = int(tiles[(passes.done < last) & mine].sum())
+    before, finished = summary.progress, summary.finished
     # A chunk is thousands of tiles; those that run in this process are counted as they run.
-    with Meter("ink", summary.missing, "tiles", peek=lambda: summary.progress) as meter:
+    with Meter("ink", total, "tiles", peek=lambda: summary.progress - before) as meter:
 
         def on_report(chunk: ChunkReport) -> None:
             summary.add(chunk)
             meter.add(chunk.ran + chunk.empty)
 
-        failed = engine.compute_each(list(tasks.values()), on_report)
-        if failed and summary.finished + len(failed) == len(tasks):
+        failed = engine.compute_each(tasks, on_report)
+        if failed and summary.finished - finished + len(failed) == len(tasks):
             # What could not be read may be needed by some of them only.
-            places = [place for place, task in tasks.items() if task.key in failed]
-            again = [_alone(row, column, plan, store) for row, column in places]
+            again = [
+                _alone(row, column, plan, store, passes)
+                for (row, column), task in zip(missing.tolist(), tasks, strict=True)
+                if task.key in failed
+            ]
             failed = engine.compute_each(again, on_report)
-    summary.inferring = meter.seconds
-    summary.lost = len(engine.lost_tasks({task.key for task in tasks.values()}))
+    summary.inferring += meter.seconds
+    summary.lost += len(engine.lost_tasks({task.key for task in tasks}))
     if failed:
-        summary.failed = len(tasks) - summary.finished
+        summary.failed = len(tasks) - (summary.finished - finished)
         summary.say(store.uri)
         raise failure(failed, summary)
 
 
-def _together(places: np.ndarray, plan: Plan, store: GridStore) -> list[Delayed]:
+def _together(places: np.ndarray, plan: Plan, store: GridStore, passes: Passes) -> list[Delayed]:
     """One task for each of many chunks, which read together."""
-    chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask).chunks
+    chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask, passes).chunks
     saved = da.map_blocks(
-        save_chunk, chunks, store=store, meta=np.empty((0, 0), object), enforce_ndim=False
+        save_chunk,
+        chunks,
+        store=store,
+        passes=passes,
+        meta=np.empty((0, 0), object),
+        enforce_ndim=False,
     ).to_delayed()
     return [saved[row, column] for row, column in places]
 
 
-def _alone(row: int, column: int, plan: Plan, store: GridStore) -> Delayed:
+def _alone(row: int, column: int, plan: Plan, store: GridStore, passes: Passes) -> Delayed:
     """The task of one chunk, which reads nothing but what this chunk needs."""
     volume, mask = plan.cut(plan.tiling.y.reading(row), plan.tiling.x.reading(column))
     blocks = [array.to_delayed().item() for array in (volume, mask) if array is not None]
     if mask is not None:
         blocks[1] = blocks[1][None]
-    place = {"block_id": (row, column)}
+    place = {"passes": passes, "block_id": (row, column)}
     chunk = delayed(infer_chunk)(*blocks, tiling=plan.tiling, network=plan.network, **place)
     return delayed(save_chunk)(chunk, store, **place)
 

@@ -20,7 +20,7 @@ probabilities = st.floats(0, 1, width=32)
 @given(arrays(np.float32, (3, 4, 2, 2), elements=probabilities))
 def test_sixteen_bits_are_enough(grid):
     grid[1, 2] = np.nan
-    back = decode(encode(grid))
+    back = decode(encode(grid)[None])
     assert back.dtype == np.float32
     assert np.array_equal(np.isnan(back), np.isnan(grid))
     assert np.nanmax(np.abs(back - grid)) <= 1 / 131068 + 1e-7

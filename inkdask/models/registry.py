@@ -67,6 +67,7 @@ _BUILT_IN = (
         "demo",
         "ink_depth_cnn",
         "package://inkdask.models/demo.safetensors",
+        precision="float32",  # bfloat16 would be off by 0.03
         licence="MIT, as inkdask itself; trained on synthetic ink",
     ),
 )
@@ -163,7 +164,7 @@ def resolve(
         clip=spec.clip if clip is None else clip,
         divisor=spec.divisor if divisor is None else divisor,
         digest=digest,
-        precision=precision,
+        precision=spec.precision if precision == "auto" else precision,
         batch_size=batch_size,
         compile=compile,
         compile_mode=compile_mode,

@@ -1,0 +1,140 @@
+"""From coarse to fine: every tile once, a whole picture after each pass, the same in the end."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import inkdask
+from inkdask import workflow
+from inkdask.demo import auc, synthetic
+from inkdask.store import GridStore
+from inkdask.tiling import Tiling
+from tests.test_runs import grids
+from tests.test_workflow import own_environment  # noqa: F401
+
+HEIGHT, WIDTH = 330, 460
+
+
+@st.composite
+def tilings(draw):
+    tile = draw(st.integers(1, 40))
+    stride = draw(st.integers(1, tile))
+    shape = draw(st.tuples(st.integers(1, 300), st.integers(1, 300)))
+    return Tiling.of(shape, tile, stride, draw(st.integers(1, 150)))
+
+
+@given(tilings())
+def test_every_tile_comes_in_one_pass(tiling):
+    rows, columns = tiling.block_shape
+    for row in range(rows):
+        for column in range(columns):
+            passes = [
+                tiling.in_passes(row, column, last - 1, last) for last in range(tiling.passes)
+            ]
+            assert (sum(each.astype(int) for each in passes) == 1).all()
+            for last, _ in enumerate(passes):
+                until = tiling.in_passes(row, column, -1, last)
+                assert np.array_equal(until, sum(passes[: last + 1]) > 0)
+                assert tiling.tiles_until(last)[row, column] == until.sum()
+
+
+@given(tilings())
+def test_the_first_pass_covers_every_pixel(tiling):
+    for axis in (tiling.y, tiling.x):
+        origins = axis.origins[axis.pass_of_tile == 0]
+        covered = np.zeros(max(axis.length, axis.tile), bool)
+        for origin in origins:
+            covered[origin : origin + axis.tile] = True
+        assert covered.all()
+
+
+@given(tilings())
+def test_a_pass_halves_the_stride_of_the_one_before(tiling):
+    for axis in (tiling.y, tiling.x):
+        for last in range(axis.passes):
+            regular = np.flatnonzero(axis.pass_of_tile <= last)[:-1]
+            assert (regular % 2 ** (axis.passes - 1 - last) == 0).all()
+
+
+@pytest.fixture(scope="module")
+def scan():
+    return synthetic.segment(height=HEIGHT, width=WIDTH, seed=5)
+
+
+@pytest.fixture
+def segment(tmp_path, scan):
+    folder = tmp_path / "scroll" / "segment"
+    synthetic.write_segment(folder, height=HEIGHT, width=WIDTH, seed=5)
+    return folder
+
+
+def picture(uri):
+    with Image.open(uri) as image:
+        return np.asarray(image)
+
+
+def test_each_pass_shows_the_whole_and_sees_more(segment, scan, tmp_path, monkeypatch, capsys):
+    _, truth = scan
+    plain = picture(inkdask.run(segment, model="demo", zarr_output_dir=tmp_path / "plain"))
+    plain_tiles = capsys.readouterr().err.split("tiles  ")[-1].split(" run")[0].strip()
+
+    seen, shares = [], []
+    show = workflow.preview
+
+    def look(store, settings):
+        uri = show(store, settings)
+        done = store.tiling.tiles_until(int(store.passes_done().max())).sum()
+        shares.append(done / store.tiling.tiles)
+        seen.append(picture(uri))
+        return uri
+
+    monkeypatch.setattr(workflow, "preview", look)
+    uri = inkdask.run(segment, model="demo", progressive=True)
+    seen.append(picture(uri))
+    assert capsys.readouterr().err.split("tiles  ")[-1].split(" run")[0].strip() == plain_tiles
+
+    assert len(seen) == 3
+    assert shares[0] <= 0.1
+    inside = plain > 0
+    for each in seen:
+        assert ((each > 0) >= inside).mean() > 0.95  # no part of the segment is left out
+    scores = [auc(each.astype(np.float32)[inside], truth[inside]) for each in seen]
+    print("AUC of each pass:", *(f"{score:.4f}" for score in scores))
+    assert scores == sorted(scores)
+    assert scores[0] > 0.8
+    difference = np.abs(seen[-1].astype(int) - plain)
+    assert difference.max() <= 1
+    assert np.count_nonzero(difference) <= 1e-4 * difference.size
+    assert not list(Path(uri).parent.glob("*preview*"))
+
+
+def test_a_plain_run_goes_on_from_a_coarse_one(segment, tmp_path, monkeypatch, capsys):
+    plain = picture(inkdask.run(segment, model="demo", zarr_output_dir=tmp_path / "plain"))
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_):
+        raise StoppedError
+
+    monkeypatch.setattr(workflow, "preview", stop)
+    with pytest.raises(StoppedError):
+        inkdask.run(segment, model="demo", progressive=True)
+    monkeypatch.undo()
+    monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))
+    monkeypatch.setenv("RESULT_FILE", str(tmp_path / "result.txt"))
+    monkeypatch.setenv("CHUNK_SIZE", "128")
+    [grid] = grids(str(tmp_path / "partitions"))
+    store = GridStore.open(grid)
+    assert (store.passes_done() == 0).all()
+    assert (store.tiles_run() == -1).all()
+    coarse = store.tiling.tiles_until(0).sum()
+    capsys.readouterr()
+    again = picture(inkdask.run(segment, model="demo"))
+    said = capsys.readouterr().err
+    assert f"{coarse:,} resumed from an earlier run" in said
+    assert np.abs(again.astype(int) - plain).max() <= 1
