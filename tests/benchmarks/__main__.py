@@ -1,0 +1,107 @@
+"""All benchmarks, one after the other, each in a process of its own.
+
+    python -m tests.benchmarks                      # all of them: about half an hour on two cores
+    python -m tests.benchmarks blend comparison     # some
+    python -m tests.benchmarks --list
+    python -m tests.benchmarks --save               # and write tests/benchmarks/RESULTS.md
+
+A benchmark is a module beside this one that prints Markdown; its first sentence says what it
+measures, and its own options (``python -m tests.benchmarks.NAME --help``) choose other sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.benchmarks._common import ROOT, machine
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "RESULTS.md"
+
+# What the suite gives to those whose own defaults take longer than two minutes on two cores.
+ARGUMENTS = {"export": ["8000"]}
+
+
+def benchmarks() -> dict[str, str]:
+    """Names of all benchmarks, and what each measures."""
+    return {
+        path.stem: (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        for path in sorted(HERE.glob("[a-z]*.py"))
+    }
+
+
+def command_of(name: str) -> list[str]:
+    """What a person types to run one."""
+    return ["python", "-m", f"tests.benchmarks.{name}", *ARGUMENTS.get(name, [])]
+
+
+def run(name: str) -> tuple[str, float, int]:
+    """Run one, and show what it prints as it comes: that, its seconds, and its exit status."""
+    start = time.perf_counter()
+    command = [sys.executable, *command_of(name)[1:]]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return "".join(lines).strip(), time.perf_counter() - start, process.returncode
+
+
+def main() -> None:
+    """Run those that are named, or all."""
+    known = benchmarks()
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; all of them")
+    parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
+    given = parser.parse_args()
+    if unknown := sorted(set(given.names) - set(known)):
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
+    if given.list:
+        width = max(map(len, known))
+        print("\n".join(f"{name:{width}}  {what}" for name, what in known.items()))
+        return
+
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    head = f"{machine()}; commit {commit or 'unknown'}."
+    print(head, flush=True)
+    failed = []
+    pages = []
+    for name in given.names or known:
+        when = datetime.datetime.now(datetime.UTC)
+        title = f"## {name}\n\n{known[name]}\n\n`{' '.join(command_of(name))}`, {when:%Y-%m-%d}"
+        print(f"\n{title}\n", flush=True)
+        printed, seconds, status = run(name)
+        if status:
+            failed.append(name)
+            printed += f"\n\nEnded with exit status {status}."
+        print(f"\n{seconds:.0f} s", flush=True)
+        pages.append(f"{title}, {seconds:.0f} s\n\n{printed}\n")
+    if given.save:
+        RESULTS.write_text("\n".join([f"# Measured\n\n{_PREFACE}\n\n{head}\n", *pages]))
+        print(f"\nwritten: {RESULTS.relative_to(ROOT)}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+_PREFACE = """\
+Written by `python -m tests.benchmarks --save`, as printed; each section names the command that
+makes it again. Ratios inside a section were measured in one run, and travel better from machine to
+machine than seconds do."""
+
+
+if __name__ == "__main__":
+    main()

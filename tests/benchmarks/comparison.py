@@ -1,0 +1,286 @@
+"""The whole job side by side with the two usual ways to do it: same segment, weights and machine.
+
+    python -m tests.benchmarks.comparison [--side PIXELS] [--large PIXELS] [--batch TILES]
+
+tiles one by one
+    The volume is first written to a zarr array (y, x, z) in chunks of 1024 x 1024 x 1, as the
+    usual tools prepare it; then a torch ``DataLoader`` cuts 64 x 64 tiles from it one by one, the
+    network of ``timesformer-pytorch`` runs them eagerly under autocast, and each tile's
+    probabilities are added to two float32 planes, which are stored and divided in the end.
+MONAI
+    ``monai.inferers.sliding_window_inference`` on the volume loaded into memory, with the same
+    network under the same autocast.
+inkdask
+    ``inkdask.run``.
+
+All go from TIFFs of uint16 noise, in which no tile is empty, to a PNG, each in a process of its
+own, with tiles of 64 px and the same window. First TimeSformer on a small segment (stride 16),
+which shows the speed: a chunk of 1024 x 1024 is read for a tile whatever the size of the segment,
+so the bytes read for a tile are those of a large one. Then a network that costs nothing, on a
+larger segment (stride 64), which shows memory and what surrounds the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+import torch
+from PIL import Image
+
+from tests.benchmarks._common import (
+    LAYERS,
+    TILE,
+    Measured,
+    bytes_received,
+    gpu_memory,
+    measure,
+    reference_network,
+    save_checkpoint,
+    scratch,
+    size,
+    stored,
+    table,
+    tell,
+    write_noise,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLIP = 200.0
+
+
+def cheap(x: torch.Tensor) -> torch.Tensor:
+    """Tiles (b, 1, z, 64, 64) to logits (b, 1, 4, 4): the mean over the layers, here and there."""
+    return 4 * x[..., 8::16, 8::16].mean(2) - 2
+
+
+class Plain(torch.nn.Module):
+    """Tiles (b, z, 64, 64) in [0, 1] to probabilities (b, 1, 64, 64), eagerly under autocast."""
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        super().__init__()
+        self.network = None
+        if checkpoint:
+            network = reference_network()
+            state = torch.load(checkpoint, weights_only=True)
+            network.load_state_dict({k.removeprefix("backbone."): w for k, w in state.items()})
+            self.network = network.to(DEVICE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.network is None:
+            logits = cheap(x[:, None])
+        else:
+            with torch.autocast(DEVICE, torch.bfloat16):
+                logits = self.network(x.to(DEVICE)[:, :, None])
+        p = logits.float().sigmoid().view(-1, 1, 4, 4)
+        return torch.nn.functional.interpolate(p, size=(TILE, TILE), mode="bilinear")
+
+
+def hann() -> np.ndarray:
+    """The window (64, 64) that inkdask uses."""
+    edge = np.sin(np.pi * (np.arange(TILE) + 0.5) / TILE) ** 2
+    return np.outer(edge, edge).astype(np.float32)
+
+
+def write_picture(ink: np.ndarray, path: Path) -> None:
+    Image.fromarray(np.floor(255 * ink.clip(0, 1)).astype(np.uint8)).save(path)
+
+
+def read_layers(folder: Path) -> Iterator[np.ndarray]:
+    for path in sorted((folder / "layers").glob("*.tif")):
+        yield (tifffile.imread(path) >> 8).astype(np.uint8)
+
+
+class Tiles(torch.utils.data.Dataset):
+    """Tiles of a zarr array (y, x, z), cut one by one."""
+
+    def __init__(self, path: Path, stride: int) -> None:
+        import zarr
+
+        self.array = zarr.open_array(path, mode="r")
+        ys, xs = (range(0, length - TILE + 1, stride) for length in self.array.shape[:2])
+        self.places = [(y, x) for y in ys for x in xs]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        y, x = self.places[index]
+        tile = self.array[y : y + TILE, x : x + TILE].transpose(2, 0, 1).astype(np.float32)
+        return torch.from_numpy(np.minimum(tile, CLIP) / np.float32(CLIP)), y, x
+
+
+def one_by_one(folder: Path, network: Plain, stride: int, batch: int) -> None:
+    import zarr
+
+    plain: dict[str, Any] = {"zarr_format": 2, "compressors": None}
+    layers = read_layers(folder)
+    first = next(layers)
+    shape = first.shape
+    prepared = zarr.create_array(
+        folder / "work" / "prepared.zarr", shape=(*shape, LAYERS), dtype=np.uint8,
+        chunks=(1024, 1024, 1), **plain,
+    )  # fmt: skip
+    for z, layer in enumerate(itertools.chain([first], layers)):
+        prepared[:, :, z] = layer
+
+    tiles = Tiles(folder / "work" / "prepared.zarr", stride)
+    loader = torch.utils.data.DataLoader(tiles, batch, num_workers=min(os.cpu_count() or 1, 8))
+    total, weight, window = np.zeros(shape, np.float32), np.zeros(shape, np.float32), hann()
+    with torch.inference_mode():
+        for x, rows, columns in loader:
+            for p, row, column in zip(
+                network(x)[:, 0].cpu().numpy(), rows.tolist(), columns.tolist(), strict=True
+            ):
+                at = slice(row, row + TILE), slice(column, column + TILE)
+                total[at] += p * window
+                weight[at] += window
+    for name, plane in (("total", total), ("weight", weight)):
+        place = folder / "work" / f"{name}.zarr"
+        zarr.create_array(place, data=plane, chunks=(1024, 1024), **plain)
+    total, weight = (
+        np.asarray(zarr.open_array(folder / "work" / f"{name}.zarr", mode="r")[:])
+        for name in ("total", "weight")
+    )
+    write_picture(total / weight, folder / "picture.png")
+
+
+def by_monai(folder: Path, network: Plain, stride: int, batch: int) -> None:
+    from monai.inferers import sliding_window_inference
+
+    volume = np.stack(list(read_layers(folder))).astype(np.float32)  # (z, y, x)
+    volume = torch.from_numpy(np.minimum(volume, CLIP, out=volume)).div_(CLIP)
+    with torch.inference_mode():
+        ink = sliding_window_inference(
+            volume[None], (TILE, TILE), batch, network, overlap=1 - stride / TILE,
+            roi_weight_map=torch.from_numpy(hann()), sw_device=DEVICE, device="cpu",
+        )  # fmt: skip
+    write_picture(ink[0, 0].cpu().numpy(), folder / "picture.png")
+
+
+def by_inkdask(folder: Path, checkpoint: Path | None, stride: int) -> None:
+    import inkdask
+
+    uri = inkdask.run(
+        folder, model=str(checkpoint) if checkpoint else cheap, model_type="timesformer",
+        layers=(0, LAYERS), tile=TILE, stride=stride, clip=CLIP, divisor=CLIP,
+        zarr_output_dir=folder / "work", output_path=folder / "out",
+        result_file=folder / "result.txt",
+    )  # fmt: skip
+    Path(uri).rename(folder / "picture.png")
+
+
+OTHERS: dict[str, Callable[[Path, Plain, int, int], None]] = {
+    "tiles one by one": one_by_one,
+    "MONAI": by_monai,
+}
+OURS = "inkdask"
+
+
+def job(way: str, folder: Path, checkpoint: Path | None, stride: int, batch: int) -> None:
+    """Do the whole job in one way, and tell what it took."""
+    # what a process imports is not the job
+    if way == OURS:
+        from inkdask import predictor, workflow  # noqa: F401
+    else:
+        import zarr  # noqa: F401
+    start, before = time.perf_counter(), bytes_received()
+    if way == OURS:
+        by_inkdask(folder, checkpoint, stride)
+    else:
+        OTHERS[way](folder, Plain(checkpoint), stride, batch)
+    seconds = time.perf_counter() - start
+    tell(seconds=seconds, read=bytes_received() - before, gpu=gpu_memory())
+
+
+def compare(name: str, side: int, stride: int, batch: int, with_weights: bool) -> None:
+    """Print the table of one network on one segment."""
+    side = TILE + -(-(side - TILE) // stride) * stride  # the last tile ends with the segment
+    tiles = ((side - TILE) // stride + 1) ** 2
+    found: dict[str, Measured] = {}
+    pictures = {}
+    weights: tuple[str, ...] = ()
+    with scratch() as home:
+        if with_weights:
+            checkpoint = Path(home, "random.pt")
+            save_checkpoint(reference_network(), checkpoint)
+            weights = ("--checkpoint", str(checkpoint))
+        folder = Path(home, "segment")
+        write_noise(folder, side, side)
+        layers = stored(folder)
+        for way in (*OTHERS, OURS):
+            (folder / "work").mkdir()
+            options = ("--batch", batch, "--stride", stride, *weights)
+            found[way] = measure(__spec__.name, *options, "--job", way, folder)
+            found[way].said["stored"] = stored(folder / "work")
+            pictures[way] = np.asarray(Image.open(folder / "picture.png")).astype(int)
+            shutil.rmtree(folder / "work")
+        read_too = f", {size(checkpoint.stat().st_size)} of weights included" if weights else ""
+    print(
+        f"{name}: {side:,} x {side:,} x {LAYERS} uint16 ({size(layers)}), {tiles:,} tiles at "
+        f"stride {stride}, on {DEVICE if weights else 'cpu'}; the others in batches of {batch}. "
+        "Tiles/s are of the job, TIFFs to PNG; the process's time includes imports. Bytes read "
+        f"are what the process asked of the system{read_too}. Behind each figure: times inkdask's."
+        "\n"
+    )
+    ours = found[OURS]
+    rows = []
+    for way, done in found.items():
+        said, mine = done.said, ours.said
+        gpu = f" and {size(said['gpu'])} on the GPU" if said["gpu"] else ""
+        cells = (
+            way,
+            f"{tiles / said['seconds']:,.1f} ({mine['seconds'] / said['seconds']:.2f})",
+            f"{done.seconds:.1f} s ({done.seconds / ours.seconds:.2f})",
+            f"{size(done.peak)} ({done.peak / ours.peak:.2f}){gpu}",
+            f"{size(said['read'])} ({said['read'] / mine['read']:.2f})",
+            f"{size(said['stored'])} ({said['stored'] / mine['stored']:,.1f})",
+            f"{np.abs(pictures[way] - pictures[OURS]).max()}/255",
+        )
+        rows.append(cells)
+    headings = (
+        "way", "tiles/s", "whole process", "peak memory", "bytes read", "stored on the way",
+        "picture differs by at most",
+    )  # fmt: skip
+    table(headings, rows)
+    spread = pictures[OURS]
+    planes = 2 * 4 * side * side
+    print(
+        f"\nThe picture's values go from {spread.min()} to {spread.max()}. Two float32 planes of "
+        f"it are {size(planes)}, {planes / ours.said['stored']:.1f} times what inkdask stores.\n",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--side", type=int, default=320, help="of the segment for TimeSformer")
+    parser.add_argument("--large", type=int, default=3000, help="of the other segment; 0: none")
+    parser.add_argument("--batch", type=int, help="tiles, of the others; 8, or 256 on a GPU")
+    parser.add_argument("--stride", type=int, default=16, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    batch = given.batch or (256 if DEVICE == "cuda" else 8)
+    if given.job:
+        way, folder = given.job
+        job(way, Path(folder), given.checkpoint, given.stride, batch)
+        return
+    compare("TimeSformer", given.side, 16, batch, with_weights=True)
+    if given.large:
+        compare("A network that costs nothing", given.large, 64, batch, with_weights=False)
+
+
+if __name__ == "__main__":
+    main()
