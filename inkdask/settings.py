@@ -202,7 +202,8 @@ class Settings(BaseSettings):
     cluster_spec: str | None = Field(
         None,
         description="File with the DaskCluster to make on Kubernetes, as `kubectl kustomize "
-        "cluster` prints it. Default: inkdask's own manifest.",
+        "cluster` prints it. Default: that of the cluster `inkdask` in the namespace, else the "
+        "package's own.",
     )
     report: str | None = Field(
         None,

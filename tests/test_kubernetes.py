@@ -52,6 +52,15 @@ def test_the_cluster_of_a_job_is_that_of_the_manifests():
     assert cluster_manifest(settings())["metadata"]["name"] != name
 
 
+def test_the_standing_cluster_is_the_pattern_where_there_is_one():
+    standing = only(render(CLUSTER), "DaskCluster")
+    made = cluster_manifest(settings(), standing)
+    assert problems(made) == []
+    assert made["spec"]["worker"]["spec"] == standing["spec"]["worker"]["spec"]
+    assert made["metadata"]["name"] != standing["metadata"]["name"] == "inkdask"
+    assert standing["spec"]["worker"]["replicas"] == 0  # as it was
+
+
 def test_a_spec_of_the_users_own_is_taken_from_what_kustomize_prints(tmp_path):
     file = tmp_path / "cluster.yaml"
     documents = render(CLUSTER)
@@ -237,7 +246,6 @@ class World:
             "CHUNK_SIZE": "128",
             "CLUSTER": "kubernetes",
             "CLUSTER_NAMESPACE": "inkdask",
-            "CLUSTER_SPEC": str(self.folder / "site.yaml"),
             "MIN_WORKERS": "2",
             "MAX_WORKERS": "2",
             "ZARR_OUTPUT_DIR": "s3://scrolls/parts",
@@ -248,6 +256,7 @@ class World:
         return self.start(sys.executable, "-c", program, **{**STORAGE, **usual, **settings})
 
 
+GPU_SPEC = str(CLUSTER / "base/dask-cluster.yaml")
 ENDPOINT = "http://10.9.0.1:15000"
 STORAGE = {
     "AWS_ENDPOINT_URL": ENDPOINT,
@@ -332,7 +341,6 @@ def apply(world):
         ("replicas: 4", "replicas: 2"),
     )
     world.call("kubectl", "apply", "--validate=false", "-k", copy)
-    (world.folder / "site.yaml").write_text(world.call("kubectl", "kustomize", copy))
     kubeconfig(world.folder / "user.kubeconfig", "inkdask:inkdask", "inkdask")
     literals = [f"--from-literal={name}={STORAGE[name]}" for name in SECRET]
     made = ["create", "secret", "generic", "inkdask", "--namespace", "inkdask", *literals]
@@ -382,7 +390,7 @@ def test_an_interrupted_job_leaves_nothing(world):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_job_that_waits_for_gpus_says_so_and_leaves_nothing(world, number):
-    job = world.start_job(CLUSTER_SPEC="", CLUSTER_IMAGE="inkdask:test")
+    job = world.start_job(CLUSTER_SPEC=GPU_SPEC, CLUSTER_IMAGE="inkdask:test")
     expected = "2 workers pending (0/1 nodes are available: 1 Insufficient nvidia.com/gpu)"
     world.wait(lambda: expected in job.told() or job.poll() is not None)
     assert job.poll() is None, job.told()

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ log = logging.getLogger("inkdask")
 
 API = "kubernetes.dask.org/v1"
 MANIFEST = "dask-cluster.yaml"
+STANDING = "inkdask"  # the cluster that the manifests make
 MAX_WORKERS = 8
 IDLE_TIMEOUT = 1800  # seconds, after which the operator removes a cluster whose client is gone
 PATIENCE = 90  # seconds for the operator to react, and for a pod that cannot start to do so still
@@ -86,9 +88,9 @@ def kubernetes(settings: Settings) -> Iterator[Client]:
             f"({error})."
         ) from None
 
-    manifest = cluster_manifest(settings)
     with ExitStack() as stack:
         with _explained():
+            manifest = cluster_manifest(settings, _standing(settings.cluster_namespace))
             pods = stack.enter_context(_made(manifest, settings.cluster_namespace))
             pods.autoscale(minimum, maximum)
             with _news() as tell:
@@ -101,19 +103,34 @@ def kubernetes(settings: Settings) -> Iterator[Client]:
         yield client
 
 
-def cluster_manifest(settings: Settings) -> dict[str, Any]:
+def cluster_manifest(settings: Settings, standing: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the `DaskCluster` of a job, with a name of its own.
+
+    Parameters
+    ----------
+    settings
+        With ``cluster_spec``, the file that holds another one than usual.
+    standing
+        The one that an admin has applied: as the usual one, with the image and nodes of the place.
 
     Raises
     ------
     InkdaskError
         When ``cluster_spec`` is not a file that holds one, in one sentence.
     """
-    manifest = _load(settings.cluster_spec) if settings.cluster_spec else _load(_own_manifest())
+    if settings.cluster_spec:
+        manifest = _load(settings.cluster_spec)
+    else:
+        manifest = deepcopy(standing) if standing else _load(_own_manifest())
     name = f"inkdask-{uuid4().hex[:8]}"
     labels = manifest["metadata"].get("labels", {})
-    manifest["metadata"] = {"name": name, "labels": labels}
     spec = manifest["spec"]
+    manifest = {
+        "apiVersion": API,
+        "kind": "DaskCluster",
+        "metadata": {"name": name, "labels": labels},
+        "spec": spec,
+    }
     spec["idleTimeout"] = IDLE_TIMEOUT
     spec["worker"]["replicas"] = settings.min_workers
     spec["scheduler"]["service"]["selector"]["dask.org/cluster-name"] = name
@@ -123,6 +140,21 @@ def cluster_manifest(settings: Settings) -> dict[str, Any]:
         if settings.cluster_image:
             container["image"] = settings.cluster_image
     return manifest
+
+
+def _standing(namespace: str | None) -> dict[str, Any] | None:
+    """The cluster that ``kubectl apply -k cluster`` has made in the namespace, if it has."""
+    import kr8s
+    from kr8s.objects import new_class
+
+    kind = new_class("DaskCluster", API, asyncio=False)
+    cluster = kind({"metadata": {"name": STANDING}}, namespace=namespace or kr8s.api().namespace)
+    try:
+        cluster.refresh()
+    except kr8s.NotFoundError:
+        return None
+    found: dict[str, Any] = cluster.raw.to_dict()
+    return {**found, "metadata": {"labels": found["metadata"].get("labels", {})}}
 
 
 def _own_manifest() -> str:
