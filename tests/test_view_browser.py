@@ -262,7 +262,7 @@ def test_compare(page, lab):
     url, _ = lab
     open_notebook(page, url, "compare.ipynb")
     run_all(page)
-    viewer = output_of(page, 5)
+    viewer = output_of(page, 4)
     page.wait_for_function("document.querySelectorAll('.inkdask-viewer canvas').length == 4")
     viewer.scroll_into_view_if_needed()
     panels = [viewer.locator("canvas").nth(i) for i in range(4)]
