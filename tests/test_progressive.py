@@ -52,6 +52,12 @@ def test_the_first_pass_covers_every_pixel(tiling):
         assert covered.all()
 
 
+def test_the_first_pass_of_the_demo_is_less_than_a_tenth():
+    tiling = Tiling.of((640, 1664), 64, 16, 1024)
+    assert tiling.passes == 3
+    assert tiling.tiles_until(0).sum() <= tiling.tiles / 10
+
+
 @given(tilings())
 def test_a_pass_halves_the_stride_of_the_one_before(tiling):
     for axis in (tiling.y, tiling.x):
@@ -82,13 +88,11 @@ def test_each_pass_shows_the_whole_and_sees_more(segment, scan, tmp_path, monkey
     plain = picture(inkdask.run(segment, model="demo", zarr_output_dir=tmp_path / "plain"))
     plain_tiles = capsys.readouterr().err.split("tiles  ")[-1].split(" run")[0].strip()
 
-    seen, shares = [], []
+    seen = []
     show = workflow.preview
 
     def look(store, settings):
         uri = show(store, settings)
-        done = store.tiling.tiles_until(int(store.passes_done().max())).sum()
-        shares.append(done / store.tiling.tiles)
         seen.append(picture(uri))
         return uri
 
@@ -98,11 +102,10 @@ def test_each_pass_shows_the_whole_and_sees_more(segment, scan, tmp_path, monkey
     assert capsys.readouterr().err.split("tiles  ")[-1].split(" run")[0].strip() == plain_tiles
 
     assert len(seen) == 3
-    assert shares[0] <= 0.1
     inside = plain > 0
     for each in seen:
         assert ((each > 0) >= inside).mean() > 0.95  # no part of the segment is left out
-    scores = [auc(each.astype(np.float32)[inside], truth[inside]) for each in seen]
+    scores = [auc(each[inside], truth[inside]) for each in seen]
     print("AUC of each pass:", *(f"{score:.4f}" for score in scores))
     assert scores == sorted(scores)
     assert scores[0] > 0.8
