@@ -108,7 +108,7 @@ def test_each_pass_shows_the_whole_and_sees_more(segment, scan, tmp_path, monkey
     scores = [auc(each[inside], truth[inside]) for each in seen]
     print("AUC of each pass:", *(f"{score:.4f}" for score in scores))
     assert scores == sorted(scores)
-    assert scores[0] > 0.8
+    assert scores[0] > 0.7
     difference = np.abs(seen[-1].astype(int) - plain)
     assert difference.max() <= 1
     assert np.count_nonzero(difference) <= 1e-4 * difference.size
