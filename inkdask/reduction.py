@@ -145,6 +145,7 @@ def description(attributes: Attributes) -> dict[str, Any]:
     identity, origin = attributes["fingerprint"], attributes["origin"]
     return {
         "s3_path": origin["source"],
+        "surface_volume_zarr": origin["volume"],
         "layers": origin["layer_range"],
         "model_in_chans": len(identity["layers"]) // identity["averaged"],
         "force_reverse": identity["layers"][0] > identity["layers"][-1],
@@ -167,6 +168,8 @@ def asked(settings: Settings, defaults: bool = False) -> dict[str, Any]:
         if name in settings.model_fields_set or (defaults and name in silent)
     }
     given["s3_path"] = absolute(settings.s3_path)
+    if settings.surface_volume_zarr:
+        given["surface_volume_zarr"] = absolute(settings.surface_volume_zarr)
     if settings.layers:
         given["layers"] = settings.layers
     if settings.model is not None:

@@ -109,8 +109,12 @@ class GridStore:
         """Fingerprint and origin of the store at ``uri``; empty when there is none."""
         if not storage.exists(storage.join(uri, "zarr.json")):
             return {}
-        with storage.explained(uri):
-            return dict(zarr.open_group(storage.zarr_store(uri, read_only=True), mode="r").attrs)
+        try:
+            with storage.explained(uri):
+                group = zarr.open_group(storage.zarr_store(uri, read_only=True), mode="r")
+                return dict(group.attrs)
+        except ContainsArrayError:  # a prepared volume, which may lie beside
+            return {}
 
     def create(self, fingerprint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
         """Make the empty store, or leave what is there for the job to go on from.
