@@ -1,0 +1,264 @@
+"""Where the time of the main job goes, and how near it comes to the network running alone.
+
+    python -m tests.benchmarks.profile_job [--side PIXELS]
+
+TimeSformer with random weights on uint16 TIFFs without empty tiles. The forward passes have a
+thread of their own, so the job can be no faster than that thread; what other threads do meanwhile
+costs nothing until it makes that thread wait. One process runs the job with a stopwatch at each
+step and under Dask's profiler, and then its network alone, on a batch that lies ready; another runs
+the job under torch's profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks._common import (
+    LAYERS,
+    STRIDE,
+    TILE,
+    gpu_memory,
+    measure,
+    reference_network,
+    save_checkpoint,
+    scratch,
+    size,
+    table,
+    tell,
+    write_noise,
+)
+
+ALONE = 5.0  # seconds that the network runs alone, at the least
+
+
+class Stopwatch:
+    """Seconds in functions, by name, summed over all threads; one inside another counts in both."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self._lock = threading.Lock()
+
+    def on(self, owner: Any, function: str, name: str) -> None:
+        """Measure a function of a module or a method of a class from now on."""
+        original = getattr(owner, function)
+
+        @functools.wraps(original)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.add(name, time.perf_counter() - start)
+
+        timed.__dask_tokenize__ = lambda: ("timed", name)  # type: ignore[attr-defined]
+        setattr(owner, function, timed)
+
+    def add(self, name: str, seconds: float) -> None:
+        with self._lock:
+            self.seconds[name] += seconds
+
+
+def run_job(folder: Path) -> int:
+    """Run the main job; returns its tiles."""
+    import inkdask
+    from inkdask import storage
+
+    before = storage.counters().tiles
+    inkdask.run(
+        folder, model=str(folder / "random.pt"), model_type="timesformer", layers=(0, LAYERS),
+        zarr_output_dir=folder / "work", output_path=folder / "out", overwrite=True,
+        result_file=folder / "result.txt",
+    )  # fmt: skip
+    return storage.counters().tiles - before
+
+
+def job_with_stopwatch(folder: Path) -> None:
+    """Measure the steps of a job, its tasks, and the network alone."""
+    from dask.diagnostics import Profiler
+    from dask.utils import key_split
+
+    from inkdask import blending, halo, inference, predictor, reduction, storage, store, workflow
+    from inkdask.reading import tiff
+
+    watch = Stopwatch()
+    watch.on(workflow.Job, "of", "settle")
+    watch.on(workflow, "check_weights", "weights")
+    watch.on(workflow, "fill", "fill")
+    watch.on(reduction, "write", "picture")
+    watch.on(storage, "read_range", "read")
+    watch.on(tiff.Layout, "decode", "decode")
+    watch.on(tiff, "_paste", "decode")
+    watch.on(halo, "_join", "halo")
+    watch.on(inference, "tiles_with_data", "find empty tiles")
+    watch.on(store.GridStore, "write", "store")
+    watch.on(blending, "blend_chunk", "blend")
+    for function, name in {
+        "_predict": "thread", "_load": "load", "_unfold": "unfold", "_gather": "gather",
+        "_run_stretch": "run",
+    }.items():  # fmt: skip
+        watch.on(predictor.Predictor, function, name)
+
+    start = time.perf_counter()
+    with Profiler() as tasks:
+        tiles = run_job(folder)
+    seconds = time.perf_counter() - start
+    steps = dict(watch.seconds)
+    by_task: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    for task in tasks.results:
+        entry = by_task[key_split(task.key)]
+        entry[0] += 1
+        entry[1] += task.end_time - task.start_time
+    [network] = predictor._predictors.values()
+    tell(
+        seconds=seconds, tiles=tiles, steps=steps, tasks=by_task, gpu=gpu_memory(),
+        device=str(network.device), dtype=str(network.dtype), batch=network.batch_size,
+        alone=alone(network),
+    )  # fmt: skip
+
+
+def alone(network: Any) -> float:
+    """Tiles a second of the network that the job ran, on a batch that lies ready on its device."""
+    import torch
+
+    def forward() -> None:
+        import numpy as np
+
+        torch.set_num_threads(threads)
+        block = np.random.default_rng(0).integers(1, 256, (LAYERS, TILE, TILE), dtype=np.uint8)
+        at = torch.zeros(network.batch_size, 2, dtype=torch.int64, device=network.device)
+        x = network._gather(network._unfold(block), at)
+        way, _ = network._way(network.batch_size)
+        with torch.no_grad():
+            way(x)
+            best, end = float("inf"), time.perf_counter() + ALONE
+            while time.perf_counter() < end:
+                start = time.perf_counter()
+                for _ in range(4):
+                    way(x)
+                if network.device.type == "cuda":
+                    torch.cuda.synchronize()
+                best = min(best, (time.perf_counter() - start) / 4)
+        speeds.append(network.batch_size / best)
+
+    from inkdask.models.hardware import cores
+
+    threads = cores()
+    speeds: list[float] = []
+    network._thread.submit(forward).result()  # the thread that ran it in the job
+    return speeds[0]
+
+
+def job_with_torch(folder: Path) -> None:
+    """Run the job under torch's profiler, and tell the operations that take its time."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from inkdask import predictor
+
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    found: dict[str, float] = collections.defaultdict(float)
+    original = predictor.Predictor._run_stretch
+
+    def profiled(*args: Any) -> Any:  # torch's profiler sees the thread that started it
+        with profile(activities=activities) as seen:
+            out = original(*args)
+        for event in seen.key_averages():
+            took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            found[event.key] += took / 1e6
+        return out
+
+    predictor.Predictor._run_stretch = profiled
+    tiles = run_job(folder)
+    tell(tiles=tiles, operations=found)
+
+
+JOBS: dict[str, Callable[[Path], None]] = {
+    "stopwatch": job_with_stopwatch,
+    "torch": job_with_torch,
+}
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--side", type=int, default=400, help="side of the segment in pixels")
+    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.job:
+        JOBS[given.job[0]](Path(given.job[1]))
+        return
+    with scratch() as home:
+        folder = Path(home)
+        write_noise(folder, given.side, given.side)
+        save_checkpoint(reference_network(), folder / "random.pt")
+        job = measure(__spec__.name, "--job", "stopwatch", folder).said
+        operations = measure(__spec__.name, "--job", "torch", folder).said["operations"]
+
+    steps = collections.defaultdict(float, job["steps"])
+    wall, tiles, fastest = job["seconds"], job["tiles"], job["alone"]
+    forward = steps["run"] - steps["gather"]
+    clock = {
+        "settle: headers, digest of the weights": steps["settle"],
+        "load the weights": steps["weights"],
+        "take the fast path, and check it on a few tiles": steps["load"],
+        "unfold or upload blocks": steps["unfold"],
+        "gather tiles": steps["gather"],
+        "**forward**": forward,
+        "the network's thread waits: first read, last store": steps["fill"]
+        - steps["weights"]
+        - steps["thread"],
+        "picture: blend, zarr, PNG": steps["picture"],
+    }
+    clock["the rest"] = wall - sum(clock.values())
+    gpu = f"; {size(job['gpu'])} of GPU memory" if job["gpu"] else ""
+    print(
+        f"{given.side} x {given.side} x {LAYERS}, {tiles} tiles at stride {STRIDE}; {job['dtype']} "
+        f"on {job['device']}, batch {job['batch']}{gpu}.\n\n"
+        "The job by the clock:\n"
+    )
+    rows = [(name, f"{seconds:.2f} s", f"{seconds / wall:.1%}") for name, seconds in clock.items()]
+    table(("step", "time", "of the job"), [*rows, ("all", f"{wall:.2f} s", "100.0%")])
+
+    print("\nOn other threads meanwhile, summed over them:\n")
+    others = ("read", "decode", "halo", "find empty tiles", "store", "blend")
+    table(
+        ("step", "time", "to the time of forward"),
+        ((name, f"{steps[name]:.3f} s", f"{steps[name] / forward:.2%}") for name in others),
+    )
+    print("\nTasks, as Dask's profiler saw them (what waits for the network's thread included):\n")
+    tasks = sorted(job["tasks"].items(), key=lambda task: -task[1][1])[:10]
+    table(("task", "number", "time"), ((k, int(n), f"{s:.3f} s") for k, (n, s) in tasks))
+
+    print("\nOperations of the network's thread, as torch's profiler saw them:\n")
+    total = sum(operations.values())
+    largest = sorted(operations.items(), key=lambda operation: -operation[1])[:12]
+    shares = [(f"`{name}`", f"{seconds / total:.1%}") for name, seconds in largest]
+    rest = 1 - sum(seconds for _, seconds in largest) / total
+    table(("operation", "share"), [*shares, ("others", f"{rest:.1%}")])
+
+    stage = steps["fill"] - steps["weights"] - steps["load"]
+    print("\nAgainst the network alone, on a batch that lies ready:\n")
+    speeds = {
+        "network alone": fastest,
+        "forward in the job": tiles / forward,
+        "from the first read to the last store, network loaded": tiles / stage,
+        "the whole job, loading and picture included": tiles / wall,
+    }
+    table(
+        ("", "tiles/s", "of the network alone"),
+        ((name, f"{speed:.2f}", f"{speed / fastest:.1%}") for name, speed in speeds.items()),
+    )
+
+
+if __name__ == "__main__":
+    main()
