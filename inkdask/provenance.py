@@ -51,7 +51,7 @@ def origin_of(plan: Plan, settings: Settings) -> dict[str, Any]:
     start, end = settings.layers or (min(plan.layers), max(plan.layers) + 1)
     origin = {
         "segment": plan.name,
-        "source": absolute(settings.s3_path),
+        "source": absolute(_source(plan, settings)),
         "volume": absolute(plan.segment.uri) if plan.segment else None,
         "mask": absolute(plan.segment.mask_uri) if plan.segment else None,
         "layer_range": [start, end],
@@ -102,11 +102,16 @@ def command(plan: Plan, settings: Settings) -> list[str] | None:
     if plan.network.function is not None:
         return None
     start, end = settings.layers or (min(plan.layers), max(plan.layers) + 1)
-    words = ["inkdask", "run", absolute(settings.s3_path), "--model", _model(plan, settings)]
+    words = ["inkdask", "run", absolute(_source(plan, settings)), "--model", _model(plan, settings)]
     words += ["--layers", f"{start}:{end}", "--tile", plan.tiling.tile]
     words += ["--stride", plan.tiling.stride, "--clip", f"{plan.network.clip:.15g}"]
     words += ["--divisor", f"{plan.network.divisor:.15g}"]
     return [*map(str, words), *_options(OF_GRIDS, settings)]
+
+
+def _source(plan: Plan, settings: Settings) -> str | None:
+    """The segment as the user named it, or as it was opened."""
+    return settings.s3_path or (plan.segment.uri if plan.segment else None)
 
 
 def _options(names: Sequence[str], settings: Settings, **instead: Any) -> Iterator[str]:

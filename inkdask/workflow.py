@@ -36,6 +36,27 @@ log = logging.getLogger("inkdask")
 _OF_PATHS = ("s3_path", "surface_volume_zarr", "mask_path")
 
 
+@dataclass(frozen=True)
+class StoredJob:
+    """A tile grid, what shapes it, and where it comes from (`inkdask.provenance`)."""
+
+    store: GridStore
+    fingerprint: Mapping[str, Any]
+    origin: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, plan: Plan, settings: Settings) -> StoredJob:
+        """Where a job keeps its tile grid; nothing is written yet."""
+        identity = fingerprint(plan)
+        place = settings.grid or settings.zarr_output_dir
+        store = GridStore.of(place, plan.name, identity, plan.tiling, plan.network.k)
+        return cls(store, identity, origin_of(plan, settings))
+
+    def create(self) -> None:
+        """Make the grid's store where it is not there; see `GridStore.create`."""
+        self.store.create(self.fingerprint, self.origin)
+
+
 @dataclass(frozen=True, eq=False)
 class InkMap:
     """A lazy prediction: computing a part of it runs only the chunks that the part touches.
@@ -52,6 +73,10 @@ class InkMap:
         What it is made of: segment, layers, tiles and network.
     blend_mode, gaussian_sigma
         The window that weighs the pixels of a tile.
+    progressive
+        Whether the background goes from coarse to fine.
+    job
+        Where a progressive prediction is stored; None for one that is not.
     """
 
     map: da.Array
@@ -60,6 +85,29 @@ class InkMap:
     plan: Plan
     blend_mode: Window = "hann"
     gaussian_sigma: float = 0.0
+    progressive: bool = False
+    job: StoredJob | None = None
+
+    def start(self) -> None:
+        """Compute all of it in the background; what is there so far is `so_far`.
+
+        A progressive prediction goes from coarse to fine over the whole segment, and is stored: the
+        next session, or `run` with the same words, goes on from it.
+        """
+        view.background(self).start()
+
+    def focus(self, y0: int, y1: int, x0: int, x1: int) -> None:
+        """Compute a region of the picture before all else, in the background; in pixels."""
+        view.background(self).focus((slice(y0, y1), slice(x0, x1)))
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until the background has nothing more to compute."""
+        view.background(self).wait(seconds)
+
+    @property
+    def so_far(self) -> da.Array:
+        """The picture of all tiles that the background has run, dask float32 (y, x)."""
+        return view.background(self).so_far
 
     @property
     def tiling(self) -> Tiling:
@@ -120,6 +168,9 @@ def predict(
         plan,
         settings.blend_mode,
         settings.gaussian_sigma,
+        settings.progressive,
+        # An array may change without a trace, so nothing that it gave is kept.
+        StoredJob.of(plan, settings) if settings.progressive and plan.segment else None,
     )
 
 
@@ -154,7 +205,7 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     with connect(settings), report(settings.report):
         check_memory(job.plan)
         summary = Summary()
-        job.store.create(job.fingerprint, job.origin)
+        job.stored.create()
         mine = share(job, settings)
         if settings.overwrite:
             job.store.forget(mine)
@@ -209,19 +260,20 @@ class Job:
     ----------
     plan
         Network, volume and tiles.
-    fingerprint, origin
-        What shapes the tile grid, and where it comes from (`inkdask.provenance`).
-    store
-        Where the grid lies.
+    stored
+        Its tile grid.
     target
         Where the picture goes, without its endings.
     """
 
     plan: Plan
-    fingerprint: Mapping[str, Any]
-    origin: Mapping[str, Any]
-    store: GridStore
+    stored: StoredJob
     target: str
+
+    @property
+    def store(self) -> GridStore:
+        """Where the tile grid lies."""
+        return self.stored.store
 
     @classmethod
     def of(cls, settings: Settings) -> Job:
@@ -238,14 +290,13 @@ class Job:
         settings.export_devices()
         settings.export_token()
         plan = Plan.of(str(settings.s3_path), settings)
-        identity, origin = fingerprint(plan), origin_of(plan, settings)
-        target = output_stem(settings, origin, plan.network.model.key)
-        place = settings.grid or settings.zarr_output_dir
-        store = GridStore.of(place, plan.name, identity, plan.tiling, plan.network.k)
+        stored = StoredJob.of(plan, settings)
+        store = stored.store
+        target = output_stem(settings, stored.origin, plan.network.model.key)
         for file in (f"{target}.png", settings.result_file, storage.join(store.uri, "zarr.json")):
             outputs.check_writable(file)
         check_room(plan, store, target, settings)
-        return cls(plan, identity, origin, store, target)
+        return cls(plan, stored, target)
 
 
 def check_weights(network: Network) -> None:

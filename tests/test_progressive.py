@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import inkdask
+import inkdask.view.lazy
 from inkdask import workflow
 from inkdask.demo import auc, synthetic
 from inkdask.store import GridStore
@@ -141,3 +142,38 @@ def test_a_plain_run_goes_on_from_a_coarse_one(segment, tmp_path, monkeypatch, c
     said = capsys.readouterr().err
     assert f"{coarse:,} resumed from an earlier run" in said
     assert np.abs(again.astype(int) - plain).max() <= 1
+
+
+def test_in_python_it_goes_on_in_the_background(segment, tmp_path):
+    """A region first, then the whole, pass by pass; and a run takes over what is there."""
+    options = {"model": "demo", "progressive": True}
+    ink = inkdask.predict(segment, **options)
+    seen = []
+    background = inkdask.view.background(ink)
+    background.observers.append(lambda _: seen.append(background._passes.copy()))
+    ink.focus(0, 60, 0, 60)
+    ink.start()
+    ink.wait()
+    assert not background.is_busy
+    finest = ink.tiling.passes - 1
+    first = next(passes for passes in seen if passes[0, 0] == finest)
+    assert (first[1:, 1:] < 0).all()  # the region was at its finest before others had begun
+    whole = [passes for passes in seen if (passes >= 0).all()]
+    assert (whole[0] < finest).any()  # a picture of the whole, before it is at its finest
+    map_ = ink.so_far.compute()
+    np.testing.assert_allclose(map_, ink.map.compute(), atol=1e-4)
+    assert "chunks at their finest" in background.status
+
+    inkdask.view.lazy._known.clear()
+    again = inkdask.predict(segment, **options)
+    assert (inkdask.view.background(again).known).all()
+    np.testing.assert_array_equal(again.so_far.compute(), map_)
+
+
+def test_a_run_takes_over_what_a_notebook_began(segment, capsys):
+    ink = inkdask.predict(segment, model="demo", progressive=True)
+    ink.focus(0, 60, 0, 60)
+    ink.wait()
+    capsys.readouterr()
+    inkdask.run(segment, model="demo")
+    assert "resumed from an earlier run" in capsys.readouterr().err

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inkdask.segment import Segment
+    from inkdask.view.lazy import LazyInk
     from inkdask.view.viewer import Viewer
     from inkdask.workflow import InkMap
 
-__all__ = ["compare", "ink_html", "segment_html", "show_ink", "show_segment"]
+__all__ = ["background", "compare", "ink_html", "segment_html", "show_ink", "show_segment"]
 
 
 def segment_html(segment: Segment) -> str:
@@ -32,6 +33,13 @@ def ink_html(ink: InkMap) -> str:
     from inkdask.view import html
 
     return html.ink_html(ink)
+
+
+def background(ink: InkMap) -> LazyInk:
+    """What computes a prediction in the background, for all viewers of this process."""
+    from inkdask.view import lazy
+
+    return lazy.lazy_ink(ink)
 
 
 def show_segment(segment: Segment, *, height: int = 480) -> Viewer:

@@ -2,7 +2,8 @@
 
 Chunks in sight are computed in the background, from the middle of the view outwards, into a grid
 like that of a job, in a scratch folder that goes with the process: no tile runs twice, and memory
-does not grow with the segment.
+does not grow with the segment. A progressive prediction goes from coarse to fine, in the very grid
+of the job, so that it is there again tomorrow.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import logging
 import tempfile
 import threading
 from collections import OrderedDict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
 import numpy as np
 
 from inkdask import engine
-from inkdask.blending import blend_chunk
-from inkdask.inference import InferredChunk, infer
+from inkdask.blending import blend, blend_chunk
+from inkdask.inference import InferredChunk, Passes, infer
 from inkdask.store import GridStore
 from inkdask.tiling import Axis
 from inkdask.types import InkdaskError
@@ -53,21 +55,26 @@ class LazyInk(Ink):
     def __init__(self, ink: InkMap) -> None:
         super().__init__(ink.map)
         self._ink, self._tiling = ink, ink.plan.tiling
-        self._done = np.zeros(self._tiling.block_shape, bool)
+        self._passes = np.full(self._tiling.block_shape, -1)  # the last that each chunk has
+        self._last = self._tiling.passes - 1
         self._folder: Any = None  # made with the first chunk
         self._store: GridStore | None = None
-        self._blocks: np.ndarray | None = None  # of Delayed
+        self._blocks: dict[int, np.ndarray] = {}  # of Delayed, for each pass
         self._wanted: list[tuple[int, int]] = []
         self._first: list[tuple[int, int]] = []
         self._thread: threading.Thread | None = None
         self._turn = threading.Lock()
         self._failure = ""
         self._left_out = 0
+        if ink.job is not None:  # what an earlier session has computed is shown again
+            self._open_store()
+            for row, column in np.argwhere(self.known):
+                self.refresh(int(row), int(column))
 
     @property
     def known(self) -> np.ndarray:
-        """Chunks whose own tiles were computed."""
-        return self._done
+        """Chunks whose own tiles were computed, or the coarsest of them."""
+        return self._passes >= 0
 
     @property
     def is_busy(self) -> bool:
@@ -85,7 +92,29 @@ class LazyInk(Ink):
                 "press Compute"
             )
         to_come = len(self._missing(self._first + self._wanted))
+        if self._ink.progressive:
+            return (
+                f"pass {min(int(self._passes.min()) + 2, self._last + 1)} of {self._last + 1}, "
+                f"{np.count_nonzero(self._passes == self._last):,} of {self._passes.size:,} chunks "
+                "at their finest"
+            )
         return super().status + (f", {to_come:,} to come" if to_come else "")
+
+    def start(self) -> None:
+        """Compute all chunks; a progressive prediction goes over the whole of them pass by pass."""
+        with self._turn:
+            self._wanted = list(np.ndindex(self._passes.shape))
+            self._left_out = 0
+        self._go_on()
+
+    @property
+    def so_far(self) -> da.Array:
+        """The picture of all that is there now, dask float32 (y, x); 0 where nothing is yet."""
+        ink, store = self._ink, self._open_store()
+        blended = blend(
+            store.grid(), store.valid(), self._tiling, ink.blend_mode, ink.gaussian_sigma
+        )
+        return blended[ink.plan.window]
 
     def see(self, window: Window) -> None:
         """Compute the chunks in sight, if they are few."""
@@ -123,7 +152,7 @@ class LazyInk(Ink):
         return rows[row] * columns[column]
 
     def _missing(self, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        return [place for place in dict.fromkeys(places) if not self._done[place]]
+        return [place for place in dict.fromkeys(places) if self._passes[place] < self._last]
 
     def _go_on(self) -> None:
         with self._turn:
@@ -136,13 +165,13 @@ class LazyInk(Ink):
         try:
             while True:
                 with self._turn:
-                    batch = self._next()
+                    number, batch = self._next()
                     if not batch:
                         self._thread = None
                         break
-                blocks = self._delayed()
+                blocks = self._delayed(number)
                 tasks = [blocks[place] for place in batch]
-                engine.raise_any(engine.compute_each(tasks, self._receive))
+                engine.raise_any(engine.compute_each(tasks, partial(self._receive, number)))
         except Exception as error:
             # Nobody called: what went wrong is shown in the viewer.
             if not isinstance(error, InkdaskError):
@@ -153,46 +182,64 @@ class LazyInk(Ink):
         for observer in list(self.observers):  # that it is over
             observer((slice(0, 0), slice(0, 0)))
 
-    def _next(self) -> list[tuple[int, int]]:
-        """Chunks to compute side by side: of one row, because they are read together."""
-        missing = self._missing(self._first + self._wanted)
-        return [place for place in missing if place[0] == missing[0][0]][: _abreast()]
+    def _next(self) -> tuple[int, list[tuple[int, int]]]:
+        """A pass, and chunks to compute side by side: of one row, as they are read together."""
+        missing = self._missing(self._first) or self._missing(self._wanted)
+        if self._ink.progressive and missing:
+            least = min(self._passes[place] for place in missing)
+            missing = [place for place in missing if self._passes[place] == least]
+            number = int(least) + 1
+        else:
+            number = self._last
+        batch = [place for place in missing if place[0] == missing[0][0]]
+        return number, batch[: _abreast()]
 
-    def _delayed(self) -> np.ndarray:
-        if self._blocks is None:
-            plan, k = self._ink.plan, self._ink.network.k
-            self._folder = tempfile.TemporaryDirectory(prefix="inkdask-view-")
-            self._store = GridStore(f"{self._folder.name}/grid.zarr", self._tiling, k)
-            self._store.create({}, {})
-            chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask).chunks
+    def _open_store(self) -> GridStore:
+        if self._store is None:
+            plan, job = self._ink.plan, self._ink.job
+            if job is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="inkdask-view-")
+                place = f"{self._folder.name}/grid.zarr"
+                self._store = GridStore(place, self._tiling, plan.network.k)
+                self._store.create({}, {})
+            else:
+                self._store = job.store
+                job.create()
+                self._passes[:] = self._store.passes_done()
+        return self._store
+
+    def _delayed(self, number: int) -> np.ndarray:
+        if number not in self._blocks:
+            plan = self._ink.plan
+            done = number - 1 if self._ink.progressive else -1
+            passes = Passes(np.full(self._passes.shape, done), number)
+            chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask, passes).chunks
             located = da.map_blocks(
                 _locate, chunks, meta=np.empty((0, 0), object), enforce_ndim=False
             )
-            self._blocks = located.to_delayed()
-        return self._blocks
+            self._blocks[number] = located.to_delayed()
+        return self._blocks[number]
 
-    def _receive(self, located: tuple[tuple[int, int], InferredChunk]) -> None:
+    def _receive(self, number: int, located: tuple[tuple[int, int], InferredChunk]) -> None:
         (row, column), chunk = located
-        assert self._store is not None  # noqa: S101  made before the first chunk was asked for
-        self._store.write(chunk, row, column)
-        self._done[row, column] = True
-        rows, columns = self._done.shape
+        self._open_store().write(chunk, row, column, number)
+        self._passes[row, column] = number
+        rows, columns = self._passes.shape
         for y in range(row, min(row + 2, rows)):  # its tiles reach into those after it
             for x in range(column, min(column + 2, columns)):
-                if self._done[y, x]:
+                if self.known[y, x]:
                     self.refresh(y, x)
 
     def _chunk(self, row: int, column: int) -> np.ndarray:
-        assert self._store is not None  # noqa: S101
-        tiling, ink = self._tiling, self._ink
+        tiling, ink, store = self._tiling, self._ink, self._open_store()
         tiles = _reach(tiling.y, row), _reach(tiling.x, column)
         pixels = (
             slice(int(tiling.y.edges[row]), int(tiling.y.edges[row + 1])),
             slice(int(tiling.x.edges[column]), int(tiling.x.edges[column + 1])),
         )
         whole = blend_chunk(
-            np.asarray(self._store.grid()[tiles].compute(scheduler="synchronous")),
-            np.asarray(self._store.valid()[pixels].compute(scheduler="synchronous")),
+            np.asarray(store.grid()[tiles].compute(scheduler="synchronous")),
+            np.asarray(store.valid()[pixels].compute(scheduler="synchronous")),
             np.array([row]),
             np.array([column]),
             tiling,

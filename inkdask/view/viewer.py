@@ -248,12 +248,8 @@ class Viewer:
             self._focus(self.box)
 
     def _focus(self, window: Window) -> None:
-        rows, columns = window
-        for ink, source in zip(self._inks, self._sources, strict=True):
-            if hasattr(source, "focus"):  # a run that goes on by itself
-                source.focus(rows.start, rows.stop, columns.start, columns.stop)
-            else:
-                ink.focus(window)
+        for ink in self._inks:
+            ink.focus(window)
         self._say()
 
     def _say(self, trouble: str = "") -> None:
