@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, each in a process of its own.
 
-    python -m tests.benchmarks                      # all of them: about half an hour on two cores
+    python -m tests.benchmarks                      # all of them
     python -m tests.benchmarks blend comparison     # some
     python -m tests.benchmarks --list
     python -m tests.benchmarks --save               # and write tests/benchmarks/RESULTS.md

@@ -9,6 +9,7 @@ library that had no part in writing it, and compared pixel by pixel.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -91,10 +92,16 @@ FILES = [
 
 def main() -> None:
     """Print the table."""
-    side = int(sys.argv[1]) if len(sys.argv) > 1 else 30_000
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("side", nargs="?", type=int, default=30_000, help="in pixels")
+    parser.add_argument("folder", nargs="?", help="where to write; as TMPDIR says")
+    given = parser.parse_args()
+    side = given.side
     print("| file | size | seconds | peak memory | read back |")
     print("|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as scratch:
+    with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
         prediction = f"{scratch}/prediction.zarr"
         seconds, peak = run(PREDICTION, prediction, str(side))
         say("blend, pyramid", prediction, seconds, peak, f"{side:,} x {side:,}")

@@ -3,6 +3,8 @@
     python -m tests.benchmarks.model                    # TimeSformer and ResNet3D-50
     python -m tests.benchmarks.model --compile          # the same, and compiled
     python -m tests.benchmarks.model resnet3d-152-3d-decoder --tile 256
+    python -m tests.benchmarks.model timesformer --batches 64 128 256 512 1024
+    python -m tests.benchmarks.model timesformer --compile-modes reduce-overhead max-autotune
 
 Every network is measured against its plain reference (for TimeSformer the package
 `timesformer-pytorch`, for ResNet3D the network as it was trained), in float32 and in bfloat16, and
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
+import torch._inductor
 from timesformer_pytorch import TimeSformer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,8 +115,12 @@ class Reference(torch.nn.Module):
         return self.network(x.transpose(1, 2)).view(-1, 1, 4, 4)
 
 
-def paths(architecture, layers, tile, compiled):
-    """All ways to run a network, all with the same weights."""
+def paths(architecture, layers, tile, modes, swept):
+    """All ways to run a network, all with the same weights.
+
+    ``modes`` are those of ``torch.compile``; each of the batch sizes ``swept`` gets ways of its
+    own, and without any each way finds its best one.
+    """
     import timm  # importable since networks was imported
 
     torch.manual_seed(0)
@@ -125,24 +132,31 @@ def paths(architecture, layers, tile, compiled):
     spec = Network(ModelSpec("", architecture, "", layers, tile), layers, tile, 0, 1, 1, "")
     best = precision_for(spec, DEVICE)
     batches = batch_sizes(layers * tile * tile)
-    chosen = batches[len(batches) // 2]
+    sweep = [[batch] for batch in swept] or [batches]
+    chosen = [[batch] for batch in swept] or [[batches[len(batches) // 2]]]
     work = count(plain, layers, tile)
 
     plain = plain.to(DEVICE)
-    yield Path("plain", torch.float32, plain, batches, work)
-    yield Path("plain, autocast", torch.bfloat16, plain, batches, work, autocast=True)
-    if compiled:
+    for some in sweep:
+        yield Path("plain", torch.float32, plain, some, work)
+        yield Path("plain, autocast", torch.bfloat16, plain, some, work, autocast=True)
+    if modes:
         other = torch.compile(copy.deepcopy(plain), dynamic=False, mode="reduce-overhead")
-        yield Path("plain, compiled", best, other, [chosen], work, best is torch.bfloat16)
+        for some in chosen:
+            yield Path("plain, compiled", best, other, some, work, best is torch.bfloat16)
     done = count(ours, layers, tile)
     for dtype in dict.fromkeys((torch.float32, best)):
         fast = copy.deepcopy(ours).to(DEVICE)
         prepare(fast, dtype)
-        yield Path("inkdask", dtype, fast, batches, done)
-        if compiled:
-            options = {"freezing": True} if DEVICE.type == "cpu" else {"triton.cudagraphs": True}
-            other = torch.compile(fast, dynamic=False, options=options)
-            yield Path("inkdask, compiled", dtype, other, [chosen], done)
+        for some in sweep:
+            yield Path("inkdask", dtype, fast, some, done)
+        for mode in modes:  # as inkdask.models.fast compiles
+            options = torch._inductor.list_mode_options(mode, dynamic=False)
+            if DEVICE.type == "cpu":
+                options["freezing"] = True
+            other = torch.compile(copy.deepcopy(fast), dynamic=False, options=options)
+            for some in chosen:
+                yield Path(f"inkdask, compiled, {mode}", dtype, other, some, done)
 
 
 def batch_sizes(voxels):
@@ -179,7 +193,14 @@ def main():
     )
     parser.add_argument("--rounds", type=int, default=4, help="turns of every path")
     parser.add_argument("--compile", action="store_true", help="measure compiled networks too")
+    parser.add_argument(
+        "--compile-modes", nargs="+", default=[], metavar="MODE", help="in these modes of torch"
+    )
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=[], metavar="TILES", help="sweep these sizes"
+    )
     options = parser.parse_args()
+    modes = options.compile_modes or (["reduce-overhead"] if options.compile else [])
     if unknown := set(options.networks) - set(ARCHITECTURES):
         parser.error(f"no network {', '.join(unknown)}; known are {', '.join(ARCHITECTURES)}")
     torch.set_num_threads(cores())
@@ -192,7 +213,7 @@ def main():
         tile = options.tile or (256 if DEVICE.type == "cuda" else 64)
         tile = 64 if name == "timesformer" else tile
         x = torch.rand(1, 1, options.layers, tile, tile, device=DEVICE)
-        ways = list(paths(ARCHITECTURES[name], options.layers, tile, options.compile))
+        ways = list(paths(ARCHITECTURES[name], options.layers, tile, modes, options.batches))
         for dtype in {way.dtype for way in ways} - set(ceilings):
             ceilings[dtype] = Ceiling(dtype)
         for _ in range(options.rounds):
