@@ -94,10 +94,11 @@ def blend_chunk(
     By, wy = (xp.asarray(m) for m in matrices(tiling.y, int(row[0]), k, window, sigma))
     Bx, wx = (xp.asarray(m) for m in matrices(tiling.x, int(column[0]), k, window, sigma))
     ran = ~xp.isnan(grid[:, :, 0, 0])  # (gy, gx)
-    P = xp.where(ran[:, :, None, None], grid, 0).astype(xp.float32)
+    # In float64 the picture is the same whatever threads, processor or library multiply.
+    P = xp.where(ran[:, :, None, None], grid, 0).astype(xp.float64)
     P = rearrange(P, "gy gx a b -> (gy a) (gx b)")
     total = (By @ P) @ Bx.T  # (y, x)
-    weight = (wy @ ran.astype(xp.float32)) @ wx.T  # (y, x)
+    weight = (wy @ ran.astype(xp.float64)) @ wx.T  # (y, x)
     covered = xp.asarray(valid) & (weight > 0)
     return xp.where(covered, total / xp.where(covered, weight, 1), 0).astype(xp.float32)
 
@@ -105,7 +106,7 @@ def blend_chunk(
 def matrices(
     axis: Axis, index: int, k: int, window: Window, sigma: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One chunk along one axis: B (pixels, tiles * k) and w (pixels, tiles), float32."""
+    """One chunk along one axis: B (pixels, tiles * k) and w (pixels, tiles), float64."""
     origins = tuple(axis.reaching_origins(index).tolist())
     return _matrices(origins, axis.chunks[index], axis.tile, k, window, sigma)
 
@@ -115,8 +116,8 @@ def _matrices(
     origins: tuple[int, ...], pixels: int, tile: int, k: int, window: Window, sigma: float
 ) -> tuple[np.ndarray, np.ndarray]:
     w, u = taper(tile, window, sigma), upsampling(tile, k)
-    B = np.zeros((pixels, len(origins), k), np.float32)
-    W = np.zeros((pixels, len(origins)), np.float32)
+    B = np.zeros((pixels, len(origins), k))
+    W = np.zeros((pixels, len(origins)))
     for i, origin in enumerate(origins):
         start, stop = max(origin, 0), min(origin + tile, pixels)
         inside = slice(start - origin, stop - origin)

@@ -335,6 +335,7 @@ def fill(store: GridStore, plan: Plan, mine: np.ndarray, summary: Summary, last:
         return
     check_weights(plan.network)
     tasks = _together(missing, plan, store, passes)
+    again: list[Delayed] = []  # alone, after they failed together
     tiles = plan.tiling.tiles_until(last) - plan.tiling.tiles_there(passes.done)
     total = int(tiles[(passes.done < last) & mine].sum())
     before, finished = summary.progress, summary.finished
@@ -355,7 +356,7 @@ def fill(store: GridStore, plan: Plan, mine: np.ndarray, summary: Summary, last:
             ]
             failed = engine.compute_each(again, on_report)
     summary.inferring += meter.seconds
-    summary.lost += len(engine.lost_tasks({task.key for task in tasks}))
+    summary.lost += len(engine.lost_tasks({task.key for task in (*tasks, *again)}))
     if failed:
         summary.failed = len(tasks) - (summary.finished - finished)
         summary.say(store.uri)

@@ -5,6 +5,7 @@ never after some time.
 """
 
 import io
+import multiprocessing
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,26 +32,38 @@ from tests.oracle import papyrus
 LAYERS, HEIGHT, WIDTH = 5, 700, 1300  # 5 x 10 chunks
 REPOSITORY = Path(__file__).parent.parent
 
-# What runs in a process of its own; the network counts its tiles, and can be slow.
-SCRIPT = """
-import os, sys, time
-import torch
-import inkdask
+# Jobs are processes of their own that share one import of what takes long.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["inkdask.workflow", "inkdask.predictor", "distributed"])
+
 
 def network(x):
-    with open(os.environ["TILES_LOG"], "a") as log:
-        log.write(f"{len(x)}\\n")
+    """Logits from the first and last layer: (b, 1, 4, 4); counts its tiles, and can be slow."""
+    with Path(os.environ["TILES_LOG"]).open("a") as log:
+        log.write(f"{len(x)}\n")
     time.sleep(len(x) * float(os.environ.get("SECONDS_A_TILE", 0)))
     return 300 * torch.nn.functional.adaptive_avg_pool2d(x[:, :, -1] - x[:, :, 0], 4)
 
-if __name__ == "__main__":
+
+def job(environment, log):
+    """Run the segment that the environment names."""
+    os.environ.update(environment)
+    sys.stderr = Path(log).open("w", buffering=1)  # noqa: SIM115  open until the process ends
     inkdask.run(model=network)
-"""
 
 
-def network(x):
-    """Logits from the first and last layer: (b, 1, 4, 4); slow, so that it can be disturbed."""
-    time.sleep(0.002 * len(x))
+def guarded_network(x):
+    """Logits from the first and last layer: (b, 1, 4, 4).
+
+    Tiles of all processes are counted in the size of one file, and wait while they are more than
+    that of another; who waits tells its process id.
+    """
+    folder = Path(os.environ["GUARD"])
+    with (folder / "tiles").open("ab", buffering=0) as tiles:
+        tiles.write(bytes(len(x)))
+    while (folder / "tiles").stat().st_size > (folder / "limit").stat().st_size:
+        (folder / f"{os.getpid()}.waits").touch()
+        time.sleep(0.01)
     return 300 * torch.nn.functional.adaptive_avg_pool2d(x[:, :, -1] - x[:, :, 0], 4)
 
 
@@ -80,32 +94,42 @@ def segment(tmp_path, volume):
 
 
 @pytest.fixture
-def script(tmp_path, segment, monkeypatch):
-    """The path of `SCRIPT`, and the environment that makes it run the segment."""
-    monkeypatch.setenv("S3_PATH", segment)
-    path = tmp_path / "job.py"
-    path.write_text(SCRIPT)
-    return path
+def start(segment, tmp_path):
+    """Function that starts the job on the segment with more in its environment."""
+    started = []
+
+    def begin(**environment):
+        log = tmp_path / f"{len(started)}.log"
+        inherited = {**os.environ, "S3_PATH": segment, **environment}
+        process = PROCESSES.Process(target=job, args=(inherited, str(log)))
+        process.start()
+        started.append(process)
+        return Started(process, log)
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@dataclass
+class Started:
+    process: multiprocessing.process.BaseProcess
+    log: Path
+
+    def poll(self):
+        return self.process.exitcode
+
+    def finish(self, code=0):
+        """What the job said, once it has ended as it should."""
+        self.process.join(120)
+        assert self.process.exitcode == code, self.log.read_text()
+        return self.log.read_text()
 
 
 def read_picture(uri):
     with Image.open(io.BytesIO(storage.read_bytes(uri))) as image:
         return np.asarray(image)
-
-
-def start(script, **environment):
-    return subprocess.Popen(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process, code=0):
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == code, said
-    return said
 
 
 def grids(folder):
@@ -128,7 +152,7 @@ def wait_until(condition, process=None):
     end = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < end
-        assert process is None or process.poll() is None, process.communicate()[1]
+        assert process is None or process.poll() is None
         time.sleep(0.02)
 
 
@@ -136,103 +160,107 @@ def count_tiles(tmp_path):
     return sum(map(int, (tmp_path / "tiles.log").read_text().split()))
 
 
-def test_workers_that_are_killed_change_nothing(segment, tmp_path, capsys):
+def test_workers_that_are_killed_change_nothing(segment, tmp_path, capsys, monkeypatch):
     from distributed import Client
 
-    undisturbed = read_picture(inkdask.run(segment, model=network, zarr_output_dir=tmp_path / "u"))
-    folder = str(tmp_path / "partitions")
+    guard = tmp_path / "guard"
+    guard.mkdir()
+    monkeypatch.setenv("GUARD", str(guard))
+    tiles, limit = guard / "tiles", guard / "limit"
+    limit.touch()
+    os.truncate(limit, 1_000_000)  # no file so large takes room
+    undisturbed = inkdask.run(segment, model=guarded_network, output_path=tmp_path / "undisturbed")
+    share = tiles.stat().st_size // 8
+    tiles.write_bytes(b"")
     killed = []
 
-    def kill_some(client):
-        for step in range(1, 7):
-            wait_until(lambda step=step: share_done(folder) >= step / 10)
-            busy = [
-                pid
-                for pid in client.run(os.getpid, on_error="ignore").values()
-                if pid not in killed
-            ]
-            killed.append(random.Random(step).choice(busy))
-            os.kill(killed[-1], signal.SIGKILL)
+    def waiting():
+        return {int(file.stem) for file in guard.glob("*.waits")}.difference(killed)
 
+    def kill_some():
+        for step in range(1, 7):
+            wait_until(waiting)  # in the middle of a forward pass
+            killed.append(random.Random(step).choice(sorted(waiting())))
+            os.kill(killed[-1], signal.SIGKILL)
+            os.truncate(limit, (step + 1) * share if step < 6 else 1_000_000)
+            for file in guard.glob("*.waits"):
+                file.unlink()
+
+    os.truncate(limit, share)
     capsys.readouterr()
-    with Client(n_workers=3, threads_per_worker=2, dashboard_address=None) as client:
-        killer = threading.Thread(target=kill_some, args=(client,))
+    with Client(n_workers=3, threads_per_worker=2, dashboard_address=None):
+        killer = threading.Thread(target=kill_some)
         killer.start()
-        uri = inkdask.run(segment, model=network)
+        uri = inkdask.run(segment, model=guarded_network, zarr_output_dir=tmp_path / "other")
         killer.join()
-    assert len(killed) >= 5
-    assert np.array_equal(read_picture(uri), undisturbed)
+    assert len(killed) == 6
+    assert np.array_equal(read_picture(uri), read_picture(undisturbed))
     said = capsys.readouterr().err
     assert "computed again after workers were lost" in said
     again = int(said.split(" of them computed again")[0].rsplit(" ", 1)[1])
-    assert 0 < again <= 3 * 2 * len(killed)  # what a worker had under way or not yet told
+    assert len(killed) <= again <= 3 * 2 * len(killed)  # under way in a worker, or not yet told
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_a_killed_client_resumes(place, script, tmp_path, request):
+def test_a_killed_client_resumes(place, start, tmp_path, request):
     folder = str(tmp_path / "partitions")
     if place == "s3":
         folder = f"{request.getfixturevalue('s3')}/partitions"
-    first = start(script, ZARR_OUTPUT_DIR=folder, SECONDS_A_TILE="0.002")
+    first = start(ZARR_OUTPUT_DIR=folder, SECONDS_A_TILE="0.002")
     wait_until(lambda: share_done(folder) >= 0.5, first)
-    first.kill()
-    first.communicate()
+    first.process.kill()
+    first.finish(-signal.SIGKILL)
     assert not list(tmp_path.rglob("*.png"))
-    said = finish(start(script, ZARR_OUTPUT_DIR=folder))
-    assert "resumed from an earlier run" in said
+    assert "resumed from an earlier run" in start(ZARR_OUTPUT_DIR=folder).finish()
     resumed = read_picture((tmp_path / "result.txt").read_text())
     tiles = count_tiles(tmp_path)
     (tmp_path / "tiles.log").unlink()
 
-    finish(start(script, ZARR_OUTPUT_DIR=str(tmp_path / "undisturbed")))
+    start(ZARR_OUTPUT_DIR=str(tmp_path / "undisturbed")).finish()
     assert np.array_equal(resumed, read_picture((tmp_path / "result.txt").read_text()))
     assert tiles <= 1.05 * count_tiles(tmp_path)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("cluster", ["threads", "local"])
-def test_a_signal_stops_a_run_that_resumes(segment, tmp_path, how, cluster):
-    if cluster == "local" and how is signal.SIGINT:
-        pytest.skip("as SIGTERM")
+@pytest.mark.parametrize(
+    ("cluster", "how"),
+    [("threads", signal.SIGTERM), ("threads", signal.SIGINT), ("local", signal.SIGTERM)],
+)
+def test_a_signal_stops_a_run_that_resumes(segment, tmp_path, cluster, how, capsys):
     folder = str(tmp_path / "partitions")
-    job = [sys.executable, "-m", "inkdask", "run", segment, "--model", "demo", "--layers", "0:5"]
-    job += ["--model-in-chans", "5", "--cluster", cluster]
+    command = [sys.executable, "-m", "inkdask", "run", segment, "--model", "demo", "--no-compile"]
+    command += ["--layers", "0:5", "--model-in-chans", "5", "--cluster", cluster]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(job, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: share_done(folder) > 0, process)
     process.send_signal(how)
-    began = time.monotonic()
-    said = finish(process, 128 + how)
-    assert time.monotonic() - began < 10
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 128 + how
     assert "the same command resumes" in said
     assert "Traceback" not in said
     assert not list(tmp_path.rglob("*.png"))
-    before = share_done(folder)
-    assert 0 < before < 1
-    done = subprocess.run(job, env=environment, capture_output=True, text=True, check=True)
-    assert "resumed from an earlier run" in done.stderr
-    assert storage.exists(done.stdout.strip())
+    assert 0 < share_done(folder) < 1
+    uri = inkdask.run(segment, model="demo", compile=False, layers=(0, 5), model_in_chans=5)
+    assert "resumed from an earlier run" in capsys.readouterr().err
+    assert storage.exists(uri)
 
 
-def test_parts_in_any_order_one_of_them_twice(script, tmp_path):
+def test_parts_in_any_order_one_of_them_twice(start, tmp_path):
     parts = [*range(7), 3]
     random.Random(1).shuffle(parts)
-    missing = parts.index(5)
-    late = [parts.pop(missing)]
+    parts.remove(5)
 
     def run_parts(numbers):
         for pair in (numbers[i : i + 2] for i in range(0, len(numbers), 2)):
-            running = [start(script, NUM_PARTS="7", PART_ID=str(part)) for part in pair]
-            for process in running:
-                finish(process)
+            for running in [start(NUM_PARTS="7", PART_ID=str(part)) for part in pair]:
+                running.finish()
 
     run_parts(parts)
-    said = finish(start(script, NUM_PARTS="7", STEP="reduce"), 1)
-    assert "NUM_PARTS=7 and PART_ID=5 first" in said
+    with pytest.raises(InkdaskError, match="NUM_PARTS=7 and PART_ID=5 first"):
+        inkdask.run(str(tmp_path / "segment"), model=network, num_parts=7, step="reduce")
     assert not list(tmp_path.rglob("*.png"))
     assert not (tmp_path / "result.txt").exists()
-    run_parts(late)
-    finish(start(script, NUM_PARTS="7", STEP="reduce"))
+    run_parts([5])
+    start(NUM_PARTS="7", STEP="reduce").finish()
     got = read_picture((tmp_path / "result.txt").read_text())
-    finish(start(script, ZARR_OUTPUT_DIR=str(tmp_path / "one")))
+    start(ZARR_OUTPUT_DIR=str(tmp_path / "one")).finish()
     assert np.array_equal(got, read_picture((tmp_path / "result.txt").read_text()))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
+from inkdask import engine
 from inkdask.clusters.cuda import cuda
 from inkdask.clusters.kubernetes import kubernetes
 from inkdask.clusters.local import local
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from distributed import Client
 
 log = logging.getLogger("inkdask")
+
+PATIENCE = 8  # seconds for a scheduler to answer
 
 
 @contextmanager
@@ -58,9 +61,12 @@ def existing(settings: Settings) -> Iterator[Client]:
     from distributed import Client
 
     address = settings.scheduler_address or settings.cluster
+    before = engine.current_client()
     try:
-        client = Client(address)
+        client = Client(address, timeout=PATIENCE)
     except (OSError, TypeError, ValueError) as error:  # no certificates is a TypeError
+        if (broken := engine.current_client()) not in (None, before):
+            broken.close()  # it would be the current one still
         reason = str(error).splitlines()[0].rstrip(".")
         raise UnavailableError(f"The scheduler at {address} cannot be used: {reason}.") from error
     with client:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from inkdask import engine, storage
+from inkdask.storage import outputs
 
 log = logging.getLogger("inkdask")
 
@@ -22,10 +23,16 @@ def report(uri: str | None) -> Iterator[None]:
     uri
         Where the page goes, local or ``s3://``; None records nothing. On a cluster it is Dask's
         performance report, on threads the profile of its tasks and of the machine.
+
+    Raises
+    ------
+    InkdaskError
+        When there is no place for the page, before anything else happens.
     """
     if uri is None:
         yield
         return
+    outputs.check_writable(uri)
     with tempfile.TemporaryDirectory(prefix="inkdask-") as scratch:
         page = Path(scratch) / "report.html"
         try:
@@ -49,9 +56,10 @@ def _of_cluster(page: Path) -> Iterator[None]:
 def _of_threads(page: Path) -> Iterator[None]:
     from dask.diagnostics import Profiler, ResourceProfiler, visualize
 
-    with Profiler() as tasks, ResourceProfiler(dt=0.25) as machine:
-        try:
+    tasks, machine = Profiler(), ResourceProfiler(dt=0.25)
+    try:
+        with tasks, machine:
             yield
-        finally:
-            if tasks.results:
-                visualize([tasks, machine], filename=str(page), show=False, save=True)
+    finally:
+        if tasks.results:
+            visualize([tasks, machine], filename=str(page), show=False, save=True)

@@ -1,0 +1,359 @@
+"""Where a job runs: worker processes of its own, one for each GPU, or somebody's scheduler."""
+
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from pathlib import Path
+
+import cloudpickle
+import dask
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import inkdask
+from inkdask import cli, engine, storage
+from inkdask.clusters import connection
+from inkdask.models import hardware
+from inkdask.settings import parameters
+from inkdask.types import InkdaskError
+from tests.conftest import free_port
+from tests.files import write_layers
+from tests.oracle import naive_map, papyrus, picture
+
+LAYERS, HEIGHT, WIDTH = 5, 150, 280
+REPOSITORY = Path(__file__).parent.parent
+
+
+def network(x):
+    """Logits from the first and last layer: (b, 1, 4, 4); notes where it runs."""
+    from distributed.worker import Worker
+
+    where = {"process": os.getpid(), "threads": torch.get_num_threads()}
+    for worker in Worker._instances:
+        where |= {
+            "name": worker.name,
+            "nthreads": worker.state.nthreads,
+            "resources": worker.state.total_resources,
+            "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        }
+    with Path(os.environ["PLACES"]).open("a") as places:
+        places.write(json.dumps(where) + "\n")
+    return 300 * torch.nn.functional.adaptive_avg_pool2d(x[:, :, -1] - x[:, :, 0], 4)
+
+
+def broken(x):
+    """Fail like a network that does not fit; its probe is one tile of zeros."""
+    if x.any():
+        raise ValueError("the tiles are upside down")
+    return x[:, :, 0, :4, :4]
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch, tmp_path):
+    for _, variable, _ in parameters():
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
+    monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))
+    monkeypatch.setenv("RESULT_FILE", str(tmp_path / "result.txt"))
+    monkeypatch.setenv("PLACES", str(tmp_path / "places"))
+    monkeypatch.setenv("CHUNK_SIZE", "128")
+    monkeypatch.setattr(engine, "PAUSE", 0.01)
+
+
+@pytest.fixture(scope="module")
+def volume():
+    return papyrus((LAYERS, HEIGHT, WIDTH))
+
+
+@pytest.fixture
+def segment(tmp_path, volume):
+    write_layers(tmp_path / "segment" / "layers", volume)
+    return str(tmp_path / "segment")
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    """Address of a scheduler with one worker process, which is not ours to stop."""
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
+        yield cluster.scheduler_address
+
+
+def assert_right(uri, volume):
+    with Image.open(io.BytesIO(storage.read_bytes(uri))) as image:
+        difference = np.abs(np.asarray(image).astype(int) - picture(naive_map(volume, network)))
+    assert difference.max() <= 1
+    assert np.count_nonzero(difference) <= 1e-3 * difference.size
+
+
+def places(tmp_path):
+    """Where tiles ran, once for each place."""
+    lines = set((tmp_path / "places").read_text().splitlines())
+    found = [json.loads(line) for line in lines]
+    return [place for place in found if "name" in place]  # not the probe of the network
+
+
+def test_workers_share_the_cores(segment, volume, tmp_path, monkeypatch):
+    local = import_module("inkdask.clusters.local")  # the package has a function of this name
+    monkeypatch.setattr(local, "CPU_COUNT", 12)
+    uri = inkdask.run(segment, model=network, cluster="local", max_workers=2)
+    assert_right(uri, volume)
+    found = places(tmp_path)
+    assert {place["name"] for place in found} <= {0, 1}
+    assert os.getpid() not in {place["process"] for place in found}
+    for place in found:
+        assert place["nthreads"] == place["threads"] == place["resources"]["cores"] == 6
+
+
+def test_a_forward_pass_has_the_cores_of_its_worker():
+    """A worker of one core has a second thread, which reads ahead."""
+    from distributed import Client
+
+    options = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
+    with Client(processes=False, **options) as client:
+        assert client.submit(hardware.cores).result() == 2
+    with Client(processes=False, resources={"cores": 1}, **options) as client:
+        assert client.submit(hardware.cores).result() == 1
+
+
+@pytest.mark.parametrize("variable", ["CLUSTER", "SCHEDULER_ADDRESS", "DASK_SCHEDULER_ADDRESS"])
+def test_a_running_scheduler_is_used_and_left_running(
+    variable, scheduler, segment, volume, tmp_path, monkeypatch, caplog
+):
+    from distributed import Client
+
+    monkeypatch.setenv("PLACES", str(tmp_path / "places"))
+    monkeypatch.setenv(variable, scheduler)
+    with caplog.at_level(logging.INFO, "inkdask"):
+        uri = inkdask.run(segment, model=elsewhere(tmp_path))
+    assert_right(uri, volume)
+    assert [place["process"] for place in places(tmp_path)] == workers(scheduler)
+    assert "Dashboard of the cluster: http" in caplog.text
+    assert engine.current_client() is None
+    with Client(scheduler) as client:
+        assert client.scheduler_info()["workers"]
+
+
+def elsewhere(tmp_path):
+    """The network, with a place for its notes that workers do not know from their environment."""
+    place = str(tmp_path / "places")
+
+    def network_elsewhere(x):
+        os.environ["PLACES"] = place
+        return network(x)
+
+    return network_elsewhere
+
+
+def workers(scheduler):
+    from distributed import Client
+
+    with Client(scheduler) as client:
+        return list(client.run(os.getpid).values())
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "tls"])
+def test_nobody_listens(protocol, segment, monkeypatch, capsys):
+    assert connection.PATIENCE <= 10
+    monkeypatch.setattr(connection, "PATIENCE", 0.3)
+    address = f"{protocol}://127.0.0.1:{free_port()}"
+    job = ["run", segment, "--model", "demo", "--layers", "0:5", "--model-in-chans", "5"]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*job, "--cluster", address])
+    assert exit_.value.code == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"inkdask: The scheduler at {address} cannot be used: ")
+    assert not list(Path(segment).rglob("*.png"))
+
+
+def test_tls_with_the_settings_of_dask(segment, volume, tmp_path):
+    from distributed import LocalCluster
+    from distributed.security import Security
+
+    certificate, key = map(str, self_signed(tmp_path))
+    tls = "distributed.comm.tls"
+    pairs = {
+        f"{tls}.{role}.{what}": file
+        for role in ("scheduler", "worker", "client")
+        for what, file in (("cert", certificate), ("key", key))
+    }
+    with dask.config.set({f"{tls}.ca-file": certificate, **pairs}):
+        options = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
+        with LocalCluster(protocol="tls://", security=Security(), **options) as cluster:
+            address = cluster.scheduler_address
+            assert address.startswith("tls://")
+            uri = inkdask.run(segment, model=network, cluster=address)
+            assert_right(uri, volume)
+            assert places(tmp_path)
+            with (
+                dask.config.set({f"{tls}.client.cert": None, f"{tls}.client.key": None}),
+                pytest.raises(InkdaskError, match=f"The scheduler at {address} cannot be used"),
+            ):
+                inkdask.run(segment, model=network, cluster=address, overwrite=True)
+
+
+def self_signed(folder):
+    """A certificate for this machine that is its own authority, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "inkdask tests")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    files = folder / "certificate.pem", folder / "key.pem"
+    pem = serialization.Encoding.PEM
+    files[0].write_bytes(certificate.public_bytes(pem))
+    files[1].write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return files
+
+
+@pytest.mark.parametrize("where", ["threads", "scheduler"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_report(where, fails, segment, tmp_path, request):
+    cluster = where if where == "threads" else request.getfixturevalue(where)
+    page = tmp_path / "pages" / "report.html"
+    model = broken if fails else elsewhere(tmp_path)
+    options = {"model": model, "cluster": cluster, "report": str(page)}
+    if fails:
+        with pytest.raises(InkdaskError, match="upside down"):
+            inkdask.run(segment, **options)
+    else:
+        inkdask.run(segment, **options)
+    html = page.read_text()
+    assert "bokeh" in html.lower()
+    assert fails or "save_chunk" in html
+
+
+def test_report_on_s3(segment, s3):
+    inkdask.run(segment, model=network, report=f"{s3}/pages/report.html")
+    assert b"save_chunk" in storage.read_bytes(f"{s3}/pages/report.html")
+
+
+def test_a_report_that_has_no_place_is_told_before_the_work(segment, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InkdaskError, match=r"report\.html cannot be written"):
+        inkdask.run(segment, model=broken, report=str(tmp_path / "file" / "report.html"))
+
+
+def test_no_secret_leaves_the_process(s3, volume, tmp_path, monkeypatch, capfd, caplog):
+    secrets = {
+        "AWS_ACCESS_KEY_ID": "AKIAMARKEDKEY0001",
+        "AWS_SECRET_ACCESS_KEY": "marked-secret-0002",
+        "AWS_SESSION_TOKEN": "marked-session-0003",
+        "HF_TOKEN": "hf_marked0004",
+    }
+    for variable, secret in secrets.items():
+        monkeypatch.setenv(variable, secret)
+    sent = []
+    compute_each = engine.compute_each
+
+    def recording(tasks, on_result):
+        sent.append(cloudpickle.dumps(tasks))
+        return compute_each(tasks, on_result)
+
+    monkeypatch.setattr(engine, "compute_each", recording)
+    write_layers(f"{s3}/segment/layers", volume)
+    places = {name: f"{s3}/{name}" for name in ("zarr_output_dir", "result_file")}
+    with caplog.at_level(logging.DEBUG, "inkdask"):
+        uri = inkdask.run(
+            f"{s3}/segment", model=network, cluster="local", max_workers=1,
+            report=str(tmp_path / "report.html"), **places,
+        )  # fmt: skip
+    assert_right(uri, volume)
+    left = {"graph": b"".join(sent), "log": caplog.text.encode()}
+    left["output"] = "".join(capfd.readouterr()).encode()
+    files = storage.s3_filesystem()
+    left |= {name: files.cat_file(name) for name in files.find(s3.removeprefix("s3://"))}
+    left |= {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"graph", "log", "output", str(tmp_path / "report.html")} < left.keys()
+    assert len(left["graph"]) > 1000
+    told = [(name, what) for name, data in left.items() for what in secrets.items()
+            if what[1].encode() in data]  # fmt: skip
+    assert not told
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Folder of a stand-in for the library that knows the GPUs of a machine."""
+    pytest.importorskip("dask_cuda")
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    folder = tmp_path_factory.mktemp("nvml")
+    source, name = Path(__file__).parent / "nvml.c", "libnvidia-ml.so.1"
+    command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", folder / name, source]
+    subprocess.run(command, check=True)
+    return folder
+
+
+GPU_JOB = """
+import json, os
+import inkdask
+from inkdask.clusters import connect
+from inkdask.settings import Settings
+from tests.test_clusters import network
+
+if __name__ == "__main__":
+    with connect(Settings.of()) as client:
+        workers = client.scheduler_info()["workers"].values()
+        found = {worker["name"]: worker["nthreads"] for worker in workers}
+        pinned = list(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values())
+        uri = inkdask.run(model=network, cluster="threads")  # on the current client
+    print(json.dumps([found, pinned, uri]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "names", "pinned"), [(None, "01", ["0,1", "1,0"]), ("1", "1", ["1"])]
+)
+def test_a_worker_for_each_gpu(visible, names, pinned, library, segment, volume, tmp_path):
+    (tmp_path / "job.py").write_text(GPU_JOB)
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(library),
+        "FAKE_GPUS": "2",
+        "PYTHONPATH": str(REPOSITORY),
+        "CLUSTER": "cuda",
+        "S3_PATH": segment,
+        **({"CUDA_VISIBLE_DEVICES": visible} if visible else {}),
+    }
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "job.py")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found, gpus, uri = json.loads(done.stdout)
+    assert found == dict.fromkeys(names, 4)
+    assert sorted(gpus) == pinned
+    assert {place["gpu"] for place in places(tmp_path)} <= set(pinned)
+    assert_right(uri, volume)
+
+
+def test_no_gpu_is_one_sentence(segment):
+    pytest.importorskip("dask_cuda")
+    with pytest.raises(InkdaskError, match="--cluster cuda finds no GPU"):
+        inkdask.run(segment, model=network, cluster="cuda")
