@@ -58,11 +58,13 @@ def main() -> None:
         )  # fmt: skip
         start = time.perf_counter()
         job = workflow.Job.of(settings)
+        job.stored.create()
         rows.append(("headers read, job settled", time.perf_counter() - start, "", ""))
 
         start = time.perf_counter()
         every = np.argwhere(np.ones(job.plan.tiling.block_shape, bool))
-        tasks = workflow._together(every, job.plan, job.store)
+        passes = workflow.Passes(job.store.passes_done(), job.plan.tiling.passes - 1)
+        tasks = workflow._together(every, job.plan, job.store, passes)
         rows.append((f"{len(tasks):,} chunks as tasks", time.perf_counter() - start, "", ""))
 
         start = time.perf_counter()

@@ -71,8 +71,10 @@ def measure(workers: int, segment: Path, scratch: Path, seconds: float) -> tuple
         )
         settings = Settings.of(s3_path=segment, model=Sleeping(seconds), **options)
         job, summary = workflow.Job.of(settings), Summary()
-        job.store.create(job.fingerprint, job.origin)
-        workflow.fill(job.store, job.plan, summary, settings)
+        job.stored.create()
+        tiling = job.plan.tiling
+        every = np.ones(tiling.block_shape, bool)
+        workflow.fill(job.store, job.plan, every, summary, tiling.passes - 1)
         return summary.ran, summary.inferring
 
 
