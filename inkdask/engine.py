@@ -18,6 +18,7 @@ from typing import Any
 
 import dask
 from dask import threaded
+from dask._task_spec import Alias
 from dask.base import collections_to_expr
 from dask.callbacks import Callback
 from dask.delayed import Delayed
@@ -177,11 +178,14 @@ def _on_threads(tasks: Mapping[Key, Delayed], tell: Tell) -> None:
     outcomes: SimpleQueue[tuple[Key, Any, Exception | None]] = SimpleQueue()
     graph = {key: _watched(node, outcomes) for key, node in expression.__dask_graph__().items()}
     left = set(tasks)
+    names: dict[Key, set[Key]] = {}  # fused tasks go by other names than those asked for
+    for key in tasks:
+        names.setdefault(_own_name(graph, key), set()).add(key)
 
     def pass_on(*_: Any) -> None:
         while not outcomes.empty():
             key, result, error = outcomes.get()
-            ended = left & ({key} if error is None else _dependents(graph, key))
+            ended = left & (names.get(key, set()) if error is None else _dependents(graph, key))
             left.difference_update(ended)
             for each in ended:
                 tell(each, result, error, key)
@@ -193,8 +197,8 @@ def _on_threads(tasks: Mapping[Key, Delayed], tell: Tell) -> None:
                 keys = list(left)
                 results = threaded.get(graph, keys, pool=pool)
             for key, result in zip(keys, results, strict=True):
-                if key in left:  # no task of its own, but another name of one
-                    outcomes.put((key, result, None))
+                if key in left:  # data, and no task
+                    outcomes.put((_own_name(graph, key), result, None))
             pass_on()
         except _TaskError:
             pool.shutdown()  # what is under way is finished, and counts
@@ -205,6 +209,13 @@ def _on_threads(tasks: Mapping[Key, Delayed], tell: Tell) -> None:
 
 class _TaskError(Exception):
     """The error of a task, which is among the outcomes."""
+
+
+def _own_name(graph: Mapping[Key, Any], key: Key) -> Key:
+    """The task that a key stands for, where it is but another name."""
+    while isinstance(graph[key], Alias):
+        key = graph[key].target
+    return key
 
 
 def _watched(node: Any, outcomes: SimpleQueue[tuple[Key, Any, Exception | None]]) -> Any:

@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 
 import dask
+import dask.array as da
+import numpy as np
 import pytest
 from dask import delayed
 from distributed import Client
@@ -102,6 +104,24 @@ def test_all_that_depends_on_a_failure_fails_and_nothing_else(compute_each):
     failed = compute_each(tasks, results.append)
     assert sorted(results) == [-4, -3, -2, -1, 0]
     assert set(failed) == {"bad-0", "bad-1", "bad-2"}
+
+
+def test_results_of_fused_tasks_come_as_they_are_done():
+    done, seen = [], []
+
+    def write(block, block_id):
+        done.append(block_id)
+        return np.array([[block_id]], object)
+
+    pieces = da.concatenate([da.ones(1) for _ in range(64)])
+    written = da.map_blocks(write, pieces, meta=np.empty((0,), object), enforce_ndim=False)
+    with dask.config.set(num_workers=1):
+        failed = engine.compute_each(
+            written.to_delayed().ravel().tolist(), lambda _: seen.append(len(done))
+        )
+    assert not failed
+    assert len(seen) == 64
+    assert seen[0] < 32  # and not all at the end
 
 
 def test_when_everything_fails_it_stops_early(compute_each, runs):
