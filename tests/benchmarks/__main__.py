@@ -3,7 +3,7 @@
     python -m tests.benchmarks                      # all of them
     python -m tests.benchmarks blend comparison     # some
     python -m tests.benchmarks --list
-    python -m tests.benchmarks --save               # and write tests/benchmarks/RESULTS.md
+    python -m tests.benchmarks --save               # and put them into tests/benchmarks/RESULTS.md
 
 A benchmark is a module beside this one that prints Markdown; its first sentence says what it
 measures, and its own options (``python -m tests.benchmarks.NAME --help``) choose other sizes.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
+import re
 import subprocess
 import sys
 import time
@@ -54,6 +55,13 @@ def run(name: str) -> tuple[str, float, int]:
     return "".join(lines).strip(), time.perf_counter() - start, process.returncode
 
 
+def read_results() -> dict[str, str]:
+    """What was saved before, by the names of the benchmarks."""
+    text = RESULTS.read_text() if RESULTS.exists() else ""
+    found = re.finditer(r"^## (\w+)\n.*?(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    return {part[1]: part[0].rstrip() + "\n" for part in found if part[1] in benchmarks()}
+
+
 def main() -> None:
     """Run those that are named, or all."""
     known = benchmarks()
@@ -79,7 +87,7 @@ def main() -> None:
     head = f"{machine()}; commit {commit or 'unknown'}."
     print(head, flush=True)
     failed = []
-    pages = []
+    pages = read_results() if given.save else {}
     for name in given.names or known:
         when = datetime.datetime.now(datetime.UTC)
         title = f"## {name}\n\n{known[name]}\n\n`{' '.join(command_of(name))}`, {when:%Y-%m-%d}"
@@ -89,9 +97,10 @@ def main() -> None:
             failed.append(name)
             printed += f"\n\nEnded with exit status {status}."
         print(f"\n{seconds:.0f} s", flush=True)
-        pages.append(f"{title}, {seconds:.0f} s\n\n{printed}\n")
+        pages[name] = f"{title}, {seconds:.0f} s. {head}\n\n{printed}\n"
     if given.save:
-        RESULTS.write_text("\n".join([f"# Measured\n\n{_PREFACE}\n\n{head}\n", *pages]))
+        text = [pages[name] for name in sorted(pages)]
+        RESULTS.write_text("\n".join([f"# Measured\n\n{_PREFACE}\n", *text]))
         print(f"\nwritten: {RESULTS.relative_to(ROOT)}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
