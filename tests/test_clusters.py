@@ -34,10 +34,11 @@ REPOSITORY = Path(__file__).parent.parent
 
 def network(x):
     """Logits from the first and last layer: (b, 1, 4, 4); notes where it runs."""
+    from distributed import Status
     from distributed.worker import Worker
 
     where = {"process": os.getpid(), "threads": torch.get_num_threads()}
-    for worker in Worker._instances:
+    for worker in (worker for worker in Worker._instances if worker.status is Status.running):
         where |= {
             "name": worker.name,
             "nthreads": worker.state.nthreads,
