@@ -3,7 +3,7 @@
 A `Network` spec travels in graphs; `predictor` turns it into a `Predictor` once per process. One
 thread of the predictor's own runs every forward pass (and every compilation), so the task threads
 of a Dask worker read and decode the next blocks meanwhile, and all of torch's per-thread state
-stays in one place.
+stays in one place. On a CPU it hands the tiles of a batch to the cores (`SideBySide`).
 
 A block goes to the device once, as bytes, and is unfolded there: a tile is a view until its batch
 is gathered.
@@ -11,7 +11,6 @@ is gathered.
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 import warnings
@@ -21,18 +20,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from dask.system import CPU_COUNT
 from torch import Tensor, nn
 
-from inkdask.models.fast import Compilation, Forward, agree, is_prepared, prepare
+from inkdask.models.fast import (
+    CORE_VOXELS,
+    Compilation,
+    Forward,
+    agree,
+    is_prepared,
+    on_cores,
+    prepare,
+)
 from inkdask.models.hardware import cores, device_for, fast_float32, full_float32, precision_for
 from inkdask.storage.counting import count
 from inkdask.types import InkdaskError, Network
 
-# Voxels in a batch when the user names no batch size: on a CPU a batch that stays in cache is
-# fastest, on a GPU one that fills it. With 26 layers of 64 x 64 pixels: 4 and 256 tiles. A callable
-# is taken for a small network, which loses more to many calls than to the cache.
-BATCH_VOXELS = {"cpu": 4 * 26 * 64 * 64, "cuda": 256 * 26 * 64 * 64}
-CALLABLE_FACTOR = 8
+# Voxels in a batch when the user names no batch size: as many as fill a GPU, or some for each core
+# of a CPU. With 26 layers of 64 x 64 pixels: 256 tiles, or 8 a core. A callable is taken for a
+# small network, which loses less to the cache than to many calls.
+BATCH_VOXELS = {"cpu": 8 * CPU_COUNT * 26 * 64 * 64, "cuda": 256 * 26 * 64 * 64}
+CALLABLE_VOXELS = 32 * 26 * 64 * 64
+CANARY_TILES = 2  # on which a fast path must agree with the plain network
 
 # How far probabilities of a fast path may be from those of the plain network in float32. On a GPU
 # float32 includes TF32, with its ten bits.
@@ -92,9 +101,7 @@ class Predictor:
         self.network = network
         self.device = device_for(network)
         self.dtype = precision_for(network, self.device)
-        factor = 1 if network.function is None else CALLABLE_FACTOR
-        voxels = BATCH_VOXELS[self.device.type] * factor
-        self.batch_size = network.batch_size or self._tiles_in(voxels)
+        self.batch_size = network.batch_size or self._default_batch()
         self._forward: Any = None  # the network, once it is loaded
         self._compiled: Forward | None = None  # the same for batches of exactly batch_size tiles
         self._may_compile = network.compile and network.function is None
@@ -152,7 +159,9 @@ class Predictor:
         tiles = self._unfold(block)
         at = torch.as_tensor(np.asarray(origins, np.int64), device=self.device)
         if self._forward is None:
-            self._forward = self._load(self._gather(tiles, at[: self._canary_tiles()]))
+            # The first tiles of a chunk are more often than others almost empty.
+            middle = at[len(at) // 2 :][: min(CANARY_TILES, self._default_batch())]
+            self._forward = self._load(self._gather(tiles, middle), threads)
         done = []
         while len(at):
             self._compile_if_it_repays(tiles, at, to_come)
@@ -228,7 +237,7 @@ class Predictor:
             size //= 2
         return self._forward, size
 
-    def _load(self, x: Tensor) -> Forward:
+    def _load(self, x: Tensor, threads: int) -> Forward:
         """Load the network and take the fast path, if it agrees with the plain one on tiles x."""
         if self.network.function is not None:
             return self.network.function
@@ -236,17 +245,13 @@ class Predictor:
 
         module = weights.load(self.network).to(self.device)
         if self.device.type == "cpu" and is_prepared(module, self.dtype):
-            return module
-        plain = copy.deepcopy(module)
+            return on_cores(module, threads, self._tile_voxels)
+        with full_float32():
+            expected = module(x.float())
         prepare(module, self.dtype)
         fast_float32(self.device)
-
-        def reference(x: Tensor) -> Tensor:
-            with full_float32():
-                return plain(x.float())
-
-        if agree(module, reference, x, TOLERANCE[self.dtype]):
-            return module
+        if agree(module(x), expected, TOLERANCE[self.dtype]):
+            return on_cores(module, threads, self._tile_voxels)
         warnings.warn(
             f"The fast path of {self.network.model.key!r} ({self.dtype} on {self.device.type}) is "
             f"more than {TOLERANCE[self.dtype]} from plain float32, which runs instead.",
@@ -254,13 +259,25 @@ class Predictor:
             stacklevel=2,
         )
         self.dtype, self._may_compile = torch.float32, False
+        plain = weights.load(self.network).to(self.device)
+
+        def reference(x: Tensor) -> Tensor:
+            with full_float32():
+                return plain(x.float())
+
         return reference
 
-    def _canary_tiles(self) -> int:
-        return min(4, self._tiles_in(BATCH_VOXELS["cpu"]))
+    def _default_batch(self) -> int:
+        voxels = BATCH_VOXELS[self.device.type]
+        if self.device.type == "cpu" and self.network.function is not None:
+            voxels = CALLABLE_VOXELS
+        elif self.device.type == "cpu" and self._tile_voxels > CORE_VOXELS:
+            return 1
+        return max(1, voxels // self._tile_voxels)
 
-    def _tiles_in(self, voxels: int) -> int:
-        return max(1, voxels // (self.network.layers * self.network.tile**2))
+    @property
+    def _tile_voxels(self) -> int:
+        return self.network.layers * self.network.tile**2
 
     def _compile_if_it_repays(self, tiles: Tensor, at: Tensor, to_come: int | None) -> None:
         if not (self._may_compile and self._tiles_done and isinstance(self._forward, nn.Module)):

@@ -1,5 +1,6 @@
 """The predictor: what it computes, in which thread and on which path, and what in trouble."""
 
+import copy
 import json
 import pickle
 import threading
@@ -32,6 +33,19 @@ def pool(x):
     depth = torch.arange(1, x.shape[2] + 1, dtype=x.dtype, device=x.device)
     x = (x[:, 0] * depth[:, None, None]).mean(1, keepdim=True)
     return nn.functional.avg_pool2d(x, TILE // K) - 1
+
+
+class Patches(nn.Module):
+    """A network without convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(LAYERS * (TILE // K) ** 2, 1)
+
+    def forward(self, x):
+        step = TILE // K
+        patches = x[:, 0].unfold(2, step, step).unfold(3, step, step)  # (b, z, k, k, s, s)
+        return self.linear(patches.permute(0, 2, 3, 1, 4, 5).flatten(3)).permute(0, 3, 1, 2)
 
 
 class Toy(nn.Module):
@@ -238,7 +252,7 @@ def test_a_batch_is_sized_for_the_device_unless_named(monkeypatch):
         return Predictor(Network(network().model, layers, tile, 4, 1, 1, "0", **values)).batch_size
 
     monkeypatch.setattr(inkdask.predictor, "device_for", lambda network: torch.device("cpu"))
-    assert size(26, 64) == 4
+    assert size(26, 64) == 8 * hardware.CPU_COUNT
     assert size(62, 256) == 1
     assert size(26, 64, batch_size=7) == 7
     monkeypatch.setattr(inkdask.predictor, "device_for", lambda network: torch.device("cuda"))
@@ -307,7 +321,7 @@ def test_a_wrong_fast_path_gives_way_with_one_warning(block, origins, monkeypatc
     torch.manual_seed(0)
     module = WrongInBfloat16().eval()
     expected = by_hand(module, block, origins)
-    monkeypatch.setattr(weights, "load", lambda network: module)
+    monkeypatch.setattr(weights, "load", lambda network: copy.deepcopy(module))
     ours = Predictor(network(precision="bfloat16"))
     with pytest.warns(RuntimeWarning, match=r"fast path of 'toy' .*bfloat16 on cpu") as caught:
         got = [ours.predict(block, origins) for _ in range(2)]
@@ -317,9 +331,9 @@ def test_a_wrong_fast_path_gives_way_with_one_warning(block, origins, monkeypatc
 
 
 def test_nan_is_no_agreement():
-    x = torch.ones(2)
-    assert fast.agree(lambda x: x, lambda x: x, x, 0.0)
-    assert not fast.agree(lambda x: x * torch.nan, lambda x: x, x, 1.0)
+    logits = torch.ones(2)
+    assert fast.agree(logits, logits, 0.0)
+    assert not fast.agree(logits * torch.nan, logits, 1.0)
 
 
 def test_preparation_keeps_what_needs_float32():
@@ -370,6 +384,42 @@ def test_no_memory_for_a_single_tile_is_an_error(block, origins):
     ours = Predictor(network(out_of_memory_beyond(0, []), batch_size=4))
     with pytest.raises(InkdaskError, match="no room for a single tile of 'toy'"):
         ours.predict(block, origins)
+
+
+# The cores of a processor.
+
+
+def test_cores_run_tiles_side_by_side(block, origins, monkeypatch):
+    """Each with one thread of torch, and in the order of the tiles; a single part has them all."""
+    module = Patches().eval().requires_grad_(False)
+    monkeypatch.setattr(weights, "load", lambda network: module)
+    monkeypatch.setattr(inkdask.predictor, "cores", lambda: 3)
+    monkeypatch.setattr(fast, "CORE_VOXELS", 2 * LAYERS * TILE**2)
+    expected = by_hand(module, block, origins)
+    seen = []
+    module.register_forward_pre_hook(
+        lambda module, x: seen.append((threading.get_ident(), torch.get_num_threads(), len(x[0])))
+    )
+    before = torch.get_num_threads()
+    try:
+        ours = Predictor(network(precision="float32", batch_size=7))
+        np.testing.assert_allclose(ours.predict(block, origins), expected, atol=1e-6)
+        alone = ours.predict(block, origins[:2])
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(alone, expected[:2], atol=1e-6)
+    parts, last = seen[:-1], seen[-1]
+    assert sorted(tiles for *_, tiles in parts) == [1, 1, 2, 2, 2, 2, 2]
+    assert {threads for _, threads, _ in parts} == {1}
+    assert last[1:] == (3, 2)
+
+
+def test_what_uses_all_cores_well_is_not_put_side_by_side(toy):
+    module = Patches()
+    assert fast.on_cores(toy, 2, 1) is toy
+    assert fast.on_cores(module, 1, 1) is module
+    assert fast.on_cores(module, 2, fast.CORE_VOXELS + 1) is module
+    assert isinstance(fast.on_cores(module, 2, fast.CORE_VOXELS), fast.SideBySide)
 
 
 # Compilation.

@@ -1,5 +1,7 @@
 """From a network as it was trained to a fast one: exact rewrites, and compilation if it repays.
 
+A CPU runs the tiles of a batch side by side, some on each core (`SideBySide`).
+
 Compiling takes longer than many a job, so `Compilation.repays` decides from the number of tiles to
 come. It knows what earlier runs learnt: a note beside the compiler's cache tells how long compiling
 took and how much faster the network became.
@@ -14,6 +16,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,14 +32,22 @@ logger = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor], Tensor]
 
+# Voxels that one core of a CPU takes at a time: all that comes of them stays in its cache. A tile
+# that is larger is work enough for all cores.
+CORE_VOXELS = 2 * 26 * 64 * 64
+
 # A compilation must save this many times what it costs: neither figure is known exactly.
 MARGIN = 2.0
 
 
 def is_prepared(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether `prepare` would leave a network as it is."""
-    convolutions = any(isinstance(child, nn.Conv2d | nn.Conv3d) for child in module.modules())
-    return not convolutions and all(weight.dtype is dtype for weight in module.parameters())
+    return not has_convolutions(module) and all(w.dtype is dtype for w in module.parameters())
+
+
+def has_convolutions(module: nn.Module) -> bool:
+    """Whether a network convolves."""
+    return any(isinstance(child, nn.Conv2d | nn.Conv3d) for child in module.modules())
 
 
 def prepare(module: nn.Module, dtype: torch.dtype) -> None:
@@ -62,10 +73,54 @@ def _layout(weight: Tensor) -> torch.memory_format:
     return layouts.get(weight.ndim, torch.preserve_format)
 
 
-def agree(forward: Forward, reference: Forward, x: Tensor, tolerance: float) -> bool:
-    """Whether two paths give the same probabilities, within a tolerance, for the tiles ``x``."""
-    ours, theirs = (f(x).float().sigmoid() for f in (forward, reference))
-    return bool((ours - theirs).abs().max() <= tolerance)  # False for NaN, too
+class SideBySide(nn.Module):
+    """A network that gives each core tiles of its own, instead of every product to all of them.
+
+    Cores that share a product wait for each other at its end, and small steps leave all but one
+    idle.
+
+    Parameters
+    ----------
+    module
+        The network.
+    cores
+        How many parts of a batch run at a time.
+    tiles
+        In a part.
+    """
+
+    def __init__(self, module: nn.Module, cores: int, tiles: int) -> None:
+        super().__init__()
+        self.module, self.tiles = module, tiles
+        self._threads = ThreadPoolExecutor(cores, thread_name_prefix="inkdask-core")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``(b, 1, k, k)`` of a batch ``(b, 1, z, t, t)``."""
+        parts = x.split(self.tiles)
+        if len(parts) == 1:
+            return self.module(x)
+        return torch.cat(list(self._threads.map(self._run, parts)))
+
+    @torch.no_grad()  # a thread has modes of its own
+    def _run(self, part: Tensor) -> Tensor:
+        torch.set_num_threads(1)
+        return self.module(part)
+
+
+def on_cores(module: nn.Module, cores: int, tile_voxels: int) -> nn.Module:
+    """Return a network as it runs fastest, uncompiled, where its parameters are."""
+    tiles = CORE_VOXELS // tile_voxels
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    # Convolutions of a whole batch use all cores well, and better than those of a part.
+    if on_cpu and cores > 1 and tiles and not has_convolutions(module):
+        return SideBySide(module, cores, tiles)
+    return module
+
+
+def agree(logits: Tensor, others: Tensor, tolerance: float) -> bool:
+    """Whether logits are those of other ones, within a tolerance of their probabilities."""
+    difference = logits.float().sigmoid() - others.float().sigmoid()
+    return bool(difference.abs().max() <= tolerance)  # False for NaN, too
 
 
 @dataclass(frozen=True)
@@ -81,16 +136,17 @@ class Compilation:
 
     Parameters
     ----------
-    network, module
-        The spec and the network itself, on its device and in its dtype.
+    network, eager
+        The spec and the network itself, on its device and in its dtype, as it runs uncompiled.
     batch_size
         Tiles in the one static shape.
     """
 
-    def __init__(self, network: Network, module: nn.Module, batch_size: int) -> None:
-        parameter = next(module.parameters())
+    def __init__(self, network: Network, eager: nn.Module, batch_size: int) -> None:
+        parameter = next(eager.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.network, self.module, self.batch_size = network, module, batch_size
+        self.network, self.eager, self.batch_size = network, eager, batch_size
+        self.module = eager.module if isinstance(eager, SideBySide) else eager
         machine = (
             torch.cuda.get_device_name(self.device)
             if self.device.type == "cuda"
@@ -130,7 +186,7 @@ class Compilation:
             if self.device.type == "cpu":
                 options["freezing"] = True  # prepacks the weights
             compiled = torch.compile(self.module, dynamic=False, options=options)
-            right = agree(compiled, self.module, x, tolerance)
+            right = agree(compiled(x), self.eager(x), tolerance)
         except Exception as error:
             warnings.warn(
                 f"torch.compile failed for {self.network.model.key!r}; the network runs without: "
@@ -148,7 +204,7 @@ class Compilation:
                 stacklevel=2,
             )
             return None
-        gain = _seconds(self.module, x) / _seconds(compiled, x)
+        gain = _seconds(self.eager, x) / _seconds(compiled, x)
         # The next run finds the cache: from a cold start that is a quarter of the time.
         self._write(Experience(seconds if warm else seconds / 4, gain))
         logger.info("compiled %s in %.0f s: %.2f x", self.network.model.key, seconds, gain)
