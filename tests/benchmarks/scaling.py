@@ -3,8 +3,9 @@
     python -m tests.benchmarks.scaling [--milliseconds N] [--workers 1 2 4 8]
 
 The network sleeps for a fixed time per tile, so that it needs no cores, and every worker process
-sleeps in one thread, as a GPU computes. Efficiency is the time that the sleeping alone takes,
-shared evenly among the workers, over the time from the first tile to the last.
+sleeps in one thread, as a GPU computes. The segment grows with the workers, so that each has the
+same to do. Efficiency is the time that the sleeping alone takes, shared evenly among the workers,
+over the time from submitting the graph to the last tile.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from distributed import Client, LocalCluster, wait
 
 import inkdask
 
-LAYERS, HEIGHT, WIDTH = 4, 2048, 4096
+LAYERS, WIDTH = 4, 4096
+HEIGHT = 512  # for each worker: 16 chunks
 STRIDE, CHUNK = 32, 256
 
 
@@ -39,10 +41,10 @@ class Sleeping:
         return x[:, :, 0, ::16, ::16]
 
 
-def write_segment(folder: Path) -> None:
+def write_segment(folder: Path, workers: int) -> None:
     """Write layers without empty tiles."""
     (folder / "layers").mkdir(parents=True)
-    layer = np.full((HEIGHT, WIDTH), 40_000, np.uint16)
+    layer = np.full((workers * HEIGHT, WIDTH), 40_000, np.uint16)
     for number in range(LAYERS):
         tifffile.imwrite(folder / "layers" / f"{number:02d}.tif", layer, tile=(256, 256))
 
@@ -91,9 +93,10 @@ def main() -> None:
     print("\n| workers | tiles | seconds | sleeping alone | efficiency |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        write_segment(scratch / "segment")
         for workers in given.workers:
-            tiles, took = measure(workers, scratch / "segment", scratch, seconds)
+            segment = scratch / f"segment-{workers}"
+            write_segment(segment, workers)
+            tiles, took = measure(workers, segment, scratch, seconds)
             ideal = tiles * seconds / workers
             share = 100 * ideal / took
             print(
