@@ -8,11 +8,13 @@ basis and w the window,
     weight[y, x] = sum_{i,j} wy[y, i] M[i, j] wx[x, j]
 
 where By[y, (i,a)] = w(y - y_i) u_a(y - y_i), the same for x, and M is 1 where a tile ran. Any
-origin y_i works, so the last tile simply touches the border. The code runs on NumPy and CuPy.
+origin y_i works, so the last tile simply touches the border. The same code runs on NumPy, and on
+CuPy where the process computes on a GPU; what leaves a task is NumPy's.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -70,14 +72,14 @@ def blend(
 
 
 def blend_chunk(
-    grid: Any,
-    valid: Any,
+    grid: np.ndarray,
+    valid: np.ndarray,
     row: np.ndarray,
     column: np.ndarray,
     tiling: Tiling,
     window: Window,
     sigma: float,
-) -> Any:
+) -> np.ndarray:
     """Blend the pixels of one chunk: float32 (y, x).
 
     Parameters
@@ -89,7 +91,8 @@ def blend_chunk(
     row, column
         Where the chunk lies, int (1,).
     """
-    xp = grid.__array_namespace__()  # NumPy, or CuPy on a GPU worker
+    xp = array_library()
+    grid, valid = xp.asarray(grid), xp.asarray(valid)
     k = grid.shape[-1]
     By, wy = (xp.asarray(m) for m in matrices(tiling.y, int(row[0]), k, window, sigma))
     Bx, wx = (xp.asarray(m) for m in matrices(tiling.x, int(column[0]), k, window, sigma))
@@ -99,8 +102,21 @@ def blend_chunk(
     P = rearrange(P, "gy gx a b -> (gy a) (gx b)")
     total = (By @ P) @ Bx.T  # (y, x)
     weight = (wy @ ran.astype(xp.float64)) @ wx.T  # (y, x)
-    covered = xp.asarray(valid) & (weight > 0)
-    return xp.where(covered, total / xp.where(covered, weight, 1), 0).astype(xp.float32)
+    covered = valid & (weight > 0)
+    ink = xp.where(covered, total / xp.where(covered, weight, 1), 0).astype(xp.float32)
+    return ink if xp is np else ink.get()
+
+
+def array_library() -> Any:
+    """CuPy, where it is installed and this process has work on a GPU anyway; else NumPy."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return np
+    try:
+        import cupy
+    except ImportError:
+        return np
+    return cupy
 
 
 def matrices(

@@ -137,9 +137,9 @@ def check(**given: Any) -> None:
 @_settings_options(
     "model", "start_layer", "end_layer", "model_in_chans", "force_reverse",
     "z_downsample_mean_factor", "tile", "stride", "clip", "divisor", "precision", "roi_xyxy",
-    "blend_mode", "gaussian_sigma", "pixel_resolution_um", "add_scale_bar", "scale_bar_length_um",
-    "grid", "zarr_output_dir", "num_parts", "output_path", "result_file", "cluster",
-    "scheduler_address", "report",
+    "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um", "add_scale_bar",
+    "scale_bar_length_um", "grid", "zarr_output_dir", "num_parts", "output_path", "result_file",
+    "cluster", "scheduler_address", "report",
 )  # fmt: skip
 def reduce(**given: Any) -> None:
     """Make the picture of a tile grid that a run or its parts have stored.
@@ -212,7 +212,9 @@ def demo(out: Path) -> None:
     help="Halve the picture until neither side is longer. Default: 4096 for JPEG.",
 )
 @click.option("--compression", type=click.Choice(["deflate", "zstd"]), help="Of TIFF.")
-@_settings_options("pixel_resolution_um", "add_scale_bar", "scale_bar_length_um", "roi_xyxy")
+@_settings_options(
+    "reverse_video", "pixel_resolution_um", "add_scale_bar", "scale_bar_length_um", "roi_xyxy"
+)
 def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
     """Make pictures of a stored prediction, without inferring anything again.
 

@@ -143,6 +143,7 @@ def _export_command(path: str, shown: dict[str, Any]) -> str:
         if name == "scale_bar_length_um":
             words.append("--add-scale-bar")
         if name != "of":
-            told = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words += [f"--{name.replace('_', '-')}", told]
+            words.append(f"--{name.replace('_', '-')}")
+        if name != "of" and value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
     return shlex.join(words)

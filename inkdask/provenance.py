@@ -88,8 +88,8 @@ OF_GRIDS = (
     "model_in_chans", "precision",
 )  # fmt: skip
 OF_PICTURES = (
-    "roi_xyxy", "blend_mode", "gaussian_sigma", "pixel_resolution_um", "add_scale_bar",
-    "scale_bar_length_um",
+    "roi_xyxy", "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um",
+    "add_scale_bar", "scale_bar_length_um",
 )  # fmt: skip
 
 

@@ -211,6 +211,11 @@ class Settings(BaseSettings):
     )
 
     # How the picture is shown
+    reverse_video: bool = Field(
+        False,
+        description="Show ink dark on light ground, 255 minus each value; the zarr beside the "
+        "picture keeps the probabilities.",
+    )
     pixel_resolution_um: float | None = Field(
         None,
         gt=0,

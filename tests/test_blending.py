@@ -1,5 +1,8 @@
 """The blend against a plain overlap-add, for any tiling, window and output size."""
 
+import sys
+import types
+
 import dask.array as da
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from inkdask.blending import blend, taper, upsampling
+from inkdask.blending import array_library, blend, blend_chunk, taper, upsampling
 from inkdask.tiling import Tiling
 
 
@@ -79,3 +82,49 @@ def test_upsampling_is_torchs(tile, k):
         torch.from_numpy(values)[None], size=tile, mode="linear", align_corners=False
     )[0].numpy()  # (k, tile)
     np.testing.assert_allclose(upsampling(tile, k), expected.T, atol=1e-12)
+
+
+class OnGpu(np.ndarray):
+    """An array that must be fetched, as CuPy's must."""
+
+    def get(self):
+        return np.array(self)
+
+
+def standing_in_for_cupy():
+    module = types.ModuleType("cupy")
+    module.isnan, module.float32, module.float64 = np.isnan, np.float32, np.float64
+    module.asarray = lambda array: np.asarray(array).view(OnGpu)
+    module.where = lambda *arrays: np.where(*arrays).view(OnGpu)
+    return module
+
+
+def chunk_to_blend():
+    tiling = Tiling.of((100, 90), 16, 4, 128)
+    rng = np.random.default_rng(0)
+    grid = rng.random((*tiling.grid_shape, 4, 4), np.float32)
+    grid[3:9, 2:5] = np.nan
+    return grid, rng.random((100, 90)) < 0.9, np.array([0]), np.array([0]), tiling, "hann", 0.0
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_a_process_with_a_gpu_blends_there_with_the_same_code(monkeypatch, in_use):
+    expected = blend_chunk(*chunk_to_blend())
+    monkeypatch.setitem(sys.modules, "cupy", cupy := standing_in_for_cupy())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    assert array_library() is (cupy if in_use else np)
+    got = blend_chunk(*chunk_to_blend())
+    assert type(got) is np.ndarray
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cupy_blends_the_same(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    expected = blend_chunk(*chunk_to_blend())
+    torch.zeros(1, device="cuda")
+    assert array_library() is cupy
+    got = blend_chunk(*chunk_to_blend())
+    assert type(got) is np.ndarray
+    np.testing.assert_allclose(got, expected, atol=1e-6)

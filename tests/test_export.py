@@ -153,6 +153,14 @@ def test_colours_are_those_of_the_map(prediction, pixels, tmp_path):
     assert np.array_equal(tifffile.imread(tmp_path / "p.tif"), table[pixels])
 
 
+def test_reverse_video_shows_dark_ink(prediction, pixels, tmp_path):
+    to = [tmp_path / "p.png", tmp_path / "p.zarr"]
+    inkdask.export(prediction, to, reverse_video=True)
+    with Image.open(to[0]) as image:
+        assert np.array_equal(np.asarray(image), 255 - pixels)
+    assert np.array_equal(open_picture(str(to[1])).levels[0].compute(), pixels)
+
+
 # The scale bar
 
 
@@ -262,6 +270,7 @@ def test_an_overview_of_an_overlay(tmp_path, segment, prediction):
         ("prediction_toy_00_03.zarr", {}, "there already"),
         ("p.png", {"roi_xyxy": "0,0,10,10"}, "ROI_XYXY 0,0,10,10"),
         ("p.png", {"no_such": 1}, "no_such"),
+        ("p.png", {"overlay": "max", "reverse_video": True}, "REVERSE_VIDEO is for the ink"),
     ],
 )
 def test_mistakes_are_one_sentence(prediction, tmp_path, to, options, says):

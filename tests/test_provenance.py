@@ -76,12 +76,13 @@ def test_the_command_makes_the_same_picture(prediction, capsys, tmp_path, monkey
     assert info(capsys, again)["repeat"] == shlex.join(words)
 
 
-def test_the_command_of_an_export_makes_it_again(prediction, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("look", [["--overlay", "mean", "--opacity", "0.5"], ["--reverse-video"]])
+def test_the_command_of_an_export_makes_it_again(prediction, capsys, tmp_path, look):
     stored = prediction.replace(".png", ".zarr")
     cli.main(
-        ["export", stored, "--to", str(tmp_path / "p.png"), "--overlay", "mean", "--colour-map",
-         "hot", "--add-scale-bar", "--scale-bar-length-um", "400", "--opacity", "0.5",
-         "--roi-xyxy", "20,10,150,100", "--pixel-resolution-um", "8.5"]
+        ["export", stored, "--to", str(tmp_path / "p.png"), *look, "--colour-map", "hot",
+         "--add-scale-bar", "--scale-bar-length-um", "400", "--roi-xyxy", "20,10,150,100",
+         "--pixel-resolution-um", "8.5"]
     )  # fmt: skip
     first = (tmp_path / "p.png").read_bytes()
     capsys.readouterr()

@@ -109,6 +109,8 @@ def test_a_grid_gives_other_pictures_without_model_and_layers(segment, tmp_path)
     out = {"grid": grid, "step": "reduce", "output_path": tmp_path / "out"}
     assert np.array_equal(read_picture(inkdask.run(**out)), whole)
     assert np.array_equal(read_picture(inkdask.run(**out, blend_mode="gaussian")), gaussian)
+    reverse = inkdask.run(**out, reverse_video=True)
+    assert np.array_equal(read_picture(reverse), 255 - whole)
     part = inkdask.run(**out, roi_xyxy=(200, 100, 900, 333))
     assert part.endswith("_200-100-900-333.png")
     assert np.array_equal(read_picture(part), whole[100:333, 200:900])

@@ -108,8 +108,9 @@ def export(
     overlay, segment, opacity, colour_map, max_side, compression
         See `Look`.
     **options
-        ``pixel_resolution_um`` (default: what the prediction says), ``add_scale_bar``,
-        ``scale_bar_length_um`` and ``roi_xyxy`` of `inkdask.settings.Settings`.
+        ``pixel_resolution_um`` (default: what the prediction says), ``reverse_video``,
+        ``add_scale_bar``, ``scale_bar_length_um`` and ``roi_xyxy`` of
+        `inkdask.settings.Settings`.
 
     Returns
     -------
@@ -127,6 +128,8 @@ def export(
     targets = [os.fspath(target).rstrip("/") for target in each]
     for target in targets:
         _check(target, uri, look)
+    if look.overlay and settings.reverse_video:
+        raise SettingsError("REVERSE_VIDEO is for the ink alone: over papyrus it is dark as it is.")
 
     picture = open_picture(uri)
     if settings.pixel_resolution_um:
@@ -168,6 +171,8 @@ def render(
     """What a file shows, lazily: dask uint8 (y, x), or (y, x, 3) in colour."""
     canvas = picture.level(level)
     table = colour_table(look.colour_map) if look.colour_map else None
+    if settings.reverse_video:
+        canvas = 255 - canvas
     if ground is not None:
         canvas = laid_over(canvas, ground, level, look.opacity, table)
     elif table is not None:
@@ -226,6 +231,8 @@ def _origin(picture: Picture, look: Look, settings: Settings) -> dict[str, Any]:
     shown = {name: value for name, value in asdict(look).items() if value != usual[name]}
     if settings.pixel_resolution_um:
         shown["pixel_resolution_um"] = settings.pixel_resolution_um
+    if settings.reverse_video:
+        shown["reverse_video"] = True
     if settings.add_scale_bar:
         shown["scale_bar_length_um"] = settings.scale_bar_length_um
     if settings.roi_xyxy:

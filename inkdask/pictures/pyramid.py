@@ -184,9 +184,7 @@ def _create(uri: str, level: int, shape: tuple[int, ...], side: tuple[int, ...])
 def _write_block(block: np.ndarray, uri: str, block_info: Any) -> None:
     rows, columns = block_info[0]["array-location"]
     with storage.explained(uri):
-        # A block of CuPy leaves the GPU here, as bytes.
-        host = block.get() if hasattr(block, "get") else block
-        open_array(storage.join(uri, "0"))[slice(*rows), slice(*columns)] = host
+        open_array(storage.join(uri, "0"))[slice(*rows), slice(*columns)] = block
 
 
 def _halve_block(uri: str, level: int, y: int, x: int) -> None:
