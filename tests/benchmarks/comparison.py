@@ -9,7 +9,7 @@ tiles one by one
     probabilities are added to two float32 planes, which are stored and divided in the end.
 MONAI
     ``monai.inferers.sliding_window_inference`` on the volume loaded into memory, with the same
-    network under the same autocast.
+    network: plainly, in float32, and under the same autocast.
 inkdask
     ``inkdask.run``.
 
@@ -63,11 +63,11 @@ def cheap(x: torch.Tensor) -> torch.Tensor:
 
 
 class Plain(torch.nn.Module):
-    """Tiles (b, z, 64, 64) in [0, 1] to probabilities (b, 1, 64, 64), eagerly under autocast."""
+    """Tiles (b, z, 64, 64) in [0, 1] to probabilities (b, 1, 64, 64), eagerly."""
 
-    def __init__(self, checkpoint: Path | None) -> None:
+    def __init__(self, checkpoint: Path | None, autocast: bool) -> None:
         super().__init__()
-        self.network = None
+        self.network, self.autocast = None, autocast
         if checkpoint:
             network = reference_network()
             state = torch.load(checkpoint, weights_only=True)
@@ -78,7 +78,7 @@ class Plain(torch.nn.Module):
         if self.network is None:
             logits = cheap(x[:, None])
         else:
-            with torch.autocast(DEVICE, torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=self.autocast):
                 logits = self.network(x.to(DEVICE)[:, :, None])
         p = logits.float().sigmoid().view(-1, 1, 4, 4)
         return torch.nn.functional.interpolate(p, size=(TILE, TILE), mode="bilinear")
@@ -179,8 +179,9 @@ def by_inkdask(folder: Path, checkpoint: Path | None, stride: int) -> None:
 
 
 OTHERS: dict[str, Callable[[Path, Plain, int, int], None]] = {
-    "tiles one by one": one_by_one,
+    "tiles one by one, autocast": one_by_one,
     "MONAI": by_monai,
+    "MONAI, autocast": by_monai,
 }
 OURS = "inkdask"
 
@@ -196,13 +197,16 @@ def job(way: str, folder: Path, checkpoint: Path | None, stride: int, batch: int
     if way == OURS:
         by_inkdask(folder, checkpoint, stride)
     else:
-        OTHERS[way](folder, Plain(checkpoint), stride, batch)
+        OTHERS[way](folder, Plain(checkpoint, way.endswith("autocast")), stride, batch)
     seconds = time.perf_counter() - start
     tell(seconds=seconds, read=bytes_received() - before, gpu=gpu_memory())
 
 
 def compare(name: str, side: int, stride: int, batch: int, with_weights: bool) -> None:
-    """Print the table of one network on one segment."""
+    """Print the table of one network on one segment.
+
+    Without weights there is nothing that autocast could change.
+    """
     side = TILE + -(-(side - TILE) // stride) * stride  # the last tile ends with the segment
     tiles = ((side - TILE) // stride + 1) ** 2
     found: dict[str, Measured] = {}
@@ -216,7 +220,8 @@ def compare(name: str, side: int, stride: int, batch: int, with_weights: bool) -
         folder = Path(home, "segment")
         write_noise(folder, side, side)
         layers = stored(folder)
-        for way in (*OTHERS, OURS):
+        ways = [way for way in OTHERS if with_weights or way != "MONAI, autocast"]
+        for way in (*ways, OURS):
             (folder / "work").mkdir()
             options = ("--batch", batch, "--stride", stride, *weights)
             found[way] = measure(__spec__.name, *options, "--job", way, folder)
@@ -266,7 +271,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--side", type=int, default=320, help="of the segment for TimeSformer")
-    parser.add_argument("--large", type=int, default=3000, help="of the other segment; 0: none")
+    parser.add_argument("--large", type=int, default=6000, help="of the other segment; 0: none")
     parser.add_argument("--batch", type=int, help="tiles, of the others; 8, or 256 on a GPU")
     parser.add_argument("--stride", type=int, default=16, help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
