@@ -158,6 +158,7 @@ def alone(network: Any) -> float:
 def job_with_torch(folder: Path) -> None:
     """Run the job under torch's profiler, and tell the operations that take its time."""
     import torch
+    from torch._C._profiler import _ExperimentalConfig
     from torch.profiler import ProfilerActivity, profile
 
     from inkdask import predictor
@@ -167,8 +168,10 @@ def job_with_torch(folder: Path) -> None:
     found: dict[str, float] = collections.defaultdict(float)
     original = predictor.Predictor._run_stretch
 
-    def profiled(*args: Any) -> Any:  # torch's profiler sees the thread that started it
-        with profile(activities=activities) as seen:
+    everywhere = _ExperimentalConfig(profile_all_threads=True)  # else the one that starts it
+
+    def profiled(*args: Any) -> Any:
+        with profile(activities=activities, experimental_config=everywhere) as seen:
             out = original(*args)
         for event in seen.key_averages():
             took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -239,7 +242,7 @@ def main() -> None:
     tasks = sorted(job["tasks"].items(), key=lambda task: -task[1][1])[:10]
     table(("task", "number", "time"), ((k, int(n), f"{s:.3f} s") for k, (n, s) in tasks))
 
-    print("\nOperations of the network's thread, as torch's profiler saw them:\n")
+    print("\nOperations of the network, as torch's profiler saw them:\n")
     total = sum(operations.values())
     largest = sorted(operations.items(), key=lambda operation: -operation[1])[:12]
     shares = [(f"`{name}`", f"{seconds / total:.1%}") for name, seconds in largest]
