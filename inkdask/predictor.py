@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from dask.system import CPU_COUNT
 from torch import Tensor, nn
 
 from inkdask.models.fast import (
@@ -36,11 +35,13 @@ from inkdask.models.hardware import cores, device_for, fast_float32, full_float3
 from inkdask.storage.counting import count
 from inkdask.types import InkdaskError, Network
 
-# Voxels in a batch when the user names no batch size: as many as fill a GPU, or some for each core
-# of a CPU. With 26 layers of 64 x 64 pixels: 256 tiles, or 8 a core. A callable is taken for a
-# small network, which loses less to the cache than to many calls.
-BATCH_VOXELS = {"cpu": 8 * CPU_COUNT * 26 * 64 * 64, "cuda": 256 * 26 * 64 * 64}
+# Voxels in a batch when the user names no batch size: as many as fill a GPU; for each core of a CPU
+# what it takes in some turns, or a single tile that all cores share. With 26 layers of 64 x 64
+# pixels: 256 tiles, or 8 a core. A callable on a CPU is taken for a small network, which loses less
+# to the cache than to many calls.
+GPU_VOXELS = 256 * 26 * 64 * 64
 CALLABLE_VOXELS = 32 * 26 * 64 * 64
+TURNS = 4
 CANARY_TILES = 2  # on which a fast path must agree with the plain network
 
 # How far probabilities of a fast path may be from those of the plain network in float32. On a GPU
@@ -160,7 +161,7 @@ class Predictor:
         at = torch.as_tensor(np.asarray(origins, np.int64), device=self.device)
         if self._forward is None:
             # The first tiles of a chunk are more often than others almost empty.
-            middle = at[len(at) // 2 :][: min(CANARY_TILES, self._default_batch())]
+            middle = at[len(at) // 2 :][: min(CANARY_TILES, self.batch_size)]
             self._forward = self._load(self._gather(tiles, middle), threads)
         done = []
         while len(at):
@@ -268,12 +269,11 @@ class Predictor:
         return reference
 
     def _default_batch(self) -> int:
-        voxels = BATCH_VOXELS[self.device.type]
-        if self.device.type == "cpu" and self.network.function is not None:
-            voxels = CALLABLE_VOXELS
-        elif self.device.type == "cpu" and self._tile_voxels > CORE_VOXELS:
-            return 1
-        return max(1, voxels // self._tile_voxels)
+        if self.device.type == "cuda":
+            return max(1, GPU_VOXELS // self._tile_voxels)
+        if self.network.function is not None:
+            return max(1, CALLABLE_VOXELS // self._tile_voxels)
+        return max(1, cores() * TURNS * (CORE_VOXELS // self._tile_voxels))
 
     @property
     def _tile_voxels(self) -> int:

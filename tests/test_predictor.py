@@ -252,7 +252,8 @@ def test_a_batch_is_sized_for_the_device_unless_named(monkeypatch):
         return Predictor(Network(network().model, layers, tile, 4, 1, 1, "0", **values)).batch_size
 
     monkeypatch.setattr(inkdask.predictor, "device_for", lambda network: torch.device("cpu"))
-    assert size(26, 64) == 8 * hardware.CPU_COUNT
+    monkeypatch.setattr(inkdask.predictor, "cores", lambda: 3)
+    assert size(26, 64) == 24
     assert size(62, 256) == 1
     assert size(26, 64, batch_size=7) == 7
     monkeypatch.setattr(inkdask.predictor, "device_for", lambda network: torch.device("cuda"))

@@ -29,7 +29,7 @@ from inkdask.models import networks  # noqa: F401
 from inkdask.models.fast import on_cores, prepare
 from inkdask.models.hardware import cores, fast_float32, precision_for
 from inkdask.models.registry import ARCHITECTURES
-from inkdask.predictor import BATCH_VOXELS
+from inkdask.predictor import Predictor
 from inkdask.types import ModelSpec, Network
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,7 +131,7 @@ def paths(architecture, layers, tile, modes, swept):
         ours.load_state_dict(plain.network.state_dict())
     spec = Network(ModelSpec("", architecture, "", layers, tile), layers, tile, 0, 1, 1, "")
     best = precision_for(spec, DEVICE)
-    batches = batch_sizes(layers * tile * tile)
+    batches = batch_sizes(spec)
     sweep = [[batch] for batch in swept] or [batches]
     chosen = [[batch] for batch in swept] or [
         batches[:1] if DEVICE.type == "cpu" else batches[-2:-1]
@@ -162,9 +162,9 @@ def paths(architecture, layers, tile, modes, swept):
                 yield Path(f"inkdask, compiled, {mode}", dtype, other, some, done)
 
 
-def batch_sizes(voxels):
+def batch_sizes(spec):
     """Batch sizes to try: the one that the predictor chooses, its double, and smaller ones."""
-    chosen = max(1, BATCH_VOXELS[DEVICE.type] // voxels)
+    chosen = Predictor(spec).batch_size
     smaller = 8 if DEVICE.type == "cpu" else 2  # the plain network is fastest in the cache
     return sorted({max(1, chosen // smaller), max(1, chosen // 2), chosen, 2 * chosen})
 
