@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 
 from inkdask.demo import letters, synthetic
-from inkdask.models.networks import depth_cnn
+from inkdask.models import depth_cnn
 from inkdask.models.registry import KNOWN
 
 DEMO = KNOWN["demo"]

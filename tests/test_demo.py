@@ -7,7 +7,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from inkdask.demo import job as demo
-from inkdask.models import hub, networks, registry, weights
+from inkdask.models import hub, registry, weights
+from inkdask.models.depth_cnn import DepthCNN
 from inkdask.types import InkdaskError
 
 
@@ -34,7 +35,7 @@ def test_bundled_weights_are_small_and_say_where_they_come_from():
 def test_bundled_weights_fit_their_network():
     network = registry.resolve("demo")
     module = weights.load(network)
-    assert isinstance(module, networks.depth_cnn.DepthCNN)
+    assert isinstance(module, DepthCNN)
     assert not module.training
     with torch.inference_mode():
         logits = module(torch.rand(2, 1, network.layers, network.tile, network.tile))

@@ -6,9 +6,8 @@ from timesformer_pytorch import TimeSformer as Oracle
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from inkdask.models import networks
 from inkdask.models.fast import prepare
-from inkdask.models.timesformer import TimeSformer
+from inkdask.models.timesformer import TimeSformer, ink_timesformer
 
 REAL = {"dim": 512, "depth": 8, "heads": 6, "dim_head": 64, "image_size": 64, "patch_size": 16}
 SMALL = {"dim": 48, "depth": 3, "heads": 2, "dim_head": 32, "image_size": 24, "patch_size": 8}
@@ -70,7 +69,7 @@ def test_other_sizes_give_the_logits_of_the_package(config, frames, n):
 
 def test_the_parameters_have_the_names_and_shapes_of_the_package():
     with torch.device("meta"):
-        reference, network = oracle(26), networks.timesformer.ink_timesformer()
+        reference, network = oracle(26), ink_timesformer()
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     assert shapes == {name: value.shape for name, value in reference.state_dict().items()}
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(37.9e6, rel=0.01)
@@ -120,7 +119,7 @@ def flops(forward, x):
 @torch.inference_mode()
 def test_it_needs_nine_percent_fewer_operations():
     with torch.device("meta"):
-        reference, network = oracle(26), networks.timesformer.ink_timesformer().eval()
+        reference, network = oracle(26), ink_timesformer().eval()
         x = torch.empty(1, 1, 26, 64, 64)
         plain, saving = flops(lambda x: reference(x.transpose(1, 2)), x), flops(network, x)
     assert plain == pytest.approx(31.7e9, rel=0.02)

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from timesformer_pytorch import TimeSformer
 from torch import Tensor, nn
 
-from inkdask.models import networks, registry, weights
+from inkdask.models import registry, weights
+from inkdask.models.depth_cnn import DepthCNN
 from inkdask.types import InkdaskError, ModelSpec, Network
 
 State = dict[str, Tensor]
@@ -29,7 +30,7 @@ State = dict[str, Tensor]
 def state() -> State:
     """Give the weights of a demo network, none of them as initialised."""
     torch.manual_seed(0)
-    module = networks.depth_cnn.DepthCNN()
+    module = DepthCNN()
     return {
         name: torch.rand(value.shape) if value.is_floating_point() else value + 3
         for name, value in module.state_dict().items()

@@ -419,6 +419,21 @@ def test_import_is_light():
     assert not {"torch", "timm", "numpy", "dask.array", "zarr", "cupy"} & set(loaded)
 
 
+def test_a_job_needs_no_timm(tmp_path):
+    """It would cost every worker a second, and a hundred megabytes with what it imports."""
+    write_layers(tmp_path / "seg", papyrus((26, 70, 70)))
+    code = (
+        "import sys, inkdask; inkdask.predict(sys.argv[1], 'demo', compile=False).map.compute(); "
+        "print(*sys.modules)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "seg")],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert "inkdask.models.depth_cnn" in loaded
+    assert not {"timm", "torchvision", "torch._dynamo"} & set(loaded)
+
+
 def test_the_graph_carries_no_weights_and_no_secret(s3):
     for number in range(26):
         file = io.BytesIO()

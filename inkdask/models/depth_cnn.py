@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models import register_model
 from torch import Tensor, nn
 
 
@@ -55,7 +54,6 @@ def _conv2d(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
     return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
 
 
-@register_model
 def ink_depth_cnn(layers: int = 26, tile: int = 64, **_: Any) -> DepthCNN:
     """Build the demo's network; it is the same for any ``layers`` and ``tile``."""
     return DepthCNN()

@@ -1,21 +1,31 @@
-"""All networks by name: importing this module registers them with timm, safely.
+"""All networks by the names that they have in timm's registry, too (`inkdask.models.in_timm`).
 
-``timm.list_models("ink*")`` lists them, and ``timm.create_model(name, layers=..., tile=...)``
-builds one. They read tiles ``(b, 1, layers, tile, tile)`` and return logits ``(b, 1, k, k)``.
+They are built without timm, whose import takes every worker a second and a hundred megabytes.
+A builder takes ``layers``, ``tile`` and, for some, ``normalization``; the network reads tiles
+``(b, 1, layers, tile, tile)`` and returns logits ``(b, 1, k, k)``.
 """
 
-import torch
+from collections.abc import Callable
 
-if torch.version.cuda is None:
-    # PyPI's torchvision is built for CUDA and does not import beside a CPU-only torch, because two
-    # operators lack a schema; timm imports torchvision. Nothing here ever calls the two.
-    _torchvision = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, _name):
-            _torchvision.define(
-                f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+from torch import nn
 
-from inkdask.models import depth_cnn, resnet3d, timesformer
+from inkdask.models.depth_cnn import ink_depth_cnn
+from inkdask.models.resnet3d import (
+    ink_resnet3d_50,
+    ink_resnet3d_101,
+    ink_resnet3d_152,
+    ink_resnet3d_152_decoder3d,
+)
+from inkdask.models.timesformer import ink_timesformer
 
-__all__ = ["depth_cnn", "resnet3d", "timesformer"]
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    builder.__name__: builder
+    for builder in (
+        ink_timesformer,
+        ink_resnet3d_50,
+        ink_resnet3d_101,
+        ink_resnet3d_152,
+        ink_resnet3d_152_decoder3d,
+        ink_depth_cnn,
+    )
+}

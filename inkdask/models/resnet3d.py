@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -178,25 +177,21 @@ class DepthAttention(nn.Module):
         return (x * self.attn_conv(x).softmax(dim=2)).sum(dim=2)
 
 
-@register_model
 def ink_resnet3d_50(normalization: bool = False, **_: Any) -> ResNet3D:
     """Build ResNet3D-50 with the decoder in the plane."""
     return ResNet3D(50, Decoder2D(), normalization)
 
 
-@register_model
 def ink_resnet3d_101(normalization: bool = False, **_: Any) -> ResNet3D:
     """Build ResNet3D-101 with the decoder in the plane."""
     return ResNet3D(101, Decoder2D(), normalization)
 
 
-@register_model
 def ink_resnet3d_152(normalization: bool = False, **_: Any) -> ResNet3D:
     """Build ResNet3D-152 with the decoder in the plane."""
     return ResNet3D(152, Decoder2D(), normalization)
 
 
-@register_model
 def ink_resnet3d_152_decoder3d(normalization: bool = False, **_: Any) -> ResNet3D:
     """Build ResNet3D-152 with the decoder in space."""
     return ResNet3D(152, Decoder3D(), normalization)

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
 Grid = tuple[int, int]  # f, n
@@ -263,7 +262,6 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.addcmul(x * cos, swapped, sin)
 
 
-@register_model
 def ink_timesformer(
     layers: int = 26, tile: int = 64, normalization: bool = False, **_: Any
 ) -> TimeSformer:

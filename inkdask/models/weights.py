@@ -8,7 +8,8 @@ may differ: a missing, unexpected or mis-shaped weight is an error.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from inkdask.models import hub, registry
 from inkdask.models.checkpoint import Checkpoint, read
+from inkdask.models.networks import BUILDERS
 from inkdask.models.sources import sha256
 from inkdask.types import InkdaskError, Network
 
@@ -84,26 +86,31 @@ class _ParametersOnMeta(TorchFunctionMode):
 
 def build(network: Network, checkpoint: Checkpoint) -> nn.Module:
     """Build the network that a checkpoint is for, its parameters on the meta device."""
-    # Networks come first: they make timm importable, and timm know them.
-    importlib.import_module("inkdask.models.networks")
-    import timm
-
     options: dict[str, Any] = {"layers": network.layers, "tile": network.tile}
     if any(_bare(name).startswith("normalization.") for name in checkpoint.tensors):
         options["normalization"] = True
     architecture = network.model.architecture
+    builder = BUILDERS.get(architecture) or _from_timm(architecture)
+    try:
+        with _ParametersOnMeta():
+            return builder(**options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise InkdaskError(f"{architecture}({given}) cannot be built: {error}.") from error
+
+
+def _from_timm(architecture: str) -> Callable[..., nn.Module]:
+    """Find the builder of a network that another package brings."""
+    importlib.import_module("inkdask.models.in_timm")  # makes timm importable
+    import timm
+
     if not timm.is_model(architecture):
         registry.known()  # a package that adds the model registers its network
     if not timm.is_model(architecture):
         raise InkdaskError(
             f"There is no network {architecture}: known are {', '.join(registry.ARCHITECTURES)}."
         )
-    try:
-        with _ParametersOnMeta():
-            return timm.create_model(architecture, **options)
-    except (TypeError, ValueError) as error:
-        given = ", ".join(f"{name}={value}" for name, value in options.items())
-        raise InkdaskError(f"{architecture}({given}) cannot be built: {error}.") from error
+    return partial(timm.create_model, architecture)
 
 
 def fit(module: nn.Module, checkpoint: Checkpoint, architecture: str) -> nn.Module:

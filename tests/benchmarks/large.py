@@ -23,7 +23,7 @@ import numpy as np
 import tifffile
 import torch
 
-from inkdask.models import networks  # noqa: F401
+from inkdask.models.networks import BUILDERS
 from tests.benchmarks._common import LAYERS, TILE, measure, scratch, size, stored, table, tell
 
 PIECE = 256  # side of a TIFF's tile, in pixels
@@ -97,11 +97,9 @@ def job(folder: Path, stride: int) -> None:
 
 def flops_of_a_tile() -> float:
     """Operations of a tile in inkdask's TimeSformer, counted."""
-    import timm  # importable since networks was imported
-
     from tests.benchmarks.model import count
 
-    return float(count(timm.create_model("ink_timesformer", layers=LAYERS), LAYERS, TILE))
+    return float(count(BUILDERS["ink_timesformer"](layers=LAYERS), LAYERS, TILE))
 
 
 def project(said: dict[str, float], stride: int, share: float) -> None:

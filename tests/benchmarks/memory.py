@@ -92,7 +92,7 @@ def measure(height: int, width: int, layout: str, on_worker: bool) -> tuple[int,
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sizes", nargs="*", default=["2000x8000", "16000x8000"])
+    parser.add_argument("sizes", nargs="*", default=["4000x8000", "32000x8000"])
     parser.add_argument("--layout", choices=LAYOUTS, default="strips")
     parser.add_argument("--worker", action="store_true", help="on a Dask worker process")
     parser.add_argument("--job", help=argparse.SUPPRESS)

@@ -25,9 +25,9 @@ import torch._inductor
 from timesformer_pytorch import TimeSformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from inkdask.models import networks  # noqa: F401
 from inkdask.models.fast import on_cores, prepare
 from inkdask.models.hardware import cores, fast_float32, precision_for
+from inkdask.models.networks import BUILDERS
 from inkdask.models.registry import ARCHITECTURES
 from inkdask.predictor import Predictor
 from inkdask.types import ModelSpec, Network
@@ -121,10 +121,8 @@ def paths(architecture, layers, tile, modes, swept):
     ``modes`` are those of ``torch.compile``; each of the batch sizes ``swept`` gets ways of its
     own, and without any each way finds its best one.
     """
-    import timm  # importable since networks was imported
-
     torch.manual_seed(0)
-    ours = timm.create_model(architecture, layers=layers, tile=tile).eval().requires_grad_(False)
+    ours = BUILDERS[architecture](layers=layers, tile=tile).eval().requires_grad_(False)
     plain = copy.deepcopy(ours)
     if architecture == "ink_timesformer":
         plain = Reference(layers).eval().requires_grad_(False)
