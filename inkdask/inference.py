@@ -28,7 +28,7 @@ from inkdask.types import Network
 
 
 class InferredChunk(NamedTuple):
-    """What one chunk gives: its share of the grid, and which of its pixels have data.
+    """What one chunk gives: its share of the grid, which of its pixels have data, and how it ran.
 
     Attributes
     ----------
@@ -36,10 +36,14 @@ class InferredChunk(NamedTuple):
         Probabilities, float32 (gy, gx, k, k); NaN where a tile is empty and did not run.
     valid
         Bool (y, x): any layer is non-zero.
+    precision
+        Of the arithmetic, ``float32`` or ``bfloat16``; empty where no tile ran, and where a
+        function ran that has its own.
     """
 
     grid: np.ndarray
     valid: np.ndarray
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def infer_chunk(
         after = [(0, pixels) for pixels in missing]
         block, seen = np.pad(block, [(0, 0), *after]), np.pad(seen, after)
 
-    grid = np.full((len(ys), len(xs), network.k, network.k), np.nan, np.float32)
+    grid, precision = np.full((len(ys), len(xs), network.k, network.k), np.nan, np.float32), ""
     occupied = tiles_with_data(seen, ys, xs, tiling.tile)  # (gy, gx)
     if passes is not None:
         occupied &= tiling.in_passes(row, column, int(passes.done[row, column]), passes.last)
@@ -170,8 +174,10 @@ def infer_chunk(
 
         rows, columns = np.nonzero(occupied)
         origins = np.stack([ys[rows], xs[columns]], axis=1)
-        grid[occupied] = predictor(network).predict(block, origins, to_come=tiling.tiles)
-    return InferredChunk(grid, np.ascontiguousarray(valid))
+        ours = predictor(network)
+        grid[occupied] = ours.predict(block, origins, to_come=tiling.tiles)
+        precision = ours.precision
+    return InferredChunk(grid, np.ascontiguousarray(valid), precision)
 
 
 def tiles_with_data(seen: np.ndarray, ys: np.ndarray, xs: np.ndarray, tile: int) -> np.ndarray:

@@ -104,7 +104,8 @@ def _of_grid(path: str) -> Iterator[tuple[str, str]]:
     done = store.tiles_run() >= 0
     yield "grid", path
     yield "done", f"{np.count_nonzero(done):,} of {done.size:,} chunks ({done.mean():.0%})"
-    yield from _of_origin({"fingerprint": attributes["fingerprint"], **attributes["origin"]})
+    origin = {**attributes["origin"], "ran_in": store.precisions()}
+    yield from _of_origin({"fingerprint": attributes["fingerprint"], **origin})
 
 
 def _of_origin(origin: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -128,7 +129,8 @@ def _of_origin(origin: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if window == "gaussian":
         tiles += f" of sigma {origin['gaussian_sigma'] or made_of['tile'] / 2.5:g} px"
     yield "tiles", tiles
-    yield "precision", made_of["precision"]
+    ran_in = origin.get("ran_in")
+    yield "precision", made_of["precision"] + (f" ({' and '.join(ran_in)} ran)" if ran_in else "")
     yield "software", ", ".join(f"{name} {v}" for name, v in origin["software"].items())
     if "created" in origin:
         yield "made", origin["created"]

@@ -146,6 +146,11 @@ class Predictor:
         return self._thread.submit(self._predict, block, origins, to_come, cores()).result()
 
     @property
+    def precision(self) -> str:
+        """Name of the dtype that the network runs in; empty for a function, which has its own."""
+        return "" if self.network.function else str(self.dtype).removeprefix("torch.")
+
+    @property
     def pace(self) -> float | None:
         """Seconds a tile at the best pace so far."""
         return self._pace if self._tiles_done else None

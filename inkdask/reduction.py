@@ -98,7 +98,8 @@ def _blended(store: GridStore, settings: Settings) -> tuple[str, Window, da.Arra
         store.grid(), store.valid(), store.tiling, settings.blend_mode, settings.gaussian_sigma
     )
     target = output_stem(settings, origin, identity["model"])
-    return target, window, ink[window], provenance(identity, origin, settings)
+    made_of = provenance(identity, {**origin, "ran_in": store.precisions()}, settings)
+    return target, window, ink[window], made_of
 
 
 def find(settings: Settings) -> GridStore:

@@ -8,6 +8,7 @@ result, so that different jobs never meet:
         valid   bool (y, x)               any layer is non-zero
         tiles   int32 (p, rows, columns)  tiles run in each chunk; -1: the pass is not done
         work    int32 (rows, columns)     tiles that probably have data; -1: not estimated
+        ran_in  uint8 (rows, columns)     arithmetic of a chunk's tiles, an index of `PRECISIONS`
 
 A job writes all of its tiles to the last pass p, or goes from coarse to fine: then each pass holds
 the tiles that come with it, and a tile is where any pass has it. A chunk is done when its last
@@ -42,8 +43,9 @@ from inkdask.memory import peak_memory
 from inkdask.tiling import Tiling
 from inkdask.types import InkdaskError
 
-FORMAT = 1  # of the store; another number never resumes an older grid
+FORMAT = 2  # of the store; another number never resumes an older grid
 ENDING = ".zarr"
+PRECISIONS = ("", "float32", "bfloat16")
 STEPS = 65534  # of a probability in 16 bits: 30 times finer than float16 near 1, and no larger
 
 
@@ -150,6 +152,10 @@ class GridStore:
                 "shape": tiling.block_shape, "chunks": tiling.block_shape, "dtype": "int32",
                 "fill_value": -1, "dimension_names": ("row", "column"),
             },
+            "ran_in": {
+                "shape": tiling.block_shape, "chunks": (1, 1), "dtype": "uint8",
+                "fill_value": 0, "dimension_names": ("row", "column"),
+            },
         }  # fmt: skip
         attributes = {"fingerprint": dict(fingerprint), "origin": dict(origin)}
         with storage.explained(self.uri):
@@ -187,6 +193,11 @@ class GridStore:
         marks = np.asarray(self._array("tiles")[:])
         return np.max(np.where(marks < 0, -1, np.arange(len(marks))[:, None, None]), axis=0)
 
+    def precisions(self) -> list[str]:
+        """Arithmetic in which tiles ran; workers of different hardware may differ."""
+        found = np.unique(np.asarray(self._array("ran_in")[:])).tolist()
+        return [PRECISIONS[number] for number in found if number]
+
     def write(self, chunk: InferredChunk, row: int, column: int, last: int = -1) -> int:
         """Store a chunk whose tiles are there up to a pass; returns how many ran just now."""
         y, x = self.tiling.y, self.tiling.x
@@ -197,6 +208,8 @@ class GridStore:
         with storage.explained(self.uri):
             self._array("grid")[(last, *tiles)] = encode(chunk.grid)
             self._array("valid")[pixels] = chunk.valid
+            if chunk.precision:
+                self._array("ran_in")[row, column] = PRECISIONS.index(chunk.precision)
             self._array("tiles")[last, row, column] = ran
         return ran
 

@@ -61,6 +61,7 @@ def test_every_kind_of_file_says_the_same(prediction, segment, tmp_path, capsys)
     assert rows["size"].startswith("142 x 174 pixels of 7.91 um")
     for name in ("inkdask", "torch", "dask", "zarr", "numpy", "python"):
         assert name in rows["software"]
+    assert rows["precision"] == "float32 (float32 ran)"
     assert rows["made"].startswith("20")
 
 
@@ -105,7 +106,9 @@ def test_an_overlay_on_layers_that_were_prepared(segment, tmp_path):
 
 def test_a_model_that_is_a_function_has_no_command(segment, capsys):
     uri = inkdask.run(segment, model=depth_slope, layers=(0, 26))
-    assert "function" in info(capsys, uri)["repeat"]
+    rows = info(capsys, uri)
+    assert "function" in rows["repeat"]
+    assert rows["precision"] == "auto"  # its own affair
 
 
 def test_a_grid_says_how_much_is_done(segment, tmp_path, capsys):

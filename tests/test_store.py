@@ -56,6 +56,17 @@ def test_what_is_written_is_read_and_the_rest_is_missing(tmp_path, tiling):
     assert valid.sum() == tiling.y.chunks[1] * tiling.x.chunks[2]
 
 
+def test_the_arithmetic_of_each_chunk_is_kept(tmp_path, tiling):
+    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
+    store.create({}, {})
+    store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
+    assert store.precisions() == []
+    for column, precision in enumerate(("bfloat16", "float32", "bfloat16")):
+        chunk = chunk_of(tiling, 0, column, 0.5)._replace(precision=precision)
+        store.write(chunk, 0, column)
+    assert store.precisions() == ["float32", "bfloat16"]
+
+
 def test_an_empty_chunk_is_done_too(tmp_path, tiling):
     store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
     store.create({}, {})
