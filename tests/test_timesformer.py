@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from inkdask.models.fast import prepare
-from inkdask.models.timesformer import TimeSformer, ink_timesformer
+from inkdask.models.timesformer import TimeSformer, attend_by_products, ink_timesformer
 
 REAL = {"dim": 512, "depth": 8, "heads": 6, "dim_head": 64, "image_size": 64, "patch_size": 16}
 SMALL = {"dim": 48, "depth": 3, "heads": 2, "dim_head": 32, "image_size": 24, "patch_size": 8}
@@ -129,3 +129,14 @@ def test_it_needs_nine_percent_fewer_operations():
 def test_a_tile_that_is_not_made_of_patches_is_refused():
     with pytest.raises(ValueError, match="no whole number of patches"):
         TimeSformer(26, tile=72)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(26, 27), (16, 17), (1, 417)])
+def test_attention_by_products_is_attention(queries, keys):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, tokens, 64) for tokens in (queries, keys, keys))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attend_by_products(q, k, v), expected, atol=1e-5, rtol=0)
+    rounded = attend_by_products(*(t.bfloat16() for t in (q, k, v)))
+    assert rounded.dtype is torch.bfloat16
+    torch.testing.assert_close(rounded.float(), expected, atol=0.05, rtol=0)
