@@ -39,7 +39,7 @@ from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from inkdask import storage
 from inkdask.inference import InferredChunk, Passes
-from inkdask.memory import peak_memory
+from inkdask.memory import give_back, peak_memory
 from inkdask.tiling import Tiling
 from inkdask.types import InkdaskError
 
@@ -243,6 +243,7 @@ def save_chunk(
     tiling = store.tiling
     done, last = (-1, tiling.passes - 1) if passes is None else (passes.done[block_id], passes.last)
     ran = store.write(chunk, *block_id, last)
+    give_back()
     total = int(np.count_nonzero(tiling.in_passes(*block_id, int(done), last)))
     return ChunkReport(ran, total - ran, process_name(), storage.counters(), peak_memory())
 
