@@ -42,7 +42,7 @@ from inkdask.types import InkdaskError, Network
 GPU_VOXELS = 256 * 26 * 64 * 64
 CALLABLE_VOXELS = 32 * 26 * 64 * 64
 TURNS = 4
-CANARY_TILES = 2  # on which a fast path must agree with the plain network
+CANARY_TILES = 4  # on which a fast path must agree with the plain network
 
 # How far probabilities of a fast path may be from those of the plain network in float32. On a GPU
 # float32 includes TF32, with its ten bits.
