@@ -37,8 +37,8 @@ class InferredChunk(NamedTuple):
     valid
         Bool (y, x): any layer is non-zero.
     precision
-        Of the arithmetic, ``float32`` or ``bfloat16``; empty where no tile ran, and where a
-        function ran that has its own.
+        Of the arithmetic, ``float32``, ``bfloat16`` or ``int8``; empty where no tile ran, and
+        where a function ran that has its own.
     """
 
     grid: np.ndarray

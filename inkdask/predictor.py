@@ -31,7 +31,14 @@ from inkdask.models.fast import (
     on_cores,
     prepare,
 )
-from inkdask.models.hardware import cores, device_for, fast_float32, full_float32, precision_for
+from inkdask.models.hardware import (
+    check_int8,
+    cores,
+    device_for,
+    fast_float32,
+    full_float32,
+    precision_for,
+)
 from inkdask.storage.counting import count
 from inkdask.types import InkdaskError, Network
 
@@ -46,7 +53,7 @@ CANARY_TILES = 4  # on which a fast path must agree with the plain network
 
 # How far probabilities of a fast path may be from those of the plain network in float32. On a GPU
 # float32 includes TF32, with its ten bits.
-TOLERANCE = {torch.float32: 0.005, torch.bfloat16: 0.03}
+TOLERANCE = {"float32": 0.005, "bfloat16": 0.03, "int8": 0.03}
 
 # A process is believed to run up to this many times the tiles it ran so far: of a job's tiles, no
 # process knows how many go to others.
@@ -93,7 +100,9 @@ class Predictor:
     Attributes
     ----------
     device, dtype
-        Where and in what precision the network runs.
+        Where and in what dtype the network runs.
+    precision
+        Name of that dtype, or int8; empty for a function, which has its own arithmetic.
     batch_size
         Tiles in a forward pass; running out of memory halves it for good.
     """
@@ -102,10 +111,15 @@ class Predictor:
         self.network = network
         self.device = device_for(network)
         self.dtype = precision_for(network, self.device)
+        self.precision = "" if network.function else str(self.dtype).removeprefix("torch.")
+        if network.precision == "int8" and self.precision:
+            check_int8(self.device)
+            self.precision = "int8"
         self.batch_size = network.batch_size or self._default_batch()
         self._forward: Any = None  # the network, once it is loaded
         self._compiled: Forward | None = None  # the same for batches of exactly batch_size tiles
-        self._may_compile = network.compile and network.function is None
+        # Layers in int8 read scales on the way; a compiler would cut the network at each.
+        self._may_compile = network.compile and self.precision not in ("", "int8")
         self._tiles_done, self._pace = 0, float("inf")  # the best pace, in seconds a tile
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inkdask-predictor")
 
@@ -144,11 +158,6 @@ class Predictor:
         if len(origins) == 0:
             return np.empty((0, self.network.k, self.network.k), np.float32)
         return self._thread.submit(self._predict, block, origins, to_come, cores()).result()
-
-    @property
-    def precision(self) -> str:
-        """Name of the dtype that the network runs in; empty for a function, which has its own."""
-        return "" if self.network.function else str(self.dtype).removeprefix("torch.")
 
     @property
     def pace(self) -> float | None:
@@ -248,23 +257,27 @@ class Predictor:
         if self.network.function is not None:
             return self.network.function
         from inkdask.models import weights
+        from inkdask.models.int8 import convert
 
-        module = weights.load(self.network).to(self.device)
-        if self.device.type == "cpu" and is_prepared(module, self.dtype):
+        module: Any = weights.load(self.network).to(self.device)
+        int8, tolerance = self.precision == "int8", TOLERANCE[self.precision]
+        if self.device.type == "cpu" and not int8 and is_prepared(module, self.dtype):
             return on_cores(module, threads, self._tile_voxels)
         with full_float32():
             expected = module(x.float())
+        if int8:
+            convert(module, self.dtype)
         prepare(module, self.dtype)
         fast_float32(self.device)
-        if agree(module(x), expected, TOLERANCE[self.dtype]):
+        if agree(module(x), expected, tolerance):
             return on_cores(module, threads, self._tile_voxels)
         warnings.warn(
-            f"The fast path of {self.network.model.key!r} ({self.dtype} on {self.device.type}) is "
-            f"more than {TOLERANCE[self.dtype]} from plain float32, which runs instead.",
+            f"The fast path of {self.network.model.key!r} ({self.precision} on {self.device.type}) "
+            f"is more than {tolerance} from plain float32, which runs instead.",
             RuntimeWarning,
             stacklevel=2,
         )
-        self.dtype, self._may_compile = torch.float32, False
+        self.dtype, self.precision, self._may_compile = torch.float32, "float32", False
         plain = weights.load(self.network).to(self.device)
 
         def reference(x: Tensor) -> Tensor:
@@ -292,7 +305,8 @@ class Predictor:
         if compilation.repays(self._pace, expected):
             self._may_compile = False  # once is enough
             at = at[torch.arange(self.batch_size, device=at.device) % len(at)]
-            self._compiled = compilation.compile(self._gather(tiles, at), TOLERANCE[self.dtype])
+            batch = self._gather(tiles, at)
+            self._compiled = compilation.compile(batch, TOLERANCE[self.precision])
 
     def _halve_batch(self) -> None:
         if self.batch_size == 1:

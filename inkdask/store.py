@@ -45,7 +45,7 @@ from inkdask.types import InkdaskError
 
 FORMAT = 2  # of the store; another number never resumes an older grid
 ENDING = ".zarr"
-PRECISIONS = ("", "float32", "bfloat16")
+PRECISIONS = ("", "float32", "bfloat16", "int8")
 STEPS = 65534  # of a probability in 16 bits: 30 times finer than float16 near 1, and no larger
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "int8"]
 
 
 class InkdaskError(Exception):
@@ -97,7 +97,8 @@ class Network:
     digest
         SHA-256 of the weights (or of the pickled function): part of a job's fingerprint.
     precision
-        ``auto`` is bfloat16 where the hardware has it, float32 elsewhere.
+        ``auto`` is bfloat16 where the hardware has it, float32 elsewhere. ``int8`` is of the wide
+        layers of TimeSformer on a CPU, the rest runs as in ``auto``.
     batch_size
         Tiles per forward pass; ``None`` is chosen for the device.
     compile, compile_mode

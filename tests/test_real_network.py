@@ -8,6 +8,7 @@ from PIL import Image
 from timesformer_pytorch import TimeSformer
 
 import inkdask
+from tests.marks import needs_vnni
 from tests.oracle import naive_map, picture
 
 FRAMES, START, HEIGHT, WIDTH = 26, 3, 101, 117
@@ -49,7 +50,10 @@ def job(reference, tmp_path_factory):
     return folder, checkpoint, expected
 
 
-@pytest.mark.parametrize(("precision", "worst"), [("float32", 1), ("bfloat16", 3)])
+@pytest.mark.parametrize(
+    ("precision", "worst"),
+    [("float32", 1), ("bfloat16", 3), pytest.param("int8", 3, marks=needs_vnni)],
+)
 def test_the_picture_is_the_naive_one(job, precision, worst, tmp_path):
     folder, checkpoint, expected = job
     uri = inkdask.run(

@@ -7,7 +7,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from inkdask.models.fast import prepare
-from inkdask.models.timesformer import TimeSformer, attend_by_products, ink_timesformer
+from inkdask.models.timesformer import (
+    TimeSformer,
+    attend_by_products,
+    ink_timesformer,
+    swap_pairs,
+)
 
 REAL = {"dim": 512, "depth": 8, "heads": 6, "dim_head": 64, "image_size": 64, "patch_size": 16}
 SMALL = {"dim": 48, "depth": 3, "heads": 2, "dim_head": 32, "image_size": 24, "patch_size": 8}
@@ -140,3 +145,19 @@ def test_attention_by_products_is_attention(queries, keys):
     rounded = attend_by_products(*(t.bfloat16() for t in (q, k, v)))
     assert rounded.dtype is torch.bfloat16
     torch.testing.assert_close(rounded.float(), expected, atol=0.05, rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_are_swapped(dtype):
+    x = torch.randn(3, 5, 2, 24).to(dtype)
+    x[0, 0, 0, :4] = torch.tensor([torch.nan, -0.0, torch.inf, 1.0])
+    part = x[:, 1:, :, 8:16]  # a view, as those of queries are
+    expected = torch.stack((part[..., 1::2], part[..., ::2]), dim=-1).flatten(-2)
+    for given, want in (
+        (part, expected),
+        (x[:1], x[:1].unflatten(-1, (-1, 2)).flip(-1).flatten(-2)),
+    ):
+        got = swap_pairs(given)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(got.signbit(), want.signbit())

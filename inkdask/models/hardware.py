@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from dask.system import CPU_COUNT
 
-from inkdask.types import Network
+from inkdask.types import InkdaskError, Network
 
 
 def device_for(network: Network) -> torch.device:
@@ -27,7 +27,8 @@ def device_for(network: Network) -> torch.device:
 def precision_for(network: Network, device: torch.device) -> torch.dtype:
     """Return the dtype a network runs in: bfloat16 only where the hardware computes in it.
 
-    Elsewhere bfloat16 is emulated, several times slower than float32.
+    Elsewhere bfloat16 is emulated, several times slower than float32. With int8, it is the dtype of
+    the rest of the network.
     """
     if network.function is not None or network.precision == "float32":
         return torch.float32
@@ -38,6 +39,19 @@ def precision_for(network: Network, device: torch.device) -> torch.dtype:
     else:
         native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def check_int8(device: torch.device) -> None:
+    """Raise an `InkdaskError` where a network cannot run in int8."""
+    if device.type != "cpu":
+        raise InkdaskError(
+            "Precision int8 is for CPUs, and this process has a GPU; precision auto suits it."
+        )
+    if not torch.cpu._is_vnni_supported():
+        raise InkdaskError(
+            "Precision int8 needs a CPU with VNNI instructions, which this one lacks; precision "
+            "auto takes what it has."
+        )
 
 
 def cores() -> int:

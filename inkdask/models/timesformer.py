@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Grid = tuple[int, int]  # f, n
-Rotation = tuple[Tensor, Tensor]  # cos and sin, to broadcast against (b, f, n, h, e)
+Rotation = tuple[Tensor, Tensor]  # cos and sin, to broadcast against (b, f, n, h, e), h in full
 
 
 class TimeSformer(nn.Module):
@@ -64,7 +64,7 @@ class TimeSformer(nn.Module):
         if tile % patch:
             raise ValueError(f"a tile of {tile} pixels is no whole number of patches of {patch}")
         self.shape = layers, tile // patch, patch  # f, g, p
-        self.k = tile // patch
+        self.k, self.heads = tile // patch, heads
         self.normalization = nn.BatchNorm3d(1) if normalization else nn.Identity()
         self.to_patch_embedding = nn.Linear(patch * patch, dim)
         self.cls_token = nn.Parameter(torch.randn(1, dim))
@@ -82,7 +82,8 @@ class TimeSformer(nn.Module):
         x = self.normalization(x).view(b, f, g, p, g, p)
         patches = x.transpose(3, 4).reshape(b, f * g * g, p * p)
         x = torch.cat((self.cls_token.expand(b, 1, -1), self.to_patch_embedding(patches)), dim=1)
-        frames, places = self.frame_rot_emb(f, x.dtype), self.image_rot_emb(g, x.dtype)
+        frames = self.frame_rot_emb(f, self.heads, x.dtype)
+        places = self.image_rot_emb(g, self.heads, x.dtype)
         for block in self.layers:
             x = block(x, grid, frames, places)  # (b, 1 + f n, d), and (b, 1, d) from the last
         return self.to_out(x).view(b, 1, self.k, self.k)
@@ -235,12 +236,12 @@ class FrameRotation(Rotary):
         super().__init__()
         self.register_buffer("inv_freqs", 1e4 ** (-torch.arange(0, head_dim, 2) / head_dim))
 
-    def forward(self, f: int, dtype: torch.dtype) -> Rotation:
-        """Return the rotations of ``f`` frames."""
+    def forward(self, f: int, heads: int, dtype: torch.dtype) -> Rotation:
+        """Return the rotations ``(f, 1, h, e)`` of ``f`` frames."""
         angles = torch.outer(torch.arange(f, device=self.inv_freqs.device), self.inv_freqs)
         # The checkpoints were trained with the frequencies laid end to end, not pair by pair.
         angles = torch.cat((angles, angles), dim=-1)
-        return as_rotation(angles[:, None, None], dtype)  # (f, 1, 1, e)
+        return as_rotation(angles[:, None], heads, dtype)
 
 
 class ImageRotation(Rotary):
@@ -253,26 +254,39 @@ class ImageRotation(Rotary):
         octaves = torch.linspace(0, math.log2(max_frequency / 2), head_dim // 4)
         self.register_buffer("scales", 2**octaves)
 
-    def forward(self, g: int, dtype: torch.dtype) -> Rotation:
-        """Return the rotations of ``g x g`` places."""
+    def forward(self, g: int, heads: int, dtype: torch.dtype) -> Rotation:
+        """Return the rotations ``(n, h, e)`` of ``g x g`` places."""
         at = torch.linspace(-1, 1, g, device=self.scales.device)
         angles = torch.outer(at, self.scales) * math.pi  # (g, e / 4)
         y, x = angles[:, None].expand(g, g, -1), angles[None].expand(g, g, -1)
         angles = torch.cat((y, x), dim=-1).repeat_interleave(2, dim=-1)  # (g, g, e)
-        return as_rotation(angles.flatten(0, 1)[:, None], dtype)  # (n, 1, e)
+        return as_rotation(angles.flatten(0, 1), heads, dtype)
 
 
-def as_rotation(angles: Tensor, dtype: torch.dtype) -> Rotation:
-    """Return cosines and sines of angles ``(..., e)``; the first of every pair loses, so -sin."""
+def as_rotation(angles: Tensor, heads: int, dtype: torch.dtype) -> Rotation:
+    """Return cosines and sines ``(..., h, e)`` of angles ``(..., e)``, the same for each head.
+
+    The first of every pair loses, so its sine is negative.
+    """
     signs = torch.tensor([-1.0, 1.0], device=angles.device).repeat(angles.shape[-1] // 2)
-    return angles.cos().to(dtype), (angles.sin() * signs).to(dtype)
+    parts = (part.to(dtype) for part in (angles.cos(), angles.sin() * signs))
+    # In full, because a CPU computes slowly what it has to broadcast by rows as short as a head.
+    cos, sin = (part.unsqueeze(-2).repeat_interleave(heads, -2) for part in parts)
+    return cos, sin
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate every pair of neighbours along the last axis, ``(b, f, n, h, e)``."""
     cos, sin = rotation
-    swapped = torch.stack((x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    return torch.addcmul(x * cos, swapped, sin)
+    return torch.addcmul(x * cos, swap_pairs(x), sin)
+
+
+def swap_pairs(x: Tensor) -> Tensor:
+    """Swap every pair of neighbours along the last axis."""
+    if x.dtype is torch.bfloat16 and x.device.type == "cpu":
+        pairs = x.view(torch.int32)  # the halves of a whole number, in half the time
+        return (pairs << 16).bitwise_or_((pairs >> 16).bitwise_and_(0xFFFF)).view(x.dtype)
+    return torch.stack((x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
 def ink_timesformer(

@@ -11,7 +11,7 @@ MONAI
     ``monai.inferers.sliding_window_inference`` on the volume loaded into memory, with the same
     network: plainly, in float32, and under the same autocast.
 inkdask
-    ``inkdask.run``.
+    ``inkdask.run``; on a CPU that can, once more in int8.
 
 All go from TIFFs of uint16 noise, in which no tile is empty, to a PNG, each in a process of its
 own, with tiles of 64 px and the same window. First TimeSformer on a small segment (stride 16),
@@ -166,12 +166,12 @@ def by_monai(folder: Path, network: Plain, stride: int, batch: int) -> None:
     write_picture(ink[0, 0].cpu().numpy(), folder / "picture.png")
 
 
-def by_inkdask(folder: Path, checkpoint: Path | None, stride: int) -> None:
+def by_inkdask(folder: Path, checkpoint: Path | None, stride: int, precision: str) -> None:
     import inkdask
 
     uri = inkdask.run(
         folder, model=str(checkpoint) if checkpoint else cheap, model_type="timesformer",
-        layers=(0, LAYERS), tile=TILE, stride=stride, clip=CLIP, divisor=CLIP,
+        layers=(0, LAYERS), tile=TILE, stride=stride, clip=CLIP, divisor=CLIP, precision=precision,
         zarr_output_dir=folder / "work", output_path=folder / "out",
         result_file=folder / "result.txt",
     )  # fmt: skip
@@ -183,23 +183,32 @@ OTHERS: dict[str, Callable[[Path, Plain, int, int], None]] = {
     "MONAI": by_monai,
     "MONAI, autocast": by_monai,
 }
-OURS = "inkdask"
+OURS = {"inkdask": "auto", "inkdask, int8": "int8"}  # and their precision
+EXACT = "MONAI"  # in float32
 
 
 def job(way: str, folder: Path, checkpoint: Path | None, stride: int, batch: int) -> None:
     """Do the whole job in one way, and tell what it took."""
     # what a process imports is not the job
-    if way == OURS:
+    if way in OURS:
         from inkdask import predictor, workflow  # noqa: F401
     else:
         import zarr  # noqa: F401
     start, before = time.perf_counter(), bytes_received()
-    if way == OURS:
-        by_inkdask(folder, checkpoint, stride)
+    if way in OURS:
+        by_inkdask(folder, checkpoint, stride, OURS[way])
     else:
         OTHERS[way](folder, Plain(checkpoint, way.endswith("autocast")), stride, batch)
     seconds = time.perf_counter() - start
     tell(seconds=seconds, read=bytes_received() - before, gpu=gpu_memory())
+
+
+def left_out(with_weights: bool) -> set[str]:
+    """The ways that are no different here."""
+    if not with_weights:
+        return {"MONAI, autocast", "inkdask, int8"}
+    can = DEVICE == "cpu" and torch.cpu._is_vnni_supported()
+    return set() if can else {"inkdask, int8"}
 
 
 def compare(name: str, side: int, stride: int, batch: int, with_weights: bool) -> None:
@@ -220,8 +229,8 @@ def compare(name: str, side: int, stride: int, batch: int, with_weights: bool) -
         folder = Path(home, "segment")
         write_noise(folder, side, side)
         layers = stored(folder)
-        ways = [way for way in OTHERS if with_weights or way != "MONAI, autocast"]
-        for way in (*ways, OURS):
+        ways = [way for way in (*OTHERS, *OURS) if way not in left_out(with_weights)]
+        for way in ways:
             (folder / "work").mkdir()
             options = ("--batch", batch, "--stride", stride, *weights)
             found[way] = measure(__spec__.name, *options, "--job", way, folder)
@@ -233,10 +242,11 @@ def compare(name: str, side: int, stride: int, batch: int, with_weights: bool) -
         f"{name}: {side:,} x {side:,} x {LAYERS} uint16 ({size(layers)}), {tiles:,} tiles at "
         f"stride {stride}, on {DEVICE if weights else 'cpu'}; the others in batches of {batch}. "
         "Tiles/s are of the job, TIFFs to PNG; the process's time includes imports. Bytes read "
-        f"are what the process asked of the system{read_too}. Behind each figure: times inkdask's."
-        "\n"
+        f"are what the process asked of the system{read_too}. Behind each figure: times inkdask's. "
+        "Pictures are compared with that of MONAI, in float32.",
+        end="\n\n",
     )
-    ours = found[OURS]
+    ours = found["inkdask"]
     rows = []
     for way, done in found.items():
         said, mine = done.said, ours.said
@@ -248,7 +258,7 @@ def compare(name: str, side: int, stride: int, batch: int, with_weights: bool) -
             f"{size(done.peak)} ({done.peak / ours.peak:.2f}){gpu}",
             f"{size(said['read'])} ({said['read'] / mine['read']:.2f})",
             f"{size(said['stored'])} ({said['stored'] / mine['stored']:,.1f})",
-            f"{np.abs(pictures[way] - pictures[OURS]).max()}/255",
+            f"{np.abs(pictures[way] - pictures[EXACT]).max()}/255",
         )
         rows.append(cells)
     headings = (
@@ -256,7 +266,7 @@ def compare(name: str, side: int, stride: int, batch: int, with_weights: bool) -
         "picture differs by at most",
     )  # fmt: skip
     table(headings, rows)
-    spread = pictures[OURS]
+    spread = pictures[EXACT]
     planes = 2 * 4 * side * side
     print(
         f"\nThe picture's values go from {spread.min()} to {spread.max()}. Two float32 planes of "

@@ -65,7 +65,7 @@ class Stopwatch:
             self.seconds[name] += seconds
 
 
-def run_job(folder: Path) -> int:
+def run_job(folder: Path, precision: str) -> int:
     """Run the main job; returns its tiles."""
     import inkdask
     from inkdask import storage
@@ -74,12 +74,12 @@ def run_job(folder: Path) -> int:
     inkdask.run(
         folder, model=str(folder / "random.pt"), model_type="timesformer", layers=(0, LAYERS),
         zarr_output_dir=folder / "work", output_path=folder / "out", overwrite=True,
-        result_file=folder / "result.txt",
+        result_file=folder / "result.txt", precision=precision,
     )  # fmt: skip
     return storage.counters().tiles - before
 
 
-def job_with_stopwatch(folder: Path) -> None:
+def job_with_stopwatch(folder: Path, precision: str) -> None:
     """Measure the steps of a job, its tasks, and the network alone."""
     from dask.diagnostics import Profiler
     from dask.utils import key_split
@@ -107,7 +107,7 @@ def job_with_stopwatch(folder: Path) -> None:
 
     start = time.perf_counter()
     with Profiler() as tasks:
-        tiles = run_job(folder)
+        tiles = run_job(folder, precision)
     seconds = time.perf_counter() - start
     steps = dict(watch.seconds)
     by_task: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
@@ -118,7 +118,7 @@ def job_with_stopwatch(folder: Path) -> None:
     [network] = predictor._predictors.values()
     tell(
         seconds=seconds, tiles=tiles, steps=steps, tasks=by_task, gpu=gpu_memory(),
-        device=str(network.device), dtype=str(network.dtype), batch=network.batch_size,
+        device=str(network.device), precision=network.precision, batch=network.batch_size,
         alone=alone(network),
     )  # fmt: skip
 
@@ -155,7 +155,7 @@ def alone(network: Any) -> float:
     return speeds[0]
 
 
-def job_with_torch(folder: Path) -> None:
+def job_with_torch(folder: Path, precision: str) -> None:
     """Run the job under torch's profiler, and tell the operations that take its time."""
     import torch
     from torch._C._profiler import _ExperimentalConfig
@@ -179,11 +179,11 @@ def job_with_torch(folder: Path) -> None:
         return out
 
     predictor.Predictor._run_stretch = profiled
-    tiles = run_job(folder)
+    tiles = run_job(folder, precision)
     tell(tiles=tiles, operations=found)
 
 
-JOBS: dict[str, Callable[[Path], None]] = {
+JOBS: dict[str, Callable[[Path, str], None]] = {
     "stopwatch": job_with_stopwatch,
     "torch": job_with_torch,
 }
@@ -195,17 +195,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--side", type=int, default=400, help="side of the segment in pixels")
+    parser.add_argument("--precision", default="auto", help="as of a job")
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.job:
-        JOBS[given.job[0]](Path(given.job[1]))
+        JOBS[given.job[0]](Path(given.job[1]), given.precision)
         return
     with scratch() as home:
         folder = Path(home)
         write_noise(folder, given.side, given.side)
         save_checkpoint(reference_network(), folder / "random.pt")
-        job = measure(__spec__.name, "--job", "stopwatch", folder).said
-        operations = measure(__spec__.name, "--job", "torch", folder).said["operations"]
+        options = "--precision", given.precision, "--job"
+        job = measure(__spec__.name, *options, "stopwatch", folder).said
+        operations = measure(__spec__.name, *options, "torch", folder).said["operations"]
 
     steps = collections.defaultdict(float, job["steps"])
     wall, tiles, fastest = job["seconds"], job["tiles"], job["alone"]
@@ -225,8 +227,8 @@ def main() -> None:
     clock["the rest"] = wall - sum(clock.values())
     gpu = f"; {size(job['gpu'])} of GPU memory" if job["gpu"] else ""
     print(
-        f"{given.side} x {given.side} x {LAYERS}, {tiles} tiles at stride {STRIDE}; {job['dtype']} "
-        f"on {job['device']}, batch {job['batch']}{gpu}.\n\n"
+        f"{given.side} x {given.side} x {LAYERS}, {tiles} tiles at stride {STRIDE}; "
+        f"{job['precision']} on {job['device']}, batch {job['batch']}{gpu}.\n\n"
         "The job by the clock:\n"
     )
     rows = [(name, f"{seconds:.2f} s", f"{seconds / wall:.1%}") for name, seconds in clock.items()]

@@ -1,0 +1,157 @@
+"""Layers in int8 against whole-number arithmetic, and the network against itself in float32."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from inkdask.models import hardware, registry, weights
+from inkdask.models.fast import prepare
+from inkdask.models.int8 import ZERO, Int8Linear, convert, quantise
+from inkdask.models.timesformer import TimeSformer
+from inkdask.predictor import Predictor
+from inkdask.types import InkdaskError, ModelSpec, Network
+from tests.marks import needs_vnni
+
+LAYERS, TILE = 5, 16
+
+
+@pytest.fixture
+def network():
+    """A small network whose logits are spread over some units."""
+    torch.manual_seed(0)
+    module = TimeSformer(LAYERS, TILE, patch=8, dim=64, depth=3, heads=2, head_dim=32)
+    module.eval().requires_grad_(False)
+    module.to_out[1].weight.mul_(4)
+    return module
+
+
+@pytest.fixture
+def tiles():
+    return torch.rand(5, 1, LAYERS, TILE, TILE, generator=torch.Generator().manual_seed(1))
+
+
+@given(
+    seed=st.integers(0, 99),
+    magnitude=st.floats(1e-20, 1e20),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_what_is_quantised_is_within_a_step(seed, magnitude, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = (torch.randn(7, 12, generator=generator) * magnitude).to(dtype)
+    values, scale = quantise(tokens)
+    assert values.dtype is torch.uint8
+    assert scale == pytest.approx(tokens.abs().max().item() / 127)
+    back = (values.double() - ZERO) * scale
+    # Half a step from rounding to bytes; in bfloat16 the quotient was rounded to halves before.
+    step = 0.5 if dtype is torch.float32 else 0.75
+    assert (back - tokens.double()).abs().max() <= (step + 1e-3) * scale
+
+
+def test_zeros_are_zeros():
+    values, _ = quantise(torch.zeros(3, 4))
+    assert (values == ZERO).all()
+
+
+@needs_vnni
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_a_layer_is_the_product_of_whole_numbers(activation):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(48, 64), torch.randn(48)
+    weight[5] = 0
+    values, scale = quantise(torch.randn(33, 64))
+    got = Int8Linear(weight, bias, torch.float32, activation)(values, scale)
+
+    steps = weight.double().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    rows = (weight.double() / steps).round()
+    exact = (values.double() - ZERO) @ rows.T * steps.T * scale + bias
+    expected = nn.functional.gelu(exact) if activation == "gelu" else exact
+    assert (got - expected).abs().max() < 1e-4
+
+
+@needs_vnni
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_network_is_nearly_the_plain_one(network, tiles, dtype):
+    expected = network(tiles).sigmoid()
+    assert expected.std() > 0.1
+    convert(network, dtype)
+    prepare(network, dtype)
+    got = network(tiles.to(dtype)).float().sigmoid()
+    assert 1e-4 < (got - expected).abs().max() < 0.02
+
+
+@needs_vnni
+@torch.inference_mode()
+def test_a_tile_does_not_depend_on_those_beside_it(network, tiles):
+    convert(network, torch.bfloat16)
+    prepare(network, torch.bfloat16)
+    x = tiles.bfloat16()
+    expected = network(x)
+    assert torch.equal(network(x[3:4]), expected[3:4])
+    x[1] *= 100
+    x[2, 0, 0, 0, 0] = torch.nan
+    got = network(x)
+    assert torch.equal(got[3:], expected[3:])
+    assert not torch.equal(got[1], expected[1])
+    assert got[2].isnan().all()
+    assert not got[:2].isnan().any()
+
+
+def spec(**values):
+    model = ModelSpec("small", "small", "none", LAYERS, TILE, pixels_per_logit=8)
+    return Network(model, LAYERS, TILE, 2, 255.0, 255.0, "0", precision="int8", **values)
+
+
+def run(ours):
+    block = np.random.default_rng(0).integers(1, 255, (LAYERS, 40, 40), dtype=np.uint8)
+    return ours.predict(block, np.array([(0, 0), (8, 24), (24, 24)]))
+
+
+@needs_vnni
+def test_a_job_in_int8_says_so(network, monkeypatch):
+    monkeypatch.setattr(weights, "load", lambda _: copy.deepcopy(network))
+    ours = Predictor(spec())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(ours)
+    assert ours.precision == "int8"
+
+
+@needs_vnni
+def test_a_network_that_int8_distorts_runs_in_float32(network, monkeypatch):
+    """One weight of a row is so large that the others become 0."""
+    with torch.no_grad():
+        network.layers[0][0].fn.to_qkv.weight[:, 0] = 1e4
+        network.layers[0][0].norm.weight[0] = 0
+        network.layers[0][0].norm.bias[0] = 0
+    monkeypatch.setattr(weights, "load", lambda _: copy.deepcopy(network))
+    ours = Predictor(spec())
+    with pytest.warns(RuntimeWarning, match=r"fast path of 'small' \(int8 on cpu\) is more than"):
+        got = run(ours)
+    assert ours.precision == "float32"
+    plain = Predictor(Network(**{**vars(spec()), "precision": "float32"}))
+    np.testing.assert_allclose(got, run(plain), atol=1e-5)
+
+
+def test_a_function_has_its_own_arithmetic():
+    ours = Predictor(spec(function=lambda x: x[..., :1, ::8, ::8].mean(2)))
+    assert ours.precision == ""
+
+
+def test_where_int8_cannot_run_one_sentence_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(InkdaskError, match="needs a CPU with VNNI"):
+        Predictor(spec())
+    with pytest.raises(InkdaskError, match="this process has a GPU"):
+        hardware.check_int8(torch.device("cuda"))
+
+
+def test_other_networks_are_refused():
+    with pytest.raises(InkdaskError, match="Precision int8 is for timesformer, and model demo"):
+        registry.resolve("demo", precision="int8")
