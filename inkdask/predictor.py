@@ -37,6 +37,7 @@ from inkdask.models.hardware import (
     device_for,
     fast_float32,
     full_float32,
+    native_dtype,
     precision_for,
 )
 from inkdask.storage.counting import count
@@ -100,9 +101,9 @@ class Predictor:
     Attributes
     ----------
     device, dtype
-        Where and in what dtype the network runs.
+        Where the network runs, and the dtype of what it reads.
     precision
-        Name of that dtype, or int8; empty for a function, which has its own arithmetic.
+        Of its arithmetic: a dtype's name, or int8; empty for a function, which has its own.
     batch_size
         Tiles in a forward pass; running out of memory halves it for good.
     """
@@ -266,8 +267,9 @@ class Predictor:
         with full_float32():
             expected = module(x.float())
         if int8:
-            convert(module, self.dtype)
-        prepare(module, self.dtype)
+            convert(module, native_dtype(self.device))
+        else:
+            prepare(module, self.dtype)
         fast_float32(self.device)
         if agree(module(x), expected, tolerance):
             return on_cores(module, threads, self._tile_voxels)

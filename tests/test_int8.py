@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from inkdask.models import hardware, registry, weights
-from inkdask.models.fast import prepare
 from inkdask.models.int8 import ZERO, Int8Linear, convert, quantise
 from inkdask.models.timesformer import TimeSformer
 from inkdask.predictor import Predictor
@@ -81,8 +81,7 @@ def test_the_network_is_nearly_the_plain_one(network, tiles, dtype):
     expected = network(tiles).sigmoid()
     assert expected.std() > 0.1
     convert(network, dtype)
-    prepare(network, dtype)
-    got = network(tiles.to(dtype)).float().sigmoid()
+    got = network(tiles).sigmoid()
     assert 1e-4 < (got - expected).abs().max() < 0.02
 
 
@@ -90,15 +89,15 @@ def test_the_network_is_nearly_the_plain_one(network, tiles, dtype):
 @torch.inference_mode()
 def test_a_tile_does_not_depend_on_those_beside_it(network, tiles):
     convert(network, torch.bfloat16)
-    prepare(network, torch.bfloat16)
-    x = tiles.bfloat16()
+    x = tiles.clone()
     expected = network(x)
-    assert torch.equal(network(x[3:4]), expected[3:4])
+    near = partial(torch.testing.assert_close, atol=1e-5, rtol=0)
+    near(network(x[3:4]), expected[3:4])
     x[1] *= 100
     x[2, 0, 0, 0, 0] = torch.nan
     got = network(x)
-    assert torch.equal(got[3:], expected[3:])
-    assert not torch.equal(got[1], expected[1])
+    near(got[3:], expected[3:])
+    assert (got[1] - expected[1]).abs().max() > 0.1
     assert got[2].isnan().all()
     assert not got[:2].isnan().any()
 

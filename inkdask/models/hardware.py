@@ -25,15 +25,17 @@ def device_for(network: Network) -> torch.device:
 
 
 def precision_for(network: Network, device: torch.device) -> torch.dtype:
-    """Return the dtype a network runs in: bfloat16 only where the hardware computes in it.
-
-    Elsewhere bfloat16 is emulated, several times slower than float32. With int8, it is the dtype of
-    the rest of the network.
-    """
-    if network.function is not None or network.precision == "float32":
+    """Return the dtype of a network's tokens; a network in int8 adds up in float32."""
+    if network.function is not None or network.precision in ("float32", "int8"):
         return torch.float32
-    if network.precision == "bfloat16":
-        return torch.bfloat16
+    return torch.bfloat16 if network.precision == "bfloat16" else native_dtype(device)
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the hardware computes in it, and float32 elsewhere.
+
+    Emulated, bfloat16 is several times slower than float32.
+    """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -2,7 +2,9 @@
 
 Such a CPU does twice as many products of int8 as of bfloat16 in a second. Weights have one scale
 a row, inputs one a tile, so that a tile's logits do not depend on its neighbours in a batch. What
-is narrow (the output of attention, the class token alone) or no product of weights stays as it is.
+lies between two such layers is bfloat16 where the CPU has it: attention and the gates. The rest
+stays float32: tokens, norms, and what the class token alone goes through. That makes the network
+about as exact as in bfloat16 throughout.
 
 The kernels are oneDNN's, from where torch's own compiler takes them for quantised networks.
 """
@@ -23,22 +25,26 @@ TINY = 1e-30  # scales nothing but zeros
 
 
 def convert(network: TimeSformer, dtype: torch.dtype) -> None:
-    """Put int8 layers in place of the wide ones; they return ``dtype``.
+    """Put int8 layers in place of the wide ones.
 
     Parameters
     ----------
     network
-        With its weights, in float32; to be changed.
+        With its weights, in float32; to be changed. It still reads float32.
     dtype
-        In which the rest of the network will run, float32 or bfloat16.
+        Of what is between two such layers, float32 or bfloat16.
     """
+    network.attention_dtype = dtype
     block: Any
     for block in network.layers:
-        time, space, feed_forward = block
-        time.fn.to_qkv = Int8Projection(time.fn.to_qkv, dtype)
-        if not isinstance(block, LastBlock):
-            space.fn.to_qkv = Int8Projection(space.fn.to_qkv, dtype)
+        *attentions, feed_forward = block
+        if isinstance(block, LastBlock):
+            attentions.pop()  # of the class token
+        else:
             feed_forward.fn = Int8FeedForward(feed_forward.fn, dtype)
+        for attention in attentions:
+            attention.fn.to_qkv = Int8Projection(attention.fn.to_qkv, dtype)
+            attention.fn.to_out.to(dtype)
 
 
 class Int8Linear(nn.Module):
@@ -74,7 +80,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Projection(nn.Module):
-    """An `Int8Linear` of tokens as they are."""
+    """An `Int8Linear` of tokens in float32."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -95,7 +101,7 @@ class Int8FeedForward(nn.Module):
         (value, gate), (value_bias, gate_bias) = expand.weight.chunk(2), expand.bias.chunk(2)
         self.value = Int8Linear(value, value_bias, dtype)
         self.gate = Int8Linear(gate, gate_bias, dtype, "gelu")
-        self.contract = Int8Linear(contract.weight, contract.bias, dtype)
+        self.contract = Int8Linear(contract.weight, contract.bias, torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(b, tokens, d)`` from the same."""

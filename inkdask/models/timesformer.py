@@ -65,6 +65,7 @@ class TimeSformer(nn.Module):
             raise ValueError(f"a tile of {tile} pixels is no whole number of patches of {patch}")
         self.shape = layers, tile // patch, patch  # f, g, p
         self.k, self.heads = tile // patch, heads
+        self.attention_dtype: torch.dtype | None = None  # None: that of the tiles
         self.normalization = nn.BatchNorm3d(1) if normalization else nn.Identity()
         self.to_patch_embedding = nn.Linear(patch * patch, dim)
         self.cls_token = nn.Parameter(torch.randn(1, dim))
@@ -82,8 +83,9 @@ class TimeSformer(nn.Module):
         x = self.normalization(x).view(b, f, g, p, g, p)
         patches = x.transpose(3, 4).reshape(b, f * g * g, p * p)
         x = torch.cat((self.cls_token.expand(b, 1, -1), self.to_patch_embedding(patches)), dim=1)
-        frames = self.frame_rot_emb(f, self.heads, x.dtype)
-        places = self.image_rot_emb(g, self.heads, x.dtype)
+        dtype = self.attention_dtype or x.dtype
+        frames = self.frame_rot_emb(f, self.heads, dtype)
+        places = self.image_rot_emb(g, self.heads, dtype)
         for block in self.layers:
             x = block(x, grid, frames, places)  # (b, 1 + f n, d), and (b, 1, d) from the last
         return self.to_out(x).view(b, 1, self.k, self.k)
