@@ -72,7 +72,7 @@ class Int8Linear(nn.Module):
         self.dtype, self.activation = dtype, activation
 
     def forward(self, values: Tensor, scale: float) -> Tensor:
-        """Return ``(tokens, out)`` of what `quantise` gave for ``(tokens, in)``."""
+        """Return ``(tokens, out)`` of what `quantise_` gave for ``(tokens, in)``."""
         return torch.ops.onednn.qlinear_pointwise(
             values, scale, ZERO, self.weight, self.scales, self.zeros, self.bias,
             1.0, 0, self.dtype, self.activation, [], "none",
@@ -88,7 +88,7 @@ class Int8Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(b, tokens, out)`` from ``(b, tokens, d)``."""
-        return tile_by_tile(lambda tokens: self.linear(*quantise(tokens)), x)
+        return tile_by_tile(lambda tokens: self.linear(*quantise_(tokens)), x)
 
 
 class Int8FeedForward(nn.Module):
@@ -108,18 +108,19 @@ class Int8FeedForward(nn.Module):
         return tile_by_tile(self._of_tile, x)
 
     def _of_tile(self, tokens: Tensor) -> Tensor:
-        quantised = quantise(tokens)
-        return self.contract(*quantise(self.gate(*quantised).mul_(self.value(*quantised))))
+        quantised = quantise_(tokens)
+        return self.contract(*quantise_(self.gate(*quantised).mul_(self.value(*quantised))))
 
 
-def quantise(tokens: Tensor) -> tuple[Tensor, float]:
+def quantise_(tokens: Tensor) -> tuple[Tensor, float]:
     """Return the bytes of a tile's tokens and their scale: a token is ``(byte - ZERO) * scale``.
 
-    Any shape to the same in uint8. The scale of tokens with a NaN is NaN, and with it all results.
+    Any shape to the same in uint8. The tokens are overwritten, for a buffer more would leave the
+    cache. The scale of tokens with a NaN is NaN, and with it all results.
     """
     low, high = torch.aminmax(tokens)
     scale = max(high.item(), -low.item(), TINY) / LIMIT
-    values = (tokens * (1 / scale)).round_().to(torch.int8)
+    values = tokens.mul_(1 / scale).round_().to(torch.int8)
     return values.view(torch.uint8).bitwise_xor_(ZERO), scale
 
 

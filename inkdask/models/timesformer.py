@@ -166,7 +166,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     batch = q.shape[:2]
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    scores = torch.bmm(q, k.transpose(1, 2)).float() * q.shape[-1] ** -0.5
+    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(q.shape[-1] ** -0.5)
     return torch.bmm(scores.softmax(-1).to(v.dtype), v).unflatten(0, batch)
 
 
@@ -202,9 +202,9 @@ class Block(nn.ModuleList):
     def forward(self, x: Tensor, grid: Grid, frames: Rotation, places: Rotation) -> Tensor:
         """Return the next tokens, ``(b, 1 + f n, d)``."""
         time, space, feed_forward = self
-        x = x + time(x, grid, frames)
-        x = x + space(x, grid, places)
-        return x + feed_forward(x)
+        x = x.add_(time(x, grid, frames))
+        x = x.add_(space(x, grid, places))
+        return x.add_(feed_forward(x))
 
 
 class LastBlock(Block):
@@ -215,7 +215,7 @@ class LastBlock(Block):
     def forward(self, x: Tensor, grid: Grid, frames: Rotation, places: Rotation) -> Tensor:
         """Return the class token ``(b, 1, d)`` of tokens ``(b, 1 + f n, d)``."""
         time, space, feed_forward = self
-        x = x + time(x, grid, frames)
+        x = x.add_(time(x, grid, frames))
         token = x[:, :1] + space(x)
         return token + feed_forward(token)
 
@@ -280,7 +280,7 @@ def as_rotation(angles: Tensor, heads: int, dtype: torch.dtype) -> Rotation:
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate every pair of neighbours along the last axis, ``(b, f, n, h, e)``."""
     cos, sin = rotation
-    return torch.addcmul(x * cos, swap_pairs(x), sin)
+    return (x * cos).addcmul_(swap_pairs(x), sin)
 
 
 def swap_pairs(x: Tensor) -> Tensor:

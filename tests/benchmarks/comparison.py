@@ -280,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--side", type=int, default=320, help="of the segment for TimeSformer")
+    parser.add_argument("--side", type=int, default=560, help="of the segment for TimeSformer")
     parser.add_argument("--large", type=int, default=6000, help="of the other segment; 0: none")
     parser.add_argument("--batch", type=int, help="tiles, of the others; 8, or 256 on a GPU")
     parser.add_argument("--stride", type=int, default=16, help=argparse.SUPPRESS)
