@@ -15,7 +15,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -42,7 +42,7 @@ MARGIN = 2.0
 
 def is_prepared(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether `prepare` would leave a network as it is."""
-    return not has_convolutions(module) and all(w.dtype is dtype for w in module.parameters())
+    return not has_convolutions(module) and all(w.dtype is dtype for w in _to_convert(module))
 
 
 def has_convolutions(module: nn.Module) -> bool:
@@ -55,17 +55,21 @@ def prepare(module: nn.Module, dtype: torch.dtype) -> None:
 
     Batch norms are folded into the convolutions before them, convolutions get their weights
     channels-last, which cuDNN and oneDNN run without reordering, and weights get their dtype.
-    What stays float32, because it runs so on any input: buffers, and batch norms of their own.
+    What stays float32, because it runs so on any input: buffers, and norms.
     """
     for parent in module.modules():
         for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d | nn.Conv3d) and isinstance(norm, _BatchNorm):
                 setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
+    for weight in _to_convert(module):
+        weight.data = weight.data.to(dtype, memory_format=_layout(weight))
+
+
+def _to_convert(module: nn.Module) -> Iterator[nn.Parameter]:
     for child in module.modules():
-        if not isinstance(child, _BatchNorm):
-            for weight in child.parameters(recurse=False):
-                weight.data = weight.data.to(dtype, memory_format=_layout(weight))
+        if not isinstance(child, _BatchNorm | nn.LayerNorm):
+            yield from child.parameters(recurse=False)
 
 
 def _layout(weight: Tensor) -> torch.memory_format:

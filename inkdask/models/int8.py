@@ -35,6 +35,7 @@ def convert(network: TimeSformer, dtype: torch.dtype) -> None:
         Of what is between two such layers, float32 or bfloat16.
     """
     network.attention_dtype = dtype
+    network.to_patch_embedding.to(dtype)
     block: Any
     for block in network.layers:
         *attentions, feed_forward = block

@@ -67,28 +67,36 @@ class TimeSformer(nn.Module):
         self.k, self.heads = tile // patch, heads
         self.attention_dtype: torch.dtype | None = None  # None: that of the tiles
         self.normalization = nn.BatchNorm3d(1) if normalization else nn.Identity()
-        self.to_patch_embedding = nn.Linear(patch * patch, dim)
+        self.to_patch_embedding = Linear(patch * patch, dim)
         self.cls_token = nn.Parameter(torch.randn(1, dim))
         self.frame_rot_emb = FrameRotation(head_dim)
         self.image_rot_emb = ImageRotation(head_dim)
         self.layers = nn.ModuleList(Block(dim, heads, head_dim) for _ in range(depth - 1))
         self.layers.append(LastBlock(dim, heads, head_dim))
-        self.to_out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, self.k * self.k))
+        self.to_out = nn.Sequential(nn.LayerNorm(dim), Linear(dim, self.k * self.k))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(b, 1, k, k)`` of tiles ``(b, 1, layers, tile, tile)``."""
-        b = len(x)
+        b, dtype = len(x), self.attention_dtype or x.dtype
         f, g, p = self.shape  # frames, patches a side, pixels a side
         grid = f, g * g  # f, n: a frame has n patches
         x = self.normalization(x).view(b, f, g, p, g, p)
         patches = x.transpose(3, 4).reshape(b, f * g * g, p * p)
         x = torch.cat((self.cls_token.expand(b, 1, -1), self.to_patch_embedding(patches)), dim=1)
-        dtype = self.attention_dtype or x.dtype
+        x = x.float()  # in which tokens add up, so that no block's share is lost
         frames = self.frame_rot_emb(f, self.heads, dtype)
         places = self.image_rot_emb(g, self.heads, dtype)
         for block in self.layers:
             x = block(x, grid, frames, places)  # (b, 1 + f n, d), and (b, 1, d) from the last
         return self.to_out(x).view(b, 1, self.k, self.k)
+
+
+class Linear(nn.Linear):
+    """A linear layer that reads any dtype, and computes in that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(..., out)`` from ``(..., in)``."""
+        return super().forward(x.to(self.weight.dtype))
 
 
 class PreNorm(nn.Module):
@@ -113,8 +121,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int, axis: int) -> None:
         super().__init__()
         self.heads, self.width, self.axis = heads, heads * head_dim, axis
-        self.to_qkv = nn.Linear(dim, 3 * self.width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(self.width, dim))
+        self.to_qkv = Linear(dim, 3 * self.width, bias=False)
+        self.to_out = nn.Sequential(Linear(self.width, dim))
 
     def forward(self, x: Tensor, grid: Grid, rotation: Rotation) -> Tensor:
         """Return ``(b, 1 + f n, d)`` from the same; ``grid`` is ``(f, n)``."""
@@ -143,6 +151,7 @@ class ClassTokenAttention(Attention):
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return ``(b, 1, d)`` from ``(b, 1 + f n, d)``; nothing is rotated for a class token."""
         w_q, w_k, w_v = self.to_qkv.weight.unflatten(0, (3, self.heads, -1))  # (h, e, d)
+        x = x.to(w_q.dtype)
         q = torch.einsum("bd,hed->bhe", x[:, 0], w_q)
         q = torch.einsum("bhe,hed->bhd", q, w_k)  # queries for the tokens themselves, one a head
         scale = (self.width // self.heads) ** -0.5
@@ -177,12 +186,13 @@ class FeedForward(nn.Module):
         super().__init__()
         # Activation and dropout stood in second and third place.
         self.net = nn.ModuleList(
-            [nn.Linear(dim, 8 * dim), nn.Identity(), nn.Identity(), nn.Linear(4 * dim, dim)]
+            [Linear(dim, 8 * dim), nn.Identity(), nn.Identity(), Linear(4 * dim, dim)]
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(b, tokens, d)`` from the same."""
         expand: Any = self.net[0]
+        x = x.to(expand.weight.dtype)
         # One product each, so that either result is contiguous and the activation can be fused.
         halves = zip(expand.weight.chunk(2), expand.bias.chunk(2), strict=True)
         value, gate = (F.linear(x, weight, bias) for weight, bias in halves)
