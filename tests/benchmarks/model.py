@@ -7,10 +7,10 @@
     python -m tests.benchmarks.model timesformer --compile-modes reduce-overhead max-autotune
 
 Every network is measured against its plain reference (for TimeSformer the package
-`timesformer-pytorch`, for ResNet3D the network as it was trained), in float32 and in bfloat16, and
-against the speed of this machine's own matrix products in the same dtype: a path whose share of
-that ceiling is 100 % would spend no time on anything else. Paths take turns, and the best time of
-each counts, so that other work on the machine disturbs them alike.
+`timesformer-pytorch`, for ResNet3D the network as it was trained), in float32, in bfloat16 and
+where it can in int8, and against the speed of this machine's own matrix products in the same
+dtype: a path whose share of that ceiling is 100 % would spend no time on anything else. Paths take
+turns, and the best time of each counts, so that other work on the machine disturbs them alike.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import copy
 import platform
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -26,14 +27,15 @@ from timesformer_pytorch import TimeSformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from inkdask.models.fast import on_cores, prepare
-from inkdask.models.hardware import cores, fast_float32, precision_for
+from inkdask.models.hardware import cores, fast_float32, native_dtype
+from inkdask.models.int8 import Int8Linear, convert
 from inkdask.models.networks import BUILDERS
 from inkdask.models.registry import ARCHITECTURES
 from inkdask.predictor import Predictor
 from inkdask.types import ModelSpec, Network
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
 
 @dataclass
@@ -52,7 +54,8 @@ class Path:
         """Time every batch size the first time, and the best of them from then on."""
         for batch in self.batches:
             x = tile.repeat(batch, 1, 1, 1, 1)
-            x = x if self.autocast else x.to(self.dtype)
+            if not self.autocast and self.dtype is not torch.int8:  # which reads float32
+                x = x.to(self.dtype)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
                 seconds = timed(lambda x=x: self.forward(x)) / batch
             if seconds < self.seconds:
@@ -86,19 +89,21 @@ class Ceiling:
 
     def __init__(self, dtype):
         sizes = self.LARGE if DEVICE.type == "cuda" else self.SIZES
-        self.pairs = [
-            (
-                torch.randn(m, k, device=DEVICE, dtype=dtype),
-                torch.randn(n, k, device=DEVICE).to(dtype),
-            )
-            for m, k, n in sizes
-        ]
+        self.products = [(2 * m * k * n, product(m, k, n, dtype)) for m, k, n in sizes]
         self.flops = 0.0
 
     def measure(self):
-        for a, b in self.pairs:
-            seconds = timed(lambda a=a, b=b: torch.nn.functional.linear(a, b))
-            self.flops = max(self.flops, 2 * a.shape[0] * a.shape[1] * b.shape[0] / seconds)
+        for flops, function in self.products:
+            self.flops = max(self.flops, flops / timed(function))
+
+
+def product(m, k, n, dtype):
+    """A call that multiplies matrices (m, k) and (k, n)."""
+    if dtype is torch.int8:
+        layer = Int8Linear(torch.randn(n, k), None, torch.bfloat16)
+        return partial(layer, torch.randint(0, 256, (m, k), dtype=torch.uint8), 1.0)
+    a, b = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((m, k), (n, k)))
+    return partial(torch.nn.functional.linear, a, b)
 
 
 class Reference(torch.nn.Module):
@@ -128,7 +133,7 @@ def paths(architecture, layers, tile, modes, swept):
         plain = Reference(layers).eval().requires_grad_(False)
         ours.load_state_dict(plain.network.state_dict())
     spec = Network(ModelSpec("", architecture, "", layers, tile), layers, tile, 0, 1, 1, "")
-    best = precision_for(spec, DEVICE)
+    best = native_dtype(DEVICE)
     batches = batch_sizes(spec)
     sweep = [[batch] for batch in swept] or [batches]
     chosen = [[batch] for batch in swept] or [
@@ -158,6 +163,12 @@ def paths(architecture, layers, tile, modes, swept):
             other = torch.compile(copy.deepcopy(fast), dynamic=False, options=options)
             for some in chosen:
                 yield Path(f"inkdask, compiled, {mode}", dtype, other, some, done)
+    int8 = DEVICE.type == "cpu" and torch.cpu._is_vnni_supported()
+    if int8 and architecture == "ink_timesformer":
+        convert(ours, best)
+        eager = on_cores(ours, cores(), layers * tile * tile)
+        for some in sweep:
+            yield Path("inkdask", torch.int8, eager, some, done)
 
 
 def batch_sizes(spec):
