@@ -98,7 +98,7 @@ class Network:
         SHA-256 of the weights (or of the pickled function): part of a job's fingerprint.
     precision
         ``auto`` is bfloat16 where the hardware has it, float32 elsewhere. ``int8`` is of the wide
-        layers of TimeSformer on a CPU, the rest runs as in ``auto``.
+        layers of TimeSformer on a CPU.
     batch_size
         Tiles per forward pass; ``None`` is chosen for the device.
     compile, compile_mode

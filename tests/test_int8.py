@@ -151,6 +151,7 @@ def test_where_int8_cannot_run_one_sentence_says_so(monkeypatch):
         hardware.check_int8(torch.device("cuda"))
 
 
-def test_other_networks_are_refused():
+def test_other_networks_are_refused_before_their_weights_are_fetched(monkeypatch):
+    monkeypatch.setattr(registry.hub, "settle", lambda _: pytest.fail("fetched"))
     with pytest.raises(InkdaskError, match="Precision int8 is for timesformer, and model demo"):
         registry.resolve("demo", precision="int8")

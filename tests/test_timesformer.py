@@ -87,8 +87,12 @@ def test_bfloat16_stays_within_two_hundredths():
     network = ours(reference, 26)
     prepare(network, torch.bfloat16)
     assert network.layers[3][0].fn.to_qkv.weight.dtype is torch.bfloat16
+    seen = []
+    for block in network.layers:
+        block.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
     got = network(x.bfloat16()).float().sigmoid()
     assert (got - logits_of(reference, x).sigmoid()).abs().max() < 0.02
+    assert set(seen) == {torch.float32}  # in which tokens add up
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ def device_for(network: Network) -> torch.device:
 
 
 def precision_for(network: Network, device: torch.device) -> torch.dtype:
-    """Return the dtype of a network's tokens; a network in int8 adds up in float32."""
+    """Return the dtype that a network reads; in int8, where layers quantise, it is float32."""
     if network.function is not None or network.precision in ("float32", "int8"):
         return torch.float32
     return torch.bfloat16 if network.precision == "bfloat16" else native_dtype(device)

@@ -3,8 +3,7 @@
 Such a CPU does twice as many products of int8 as of bfloat16 in a second. Weights have one scale
 a row, inputs one a tile, so that a tile's logits do not depend on its neighbours in a batch. What
 lies between two such layers is bfloat16 where the CPU has it: attention and the gates. The rest
-stays float32: tokens, norms, and what the class token alone goes through. That makes the network
-about as exact as in bfloat16 throughout.
+stays float32: tokens, norms, and what the class token alone goes through.
 
 The kernels are oneDNN's, from where torch's own compiler takes them for quantised networks.
 """

@@ -148,12 +148,12 @@ def resolve(
         spec, digest, k = _try_function(model, layers, tile)
     else:
         spec = _described(model, model_type)
-        spec, path = hub.settle(spec)
-        digest = sha256(path)
         if precision == "int8" and spec.architecture != ARCHITECTURES["timesformer"]:
             raise InkdaskError(
                 f"Precision int8 is for timesformer, and model {spec.key} is not one."
             )
+        spec, path = hub.settle(spec)
+        digest = sha256(path)
         k, rest = divmod(tile or spec.tile, spec.pixels_per_logit)
         if rest or k < 1:
             raise InkdaskError(
