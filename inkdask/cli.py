@@ -100,8 +100,16 @@ def inkdask_(verbose: bool) -> None:
 
     Every option is an environment variable too, named in brackets.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # on standard error
+    handler = logging.StreamHandler()
+    if not verbose:
+        handler.addFilter(_is_for_everybody)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("inkdask").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _is_for_everybody(record: logging.LogRecord) -> bool:
+    """Whether it is ours or a warning: a local cluster tells of each of its connections."""
+    return record.name.startswith("inkdask") or record.levelno >= logging.WARNING
 
 
 @inkdask_.command()
