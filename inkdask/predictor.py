@@ -265,7 +265,7 @@ class Predictor:
         if self.device.type == "cpu" and not int8 and is_prepared(module, self.dtype):
             return on_cores(module, threads, self._tile_voxels)
         with full_float32():
-            expected = module(x.float())
+            expected = on_cores(module, threads, self._tile_voxels)(x.float())
         if int8:
             convert(module, native_dtype(self.device))
         else:

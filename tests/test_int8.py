@@ -36,21 +36,15 @@ def tiles():
     return torch.rand(5, 1, LAYERS, TILE, TILE, generator=torch.Generator().manual_seed(1))
 
 
-@given(
-    seed=st.integers(0, 99),
-    magnitude=st.floats(1e-20, 1e20),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-def test_what_is_quantised_is_within_a_step(seed, magnitude, dtype):
+@given(seed=st.integers(0, 99), magnitude=st.floats(1e-20, 1e20))
+def test_what_is_quantised_is_within_half_a_step(seed, magnitude):
     generator = torch.Generator().manual_seed(seed)
-    tokens = (torch.randn(7, 12, generator=generator) * magnitude).to(dtype)
+    tokens = torch.randn(7, 12, generator=generator) * magnitude
     values, scale = quantise_(tokens.clone())
     assert values.dtype is torch.uint8
     assert scale == pytest.approx(tokens.abs().max().item() / 127)
     back = (values.double() - ZERO) * scale
-    # Half a step from rounding to bytes; in bfloat16 the quotient was rounded to halves before.
-    step = 0.5 if dtype is torch.float32 else 0.75
-    assert (back - tokens.double()).abs().max() <= (step + 1e-3) * scale
+    assert (back - tokens.double()).abs().max() <= (0.5 + 1e-3) * scale
 
 
 def test_zeros_are_zeros():

@@ -10,17 +10,17 @@ The kernels are oneDNN's, from where torch's own compiler takes them for quantis
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inkdask.models.timesformer import FeedForward, LastBlock, TimeSformer
+from inkdask.models.timesformer import Grid, LastBlock, Rotation, TimeSformer, mix
 
 LIMIT = 127  # values reach from -127 to 127
 ZERO = 128  # as which byte 0 is written: the kernel reads bytes without a sign
 TINY = 1e-30  # scales nothing but zeros
+WHOLE = 1.5 * 2**23  # from where on float32 has whole numbers only
 
 
 def convert(network: TimeSformer, dtype: torch.dtype) -> None:
@@ -37,14 +37,11 @@ def convert(network: TimeSformer, dtype: torch.dtype) -> None:
     network.to_patch_embedding.to(dtype)
     block: Any
     for block in network.layers:
-        *attentions, feed_forward = block
-        if isinstance(block, LastBlock):
-            attentions.pop()  # of the class token
-        else:
-            feed_forward.fn = Int8FeedForward(feed_forward.fn, dtype)
-        for attention in attentions:
-            attention.fn.to_qkv = Int8Projection(attention.fn.to_qkv, dtype)
-            attention.fn.to_out.to(dtype)
+        time, space, feed_forward = block
+        block[0] = Int8Attention(time, dtype)
+        if not isinstance(block, LastBlock):  # the rest of which is for the class token alone
+            block[1] = Int8Attention(space, dtype)
+            block[2] = Int8FeedForward(feed_forward, dtype)
 
 
 class Int8Linear(nn.Module):
@@ -78,52 +75,61 @@ class Int8Linear(nn.Module):
             1.0, 0, self.dtype, self.activation, [], "none",
         )  # fmt: skip
 
+    def add_to_(self, tokens: Tensor, values: Tensor, scale: float) -> None:
+        """Add the same to float32 ``(tokens, out)``, in place."""
+        torch.ops.onednn.qlinear_pointwise.binary(
+            values, scale, ZERO, self.weight, self.scales, self.zeros, tokens, self.bias,
+            1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "none",
+        )  # fmt: skip
 
-class Int8Projection(nn.Module):
-    """An `Int8Linear` of tokens in float32."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+class Int8Attention(nn.Module):
+    """`Residual` of an attention whose projections are in int8."""
+
+    def __init__(self, plain: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.linear = Int8Linear(linear.weight, linear.bias, dtype)
+        self.norm, self.heads, self.axis = plain.norm, plain.fn.heads, plain.fn.axis
+        (to_out,) = plain.fn.to_out
+        self.to_qkv = Int8Linear(plain.fn.to_qkv.weight, None, dtype)
+        self.to_out = Int8Linear(to_out.weight, to_out.bias, torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``(b, tokens, out)`` from ``(b, tokens, d)``."""
-        return tile_by_tile(lambda tokens: self.linear(*quantise_(tokens)), x)
+    def forward(self, x: Tensor, grid: Grid, rotation: Rotation) -> Tensor:
+        """Return ``x``, ``(b, tokens, d)``, to which attention has been added in place."""
+        qkv = torch.stack([self.to_qkv(*quantise_(tokens)) for tokens in self.norm(x)])
+        mixed = mix(qkv, self.heads, self.axis, grid, rotation).float()
+        for tokens, values in zip(x, mixed, strict=True):
+            self.to_out.add_to_(tokens, *quantise_(values))
+        return x
 
 
 class Int8FeedForward(nn.Module):
-    """`FeedForward` in int8; its gate leaves the kernel activated."""
+    """`Residual` of a feed-forward in int8; its gate leaves the kernel activated."""
 
-    def __init__(self, plain: FeedForward, dtype: torch.dtype) -> None:
+    def __init__(self, plain: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        expand: Any = plain.net[0]
-        contract: Any = plain.net[3]
+        self.norm = plain.norm
+        expand, _, _, contract = plain.fn.net
         (value, gate), (value_bias, gate_bias) = expand.weight.chunk(2), expand.bias.chunk(2)
         self.value = Int8Linear(value, value_bias, dtype)
         self.gate = Int8Linear(gate, gate_bias, dtype, "gelu")
         self.contract = Int8Linear(contract.weight, contract.bias, torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``(b, tokens, d)`` from the same."""
-        return tile_by_tile(self._of_tile, x)
-
-    def _of_tile(self, tokens: Tensor) -> Tensor:
-        quantised = quantise_(tokens)
-        return self.contract(*quantise_(self.gate(*quantised).mul_(self.value(*quantised))))
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        """Return ``x``, ``(b, tokens, d)``, to which the result has been added in place."""
+        for tokens in x:
+            quantised = quantise_(self.norm(tokens))
+            gated = self.gate(*quantised).mul_(self.value(*quantised))
+            self.contract.add_to_(tokens, *quantise_(gated.float()))
+        return x
 
 
 def quantise_(tokens: Tensor) -> tuple[Tensor, float]:
     """Return the bytes of a tile's tokens and their scale: a token is ``(byte - ZERO) * scale``.
 
-    Any shape to the same in uint8. The tokens are overwritten, for a buffer more would leave the
-    cache. The scale of tokens with a NaN is NaN, and with it all results.
+    Float32 of any shape to the same in uint8. The tokens are overwritten, for a buffer more would
+    leave the cache. The scale of tokens with a NaN is NaN, and with it all results.
     """
-    low, high = torch.aminmax(tokens)
-    scale = max(high.item(), -low.item(), TINY) / LIMIT
-    values = tokens.mul_(1 / scale).round_().to(torch.int8)
-    return values.view(torch.uint8).bitwise_xor_(ZERO), scale
-
-
-def tile_by_tile(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return ``(b, tokens, out)``; the function takes ``(tokens, d)`` to ``(tokens, out)``."""
-    return function(x[0])[None] if len(x) == 1 else torch.stack([function(tile) for tile in x])
+    scale = max(tokens.amax().item(), -tokens.amin().item(), TINY) / LIMIT
+    # A sum so large is rounded, and the last byte of its bits is what it exceeds WHOLE by.
+    bits = tokens.mul_(1 / scale).add_(WHOLE + ZERO).view(torch.int32)
+    return bits.to(torch.int8).view(torch.uint8), scale

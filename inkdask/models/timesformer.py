@@ -99,8 +99,8 @@ class Linear(nn.Linear):
         return super().forward(x.to(self.weight.dtype))
 
 
-class PreNorm(nn.Module):
-    """A layer norm and the function that reads its output."""
+class Residual(nn.Module):
+    """A layer norm and the function that reads its output, whose result is added to the tokens."""
 
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()
@@ -108,7 +108,11 @@ class PreNorm(nn.Module):
         self.fn = fn
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """Return the function of the normalised ``x``, ``(b, tokens, d)``."""
+        """Return ``x``, ``(b, tokens, d)``, to which it has been added in place."""
+        return x.add_(self.share(x, *args))
+
+    def share(self, x: Tensor, *args: Any) -> Tensor:
+        """Return the function of the normalised ``x``."""
         return self.fn(self.norm(x), *args)
 
 
@@ -126,23 +130,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid, rotation: Rotation) -> Tensor:
         """Return ``(b, 1 + f n, d)`` from the same; ``grid`` is ``(f, n)``."""
-        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (b, 1 + f n, h, e)
-        token = attend(q[:, :1], k, v)  # (b, 1, h, e)
-
-        # The class token's key and value join every row; only patches are rotated.
-        rows = [-1, *grid, -1, -1]
-        rows[self.axis] = 1
-        first_k, first_v = (t[:, :1, None].expand(rows) for t in (k, v))
-        q, k, v = (t[:, 1:].unflatten(1, grid) for t in (q, k, v))  # (b, f, n, h, e)
-        q = rotate(q, rotation)
-        k = torch.cat((first_k, rotate(k, rotation)), self.axis)
-        v = torch.cat((first_v, v), self.axis)
-
-        # Beside its own axis, attention takes (b) and (n h) over time, (b f) and (h) over space.
-        side = 2 if self.axis == 1 else 0
-        patches = attend(*(t.flatten(side, side + 1) for t in (q, k, v)))
-        b = len(x)
-        return self.to_out(torch.cat((token.view(b, 1, -1), patches.reshape(b, -1, self.width)), 1))
+        return self.to_out(mix(self.to_qkv(x), self.heads, self.axis, grid, rotation))
 
 
 class ClassTokenAttention(Attention):
@@ -160,6 +148,27 @@ class ClassTokenAttention(Attention):
         return self.to_out(torch.einsum("bnhd,hed->bnhe", seen, w_v).flatten(2))
 
 
+def mix(qkv: Tensor, heads: int, axis: int, grid: Grid, rotation: Rotation) -> Tensor:
+    """The values of `Attention`, ``(b, 1 + f n, h e)``, from ``(b, 1 + f n, 3 h e)``."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)  # (b, 1 + f n, h, e)
+    token = attend(q[:, :1], k, v)  # (b, 1, h, e)
+
+    # The class token's key and value join every row; only patches are rotated.
+    rows = [-1, *grid, -1, -1]
+    rows[axis] = 1
+    first_k, first_v = (t[:, :1, None].expand(rows) for t in (k, v))
+    q, k, v = (t[:, 1:].unflatten(1, grid) for t in (q, k, v))  # (b, f, n, h, e)
+    q = rotate(q, rotation)
+    k = torch.cat((first_k, rotate(k, rotation)), axis)
+    v = torch.cat((first_v, v), axis)
+
+    # Beside its own axis, attention takes (b) and (n h) over time, (b f) and (h) over space.
+    side = 2 if axis == 1 else 0
+    patches = attend(*(t.flatten(side, side + 1) for t in (q, k, v)))
+    b, width = len(qkv), qkv.shape[-1] // 3
+    return torch.cat((token.view(b, 1, width), patches.reshape(b, -1, width)), 1)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of tensors ``(batch, tokens, heads, e)``."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -175,7 +184,11 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     batch = q.shape[:2]
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(q.shape[-1] ** -0.5)
+    if q.shape[1] == 1:  # the longest rows, read where they are
+        scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2)
+    else:
+        scores = torch.bmm(q.contiguous(), k.contiguous().transpose(1, 2))
+    scores = scores.float().mul_(q.shape[-1] ** -0.5)
     return torch.bmm(scores.softmax(-1).to(v.dtype), v).unflatten(0, batch)
 
 
@@ -207,14 +220,12 @@ class Block(nn.ModuleList):
     def __init__(self, dim: int, heads: int, head_dim: int) -> None:
         time = Attention(dim, heads, head_dim, axis=1)
         space = self.space_attention(dim, heads, head_dim, axis=2)
-        super().__init__(PreNorm(dim, fn) for fn in (time, space, FeedForward(dim)))
+        super().__init__(Residual(dim, fn) for fn in (time, space, FeedForward(dim)))
 
     def forward(self, x: Tensor, grid: Grid, frames: Rotation, places: Rotation) -> Tensor:
         """Return the next tokens, ``(b, 1 + f n, d)``."""
         time, space, feed_forward = self
-        x = x.add_(time(x, grid, frames))
-        x = x.add_(space(x, grid, places))
-        return x.add_(feed_forward(x))
+        return feed_forward(space(time(x, grid, frames), grid, places))
 
 
 class LastBlock(Block):
@@ -224,10 +235,10 @@ class LastBlock(Block):
 
     def forward(self, x: Tensor, grid: Grid, frames: Rotation, places: Rotation) -> Tensor:
         """Return the class token ``(b, 1, d)`` of tokens ``(b, 1 + f n, d)``."""
+        space: Any
         time, space, feed_forward = self
-        x = x.add_(time(x, grid, frames))
-        token = x[:, :1] + space(x)
-        return token + feed_forward(token)
+        x = time(x, grid, frames)
+        return feed_forward(x[:, :1] + space.share(x))
 
 
 class Rotary(nn.Module):
