@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from inkdask.models.hardware import has_int8
+
 needs_vnni = pytest.mark.skipif(
-    not torch.cpu._is_vnni_supported(), reason="needs a CPU with VNNI instructions"
+    not has_int8(torch.device("cpu")), reason="needs a CPU with VNNI instructions"
 )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from inkdask.models import hardware, registry, weights
+from inkdask.models import hardware, int8, registry, weights
 from inkdask.models.int8 import ZERO, Int8Linear, convert, quantise_
 from inkdask.models.timesformer import TimeSformer
 from inkdask.predictor import Predictor
@@ -66,6 +66,44 @@ def test_a_layer_is_the_product_of_whole_numbers(activation):
     exact = (values.double() - ZERO) @ rows.T * steps.T * scale + bias
     expected = nn.functional.gelu(exact) if activation == "gelu" else exact
     assert (got - expected).abs().max() < 1e-4
+
+
+@needs_vnni
+def test_what_a_layer_adds_is_its_result():
+    torch.manual_seed(0)
+    layer = Int8Linear(torch.randn(48, 64), torch.randn(48), torch.float32)
+    values, scale = quantise_(torch.randn(33, 64))
+    tokens = torch.randn(2, 34, 48)
+    expected = tokens.clone()
+    expected[1, 1:] += layer(values, scale)
+    layer.add_to_(tokens[1, 1:], values, scale)
+    torch.testing.assert_close(tokens, expected)
+
+
+@needs_vnni
+@torch.inference_mode()
+def test_the_class_token_is_spared(network, monkeypatch):
+    """Were it as coarse as the patches, all of so small a share of it would be lost."""
+    torch.manual_seed(0)
+    time, _, feed_forward = network.layers[0]
+    start = torch.randn(2, 1 + LAYERS * 4, 64)
+    values = torch.randn(*start.shape[:2], 64)
+    values[:, 0] *= 1e-3
+    monkeypatch.setattr(int8, "mix", lambda *_: values.clone())
+    got = int8.Int8Attention(time, torch.float32)(start.clone(), None, None) - start
+    lost = (got - time.fn.to_out(values)).abs()
+    assert lost[:, 0].max() < 1e-6
+    assert lost[:, 1:].max() > 1e-3
+
+    hidden = torch.rand(1 + LAYERS * 4, 256)
+    hidden[0] *= 1e-2
+    monkeypatch.setattr(Int8Linear, "forward", lambda *_: hidden.clone())
+    start = torch.zeros(1, *start.shape[1:])
+    (got,) = int8.Int8FeedForward(feed_forward, torch.float32)(start)
+    expected = feed_forward.fn.net[3](hidden.square())
+    lost = (got - expected).abs()
+    assert lost[0].max() < 1e-5
+    assert lost[1:].max() > 1e-4
 
 
 @needs_vnni

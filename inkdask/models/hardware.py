@@ -43,13 +43,18 @@ def native_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def has_int8(device: torch.device) -> bool:
+    """Whether TimeSformer can run in int8: only where the hardware does, others emulate it."""
+    return device.type == "cpu" and torch.cpu._is_vnni_supported()
+
+
 def check_int8(device: torch.device) -> None:
     """Raise an `InkdaskError` where a network cannot run in int8."""
     if device.type != "cpu":
         raise InkdaskError(
             "Precision int8 is for CPUs, and this process has a GPU; precision auto suits it."
         )
-    if not torch.cpu._is_vnni_supported():
+    if not has_int8(device):
         raise InkdaskError(
             "Precision int8 needs a CPU with VNNI instructions, which this one lacks; precision "
             "auto takes what it has."

@@ -2,8 +2,11 @@
 
 Such a CPU does twice as many products of int8 as of bfloat16 in a second. Weights have one scale
 a row, inputs one a tile, so that a tile's logits do not depend on its neighbours in a batch. What
-lies between two such layers is bfloat16 where the CPU has it: attention and the gates. The rest
-stays float32: tokens, norms, and what the class token alone goes through.
+lies between two such layers is bfloat16 where the CPU has it: attention and the gates. Tokens and
+norms stay float32.
+
+The class token alone leaves the network, so it is spared where the others cost it most: after
+attention it keeps its float weights, and after the gates it has a scale of its own.
 
 The kernels are oneDNN's, from where torch's own compiler takes them for quantised networks.
 """
@@ -89,16 +92,17 @@ class Int8Attention(nn.Module):
     def __init__(self, plain: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.norm, self.heads, self.axis = plain.norm, plain.fn.heads, plain.fn.axis
-        (to_out,) = plain.fn.to_out
         self.to_qkv = Int8Linear(plain.fn.to_qkv.weight, None, dtype)
-        self.to_out = Int8Linear(to_out.weight, to_out.bias, torch.float32)
+        (self.to_out,) = plain.fn.to_out
+        self.to_out_int8 = Int8Linear(self.to_out.weight, self.to_out.bias, torch.float32)
 
     def forward(self, x: Tensor, grid: Grid, rotation: Rotation) -> Tensor:
         """Return ``x``, ``(b, tokens, d)``, to which attention has been added in place."""
         qkv = torch.stack([self.to_qkv(*quantise_(tokens)) for tokens in self.norm(x)])
         mixed = mix(qkv, self.heads, self.axis, grid, rotation).float()
-        for tokens, values in zip(x, mixed, strict=True):
-            self.to_out.add_to_(tokens, *quantise_(values))
+        x[:, :1] += self.to_out(mixed[:, :1])
+        for patches, values in zip(x[:, 1:], mixed[:, 1:], strict=True):
+            self.to_out_int8.add_to_(patches, *quantise_(values))
         return x
 
 
@@ -118,8 +122,9 @@ class Int8FeedForward(nn.Module):
         """Return ``x``, ``(b, tokens, d)``, to which the result has been added in place."""
         for tokens in x:
             quantised = quantise_(self.norm(tokens))
-            gated = self.gate(*quantised).mul_(self.value(*quantised))
-            self.contract.add_to_(tokens, *quantise_(gated.float()))
+            gated = self.gate(*quantised).mul_(self.value(*quantised)).float()
+            for some, values in zip(*(t.tensor_split([1]) for t in (tokens, gated)), strict=True):
+                self.contract.add_to_(some, *quantise_(values))
         return x
 
 

@@ -10,7 +10,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -167,23 +168,34 @@ def measure(module: str, *arguments: object, env: dict[str, str] | None = None) 
 
 
 def _watch(pid: int, measured: Measured, ended: threading.Event) -> None:
+    highest = 0
     while not ended.wait(0.1):
-        total = 0
         try:
             family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
         except psutil.NoSuchProcess:
             return
-        for each in family:
-            try:
-                total += _own_memory(each)
-            except (psutil.Error, OSError):  # it ended meanwhile
-                continue
-        measured.peak = max(measured.peak, total)
+        # Shares are dear to find out, and halt the process meanwhile: only at a new height.
+        resident = _sum(_resident, family)
+        if resident > highest:
+            highest = resident
+            measured.peak = max(measured.peak, _sum(_own_memory, family))
+
+
+def _sum(of: Callable[[psutil.Process], int], family: Iterable[psutil.Process]) -> int:
+    total = 0
+    for process in family:
+        with suppress(psutil.Error, OSError):  # it ended meanwhile
+            total += of(process)
+    return total
+
+
+def _resident(process: psutil.Process) -> int:
+    return int(process.memory_info().rss)
 
 
 def _own_memory(process: psutil.Process) -> int:
     """Bytes of a process, where pages that others share count by their share."""
     rollup = Path(f"/proc/{process.pid}/smaps_rollup")
     if not rollup.exists():
-        return int(process.memory_info().rss)
+        return _resident(process)
     return int(rollup.read_text().split("\nPss:")[1].split()[0]) * 1024

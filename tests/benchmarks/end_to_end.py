@@ -18,6 +18,7 @@ import torch
 from timesformer_pytorch import TimeSformer
 
 import inkdask
+from inkdask.models.hardware import has_int8
 from tests.benchmarks._common import (
     LAYERS,
     TILE,
@@ -69,7 +70,7 @@ def main() -> None:
         places = {"zarr_output_dir": scratch, "result_file": folder / "result.txt"}
         tiles = ((side - TILE + 15) // 16 + 1) ** 2
         ways = [("inkdask, first job of a process", "auto"), ("inkdask, end to end", "auto")]
-        if DEVICE == "cpu" and torch.cpu._is_vnni_supported():
+        if has_int8(torch.device(DEVICE)):
             ways += [("inkdask, end to end, int8", "int8")] * 2  # the first loads and checks it
         for name, precision in ways:
             start = time.perf_counter()

@@ -27,7 +27,7 @@ from timesformer_pytorch import TimeSformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from inkdask.models.fast import on_cores, prepare
-from inkdask.models.hardware import cores, fast_float32, native_dtype
+from inkdask.models.hardware import cores, fast_float32, has_int8, native_dtype
 from inkdask.models.int8 import Int8Linear, convert
 from inkdask.models.networks import BUILDERS
 from inkdask.models.registry import ARCHITECTURES
@@ -163,8 +163,7 @@ def paths(architecture, layers, tile, modes, swept):
             other = torch.compile(copy.deepcopy(fast), dynamic=False, options=options)
             for some in chosen:
                 yield Path(f"inkdask, compiled, {mode}", dtype, other, some, done)
-    int8 = DEVICE.type == "cpu" and torch.cpu._is_vnni_supported()
-    if int8 and architecture == "ink_timesformer":
+    if has_int8(DEVICE) and architecture == "ink_timesformer":
         convert(ours, best)
         eager = on_cores(ours, cores(), layers * tile * tile)
         for some in sweep:
