@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inkdask.memory import give_back
 from inkdask.models.fast import (
     CORE_VOXELS,
     Compilation,
@@ -271,6 +272,10 @@ class Predictor:
         else:
             prepare(module, self.dtype)
         fast_float32(self.device)
+        # What is as it was is still mapped from the file, and all of that counts as our memory.
+        for kept in (*module.parameters(), *module.buffers()):
+            kept.data = kept.data.clone()
+        give_back()
         if agree(module(x), expected, tolerance):
             return on_cores(module, threads, self._tile_voxels)
         warnings.warn(

@@ -57,6 +57,8 @@ class ChunkReport:
     ----------
     ran, empty
         Tiles that went through the network, and tiles without data.
+    precision
+        Of the network's arithmetic, as `InferredChunk` says it.
     process
         The worker's host and process id.
     counters, peak_memory
@@ -65,6 +67,7 @@ class ChunkReport:
 
     ran: int
     empty: int
+    precision: str
     process: str
     counters: storage.Counters
     peak_memory: int
@@ -245,7 +248,9 @@ def save_chunk(
     ran = store.write(chunk, *block_id, last)
     give_back()
     total = int(np.count_nonzero(tiling.in_passes(*block_id, int(done), last)))
-    return ChunkReport(ran, total - ran, process_name(), storage.counters(), peak_memory())
+    return ChunkReport(
+        ran, total - ran, chunk.precision, process_name(), storage.counters(), peak_memory()
+    )
 
 
 def process_name() -> str:

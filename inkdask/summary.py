@@ -24,6 +24,8 @@ class Summary:
         earlier run had finished.
     tiles
         Tiles of the job.
+    precisions
+        Of the arithmetic of those that ran; none of a function, which has its own.
     finished, failed
         Chunks of this run that were computed, and that could not be.
     lost
@@ -35,6 +37,7 @@ class Summary:
         self.inferring = 0.0  # seconds
         self.tiles = self.ran = self.empty = self.resumed = 0
         self.finished = self.failed = self.lost = 0
+        self.precisions: set[str] = set()
         self._start = storage.counters()
         self._processes: dict[str, ChunkReport] = {}
         self._before = dict(engine.on_workers(_named_counters))
@@ -53,6 +56,7 @@ class Summary:
         self.finished += 1
         self.ran += report.ran
         self.empty += report.empty
+        self.precisions |= {report.precision} - {""}
         latest = self._processes.get(report.process)
         if latest is None or report.counters.requests >= latest.counters.requests:
             self._processes[report.process] = report
@@ -85,7 +89,8 @@ class Summary:
     def say(self, uri: str) -> None:
         """Print the account on standard error."""
         read, seconds = self.read, time.monotonic() - self.began
-        tiles = f"{self.ran:,} run, {self.empty:,} skipped as empty"
+        how = f" in {' and '.join(sorted(self.precisions))}" if self.precisions else ""
+        tiles = f"{self.ran:,} run{how}, {self.empty:,} skipped as empty"
         if self.resumed:
             tiles += f", {self.resumed:,} resumed from an earlier run"
         speed = f"{self.ran / self.inferring:,.1f} tiles/s" if self.inferring else "none was left"

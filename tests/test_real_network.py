@@ -54,13 +54,14 @@ def job(reference, tmp_path_factory):
     ("precision", "worst"),
     [("float32", 1), ("bfloat16", 3), pytest.param("int8", 3, marks=needs_vnni)],
 )
-def test_the_picture_is_the_naive_one(job, precision, worst, tmp_path):
+def test_the_picture_is_the_naive_one(job, precision, worst, tmp_path, capsys):
     folder, checkpoint, expected = job
     uri = inkdask.run(
         folder, model=str(checkpoint), model_type="timesformer", layers=(START, START + FRAMES),
         precision=precision, zarr_output_dir=str(tmp_path), output_path=str(tmp_path),
         result_file=tmp_path / "result.txt",
     )  # fmt: skip
+    assert f" run in {precision}," in capsys.readouterr().err
     got = np.asarray(Image.open(uri)).astype(int)
     assert np.abs(got - picture(expected)).max() <= worst
 
