@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -119,6 +120,7 @@ class Predictor:
             self.precision = "int8"
         self.batch_size = network.batch_size or self._default_batch()
         self._forward: Any = None  # the network, once it is loaded
+        self._plain: Callable[[], nn.Module] | None = None  # gives it unpacked, where it is packed
         self._compiled: Forward | None = None  # the same for batches of exactly batch_size tiles
         # Layers in int8 read scales on the way; a compiler would cut the network at each.
         self._may_compile = network.compile and self.precision not in ("", "int8")
@@ -260,6 +262,7 @@ class Predictor:
             return self.network.function
         from inkdask.models import weights
         from inkdask.models.int8 import convert
+        from inkdask.models.packed import pack_if_it_can
 
         module: Any = weights.load(self.network).to(self.device)
         int8, tolerance = self.precision == "int8", TOLERANCE[self.precision]
@@ -271,6 +274,8 @@ class Predictor:
             convert(module, native_dtype(self.device))
         else:
             prepare(module, self.dtype)
+            if pack_if_it_can(module):
+                self._plain = self._prepared
         fast_float32(self.device)
         # What is as it was is still mapped from the file, and all of that counts as our memory.
         for kept in (*module.parameters(), *module.buffers()):
@@ -293,6 +298,14 @@ class Predictor:
 
         return reference
 
+    def _prepared(self) -> nn.Module:
+        """Return the network once more, for the compiler, which packs weights itself."""
+        from inkdask.models import weights
+
+        module = weights.load(self.network)
+        prepare(module, self.dtype)
+        return module
+
     def _default_batch(self) -> int:
         if self.device.type == "cuda":
             return max(1, GPU_VOXELS // self._tile_voxels)
@@ -308,7 +321,7 @@ class Predictor:
         if not (self._may_compile and self._tiles_done and isinstance(self._forward, nn.Module)):
             return
         expected = self._tiles_done if to_come is None else min(to_come, TRUST * self._tiles_done)
-        compilation = Compilation(self.network, self._forward, self.batch_size)
+        compilation = Compilation(self.network, self._forward, self.batch_size, self._plain)
         if compilation.repays(self._pace, expected):
             self._may_compile = False  # once is enough
             at = at[torch.arange(self.batch_size, device=at.device) % len(at)]

@@ -530,7 +530,7 @@ def test_the_decision_can_fall_in_the_middle_of_a_block(block, origins, toy, mon
     monkeypatch.setattr(Compilation, "repays", lambda self, seconds, n: told.append(n) or True)
 
     def compile_it(compilation, x, tolerance):
-        return lambda x: compiled.append(len(x)) or compilation.module(x)
+        return lambda x: compiled.append(len(x)) or compilation.eager(x)
 
     monkeypatch.setattr(Compilation, "compile", compile_it)
     got = Predictor(network(batch_size=2, precision="float32")).predict(block, origins)

@@ -144,13 +144,22 @@ class Compilation:
         The spec and the network itself, on its device and in its dtype, as it runs uncompiled.
     batch_size
         Tiles in the one static shape.
+    plain
+        Gives the network as the compiler is to see it; by default it is ``eager``.
     """
 
-    def __init__(self, network: Network, eager: nn.Module, batch_size: int) -> None:
+    def __init__(
+        self,
+        network: Network,
+        eager: nn.Module,
+        batch_size: int,
+        plain: Callable[[], nn.Module] | None = None,
+    ) -> None:
         parameter = next(eager.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.network, self.eager, self.batch_size = network, eager, batch_size
-        self.module = eager.module if isinstance(eager, SideBySide) else eager
+        module = eager.module if isinstance(eager, SideBySide) else eager
+        self.plain = plain or (lambda: module)
         machine = (
             torch.cuda.get_device_name(self.device)
             if self.device.type == "cuda"
@@ -189,7 +198,7 @@ class Compilation:
             options = list_mode_options(self.network.compile_mode, dynamic=False)
             if self.device.type == "cpu":
                 options["freezing"] = True  # prepacks the weights
-            compiled = torch.compile(self.module, dynamic=False, options=options)
+            compiled = torch.compile(self.plain(), dynamic=False, options=options)
             right = agree(compiled(x), self.eager(x), tolerance)
         except Exception as error:
             warnings.warn(

@@ -18,6 +18,7 @@ from torch import Tensor
 from inkdask.models.fast import prepare
 from inkdask.models.hardware import has_int8, native_dtype
 from inkdask.models.int8 import convert
+from inkdask.models.packed import pack_if_it_can
 from inkdask.models.timesformer import TimeSformer
 from tests.benchmarks._common import LAYERS, TILE, reference_network, table
 
@@ -50,6 +51,7 @@ def prepared(plain: torch.nn.Module, dtype: torch.dtype) -> Callable[[Tensor], T
     """The project's network in a dtype."""
     network = ours(plain)
     prepare(network, dtype)
+    pack_if_it_can(network)
     return lambda x: network(x.to(dtype))
 
 

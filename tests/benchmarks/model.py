@@ -30,6 +30,7 @@ from inkdask.models.fast import on_cores, prepare
 from inkdask.models.hardware import cores, fast_float32, has_int8, native_dtype
 from inkdask.models.int8 import Int8Linear, convert
 from inkdask.models.networks import BUILDERS
+from inkdask.models.packed import pack_if_it_can
 from inkdask.models.registry import ARCHITECTURES
 from inkdask.predictor import Predictor
 from inkdask.types import ModelSpec, Network
@@ -153,7 +154,9 @@ def paths(architecture, layers, tile, modes, swept):
     for dtype in dict.fromkeys((torch.float32, best)):
         fast = copy.deepcopy(ours).to(DEVICE)
         prepare(fast, dtype)
-        eager = on_cores(fast, cores(), layers * tile * tile)
+        packed = copy.deepcopy(fast)
+        pack_if_it_can(packed)
+        eager = on_cores(packed, cores(), layers * tile * tile)
         for some in sweep:
             yield Path("inkdask", dtype, eager, some, done)
         for mode in modes:  # as inkdask.models.fast compiles

@@ -1,0 +1,79 @@
+"""Packed layers against plain ones."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from inkdask.models import fast, weights
+from inkdask.models.fast import Compilation, prepare
+from inkdask.models.packed import PackedLinear, pack_if_it_can
+from inkdask.models.timesformer import TimeSformer
+from inkdask.predictor import Predictor
+from inkdask.types import ModelSpec, Network
+
+LAYERS, TILE = 5, 16
+
+needs_kernels = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU for bfloat16"
+)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    module = TimeSformer(LAYERS, TILE, patch=8, dim=64, depth=3, heads=2, head_dim=32)
+    return module.eval().requires_grad_(False)
+
+
+@needs_kernels
+@torch.inference_mode()
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 48)])
+def test_a_layer_is_the_plain_one(activation, bias):
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64) / 8, torch.randn(2, 7, 64)
+    bias = None if bias is None else bias.bfloat16()
+    got = PackedLinear(weight.bfloat16(), bias, activation)(x)
+    exact = x.bfloat16().double() @ weight.bfloat16().double().T
+    exact = exact if bias is None else exact + bias.double()
+    expected = torch.nn.functional.gelu(exact) if activation == "gelu" else exact
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got.double(), expected, rtol=0.01, atol=0.002)
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_the_network_is_the_plain_one(network):
+    tiles = torch.rand(3, 1, LAYERS, TILE, TILE).bfloat16()
+    prepare(network, torch.bfloat16)
+    expected = network(tiles)
+    assert pack_if_it_can(network)
+    assert not torch.equal(network(tiles), expected)  # rounded elsewhere: it is another way
+    torch.testing.assert_close(network(tiles), expected, rtol=0, atol=0.02)
+
+
+@needs_kernels
+def test_a_compiler_sees_the_plain_network(network, monkeypatch):
+    monkeypatch.setattr(weights, "load", lambda _: copy.deepcopy(network))
+    monkeypatch.setattr(Compilation, "repays", lambda *_: True)
+    seen = []
+    monkeypatch.setattr(fast.torch, "compile", lambda module, **_: seen.append(module) or module)
+    times = iter([2.0, 1.0])
+    monkeypatch.setattr(fast, "_seconds", lambda *_: next(times))
+    model = ModelSpec("small", "small", "none", LAYERS, TILE, pixels_per_logit=8)
+    ours = Predictor(Network(model, LAYERS, TILE, 2, 255.0, 255.0, "0", precision="bfloat16"))
+    block = np.random.default_rng(0).integers(1, 255, (LAYERS, 40, 40), dtype=np.uint8)
+    first, second = (ours.predict(block, np.array([(0, 0), (8, 24)])) for _ in range(2))
+    assert any(isinstance(child, PackedLinear) for child in ours._forward.modules())
+    [plain] = seen
+    assert not any(isinstance(child, PackedLinear) for child in plain.modules())
+    np.testing.assert_allclose(first, second, atol=0.01)
+
+
+def test_other_networks_are_not_packed():
+    for module in torch.nn.Linear(3, 3).bfloat16(), TimeSformer(LAYERS, TILE, patch=8, depth=1):
+        before = copy.deepcopy(module).state_dict()
+        assert not pack_if_it_can(module)
+        assert module.state_dict().keys() == before.keys()
