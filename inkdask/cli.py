@@ -269,8 +269,9 @@ def models() -> None:
 def _complete(options: dict[str, Any]) -> dict[str, Any]:
     """The options that the user gave; a container's environment must name the job wholly."""
     given = _given(options)
-    if not given and Settings.of().step != "prepare":
-        Settings.of().require("model", "s3_path", "start_layer", "end_layer")
+    said = Settings.of()
+    if not given and said.step != "prepare" and not (said.step == "reduce" and said.grid):
+        said.require("model", "s3_path", "start_layer", "end_layer")
     return given
 
 

@@ -53,6 +53,7 @@ def origin_of(plan: Plan, settings: Settings) -> dict[str, Any]:
         "segment": plan.name,
         "source": absolute(_source(plan, settings)),
         "volume": absolute(plan.segment.uri) if plan.segment else None,
+        "ome_zarr_level": settings.ome_zarr_level,
         "mask": absolute(plan.segment.mask_uri) if plan.segment else None,
         "layer_range": [start, end],
         "direction": "reverse" if settings.force_reverse else "forward",
@@ -84,8 +85,8 @@ def provenance(
 
 # Parameters that shape a tile grid, beside those that `command` always says; and its pictures.
 OF_GRIDS = (
-    "surface_volume_zarr", "mask_path", "z_downsample_mean_factor", "force_reverse", "model_type",
-    "model_in_chans", "precision",
+    "surface_volume_zarr", "ome_zarr_level", "mask_path", "z_downsample_mean_factor",
+    "force_reverse", "model_type", "model_in_chans", "precision",
 )  # fmt: skip
 OF_PICTURES = (
     "roi_xyxy", "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -58,41 +59,53 @@ def reduce(settings: Settings) -> str:
         if differing := differences(description(store.attributes(store.uri)), asked(settings)):
             raise InkdaskError(f"The tile grid {store.uri} is another job's: {differing}.")
     with connect(settings), report(settings.report):
-        return picture(store, settings)
+        uri = picture(store, settings)
+    announce(uri, settings)
+    return uri
 
 
-def picture(store: GridStore, settings: Settings) -> str:
-    """Blend a stored grid, write the picture and its URI, and return that.
+def picture(store: GridStore, settings: Settings, origin: Attributes | None = None) -> str:
+    """Blend a stored grid, write the picture, and return its URI.
+
+    Parameters
+    ----------
+    origin
+        Of the job that the picture is for. Default: of the one that last filled the grid.
 
     Raises
     ------
     InkdaskError
         When chunks are missing, or the picture cannot be written.
     """
-    target, window, ink, origin = _blended(store, settings)
+    target, window, ink, made_of = _blended(store, settings, origin)
     for place in (f"{target}.png", settings.result_file):
         outputs.check_writable(place)
     check_room_for_picture(window, target)
     check_complete(store, settings)
-    write(ink, target, origin, settings)
+    write(ink, target, made_of, settings)
     for ending in (".png", ".zarr"):
         outputs.remove(target + PREVIEW + ending)
-    uri = f"{target}.png"
+    return f"{target}.png"
+
+
+def announce(uri: str, settings: Settings) -> None:
+    """Write the URI of the picture to the result file: the last thing that a job does."""
     storage.write_bytes(settings.result_file, uri.encode())
-    return uri
 
 
-def preview(store: GridStore, settings: Settings) -> str:
+def preview(store: GridStore, settings: Settings, origin: Attributes) -> str:
     """Write the picture of the tiles that are there so far, beside the final one's place."""
-    target, _, ink, origin = _blended(store, settings)
-    write(ink, target + PREVIEW, origin, settings)
+    target, _, ink, made_of = _blended(store, settings, origin)
+    write(ink, target + PREVIEW, made_of, settings)
     return f"{target}{PREVIEW}.png"
 
 
-def _blended(store: GridStore, settings: Settings) -> tuple[str, Window, da.Array, dict[str, Any]]:
+def _blended(
+    store: GridStore, settings: Settings, origin: Attributes | None
+) -> tuple[str, Window, da.Array, dict[str, Any]]:
     """Where the picture of a stored grid goes, its window, the picture, and its origin."""
     attributes = store.attributes(store.uri)
-    identity, origin = attributes["fingerprint"], attributes["origin"]
+    identity, origin = attributes["fingerprint"], origin or attributes["origin"]
     window = window_of(settings, identity, origin)
     ink = blend(
         store.grid(), store.valid(), store.tiling, settings.blend_mode, settings.gaussian_sigma
@@ -183,7 +196,10 @@ def changed_input(attributes: Attributes) -> str:
     origin, then = attributes["origin"], attributes["fingerprint"]["input"]
     try:
         now = open_segment(
-            origin["volume"], tuple(origin["layer_range"]), mask=origin["mask"]
+            origin["volume"],
+            tuple(origin["layer_range"]),
+            mask=origin["mask"],
+            level=origin.get("ome_zarr_level", "0"),
         ).identity
     except InkdaskError as error:
         log.info("The input of the grid cannot be compared: %s", error)
@@ -243,6 +259,8 @@ def write(ink: da.Array, target: str, origin: dict[str, Any], settings: Settings
 def output_stem(settings: Settings, origin: Attributes, model: str) -> str:
     """Where the outputs go, without their endings: ``.../prediction_<MODEL>_<START>_<END>``."""
     folder = settings.output_path or storage.join(str(origin["source"]), "predictions")
+    if storage.is_local(folder):  # whoever reads the result file may be elsewhere
+        folder = str(Path(storage.filesystem(folder)[1]).absolute())
     start, end = origin["layer_range"]
     name = f"prediction_{model.replace('/', '_')}_{start:02d}_{end:02d}"
     if roi := settings.roi_xyxy or origin["roi_xyxy"]:  # a part must not take the whole's place

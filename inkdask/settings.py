@@ -279,6 +279,8 @@ class Settings(BaseSettings):
         SettingsError
             One sentence that names the variable.
         """
+        if given.get("cluster") is not None:  # said now, it wins over an address said before
+            given.setdefault("scheduler_address", None)
         try:
             return cls(**given)
         except ValidationError as error:
@@ -366,7 +368,7 @@ class Settings(BaseSettings):
 
     @field_validator(
         "s3_path", "model", "surface_volume_zarr", "mask_path", "output_path", "zarr_output_dir",
-        "result_file", mode="before",
+        "result_file", "grid", "report", "cluster_spec", mode="before",
     )  # fmt: skip
     @classmethod
     def _as_text(cls, value: Any) -> Any:

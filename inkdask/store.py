@@ -83,16 +83,11 @@ class GridStore:
 
     @classmethod
     def of(
-        cls, place: str, segment: str, fingerprint: Mapping[str, Any], tiling: Tiling, k: int
+        cls, folder: str, segment: str, fingerprint: Mapping[str, Any], tiling: Tiling, k: int
     ) -> GridStore:
-        """The store of the job with this fingerprint; nothing is read or written yet.
-
-        ``place`` is the folder of all grids, or the store itself when it ends in ``.zarr``.
-        """
-        if place.endswith(ENDING):
-            return cls(place, tiling, k)
+        """The store of the job with this fingerprint; nothing is read or written yet."""
         name = f"{segment}-{digest(fingerprint)[:16]}{ENDING}"
-        return cls(storage.join(place, name), tiling, k)
+        return cls(storage.join(folder, name), tiling, k)
 
     @classmethod
     def open(cls, uri: str) -> GridStore:
@@ -124,7 +119,8 @@ class GridStore:
     def create(self, fingerprint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
         """Make the empty store, or leave what is there for the job to go on from.
 
-        Several processes may do so at once.
+        Several processes may do so at once. The origin becomes this one: the same tiles may have
+        been asked for with another region, or of a segment that has moved since.
 
         Raises
         ------
@@ -165,6 +161,8 @@ class GridStore:
             place = storage.zarr_store(self.uri)
             with suppress(ContainsGroupError):  # others may be making the same
                 zarr.create_group(place, zarr_format=3, attributes=attributes)
+            if there and there["origin"] != attributes["origin"]:
+                zarr.open_group(place, mode="r+").attrs["origin"] = attributes["origin"]
             for name, how in arrays.items():
                 with suppress(ContainsArrayError):
                     zarr.create_array(place, name=name, zarr_format=3, **how)

@@ -23,7 +23,7 @@ from inkdask.preflight import check_memory, check_room
 from inkdask.preparation import prepare
 from inkdask.progress import Meter
 from inkdask.provenance import fingerprint, origin_of
-from inkdask.reduction import output_stem, picture, preview, reduce
+from inkdask.reduction import announce, output_stem, picture, preview, reduce
 from inkdask.settings import Settings
 from inkdask.storage import outputs
 from inkdask.store import ChunkReport, GridStore, save_chunk
@@ -47,9 +47,11 @@ class StoredJob:
     @classmethod
     def of(cls, plan: Plan, settings: Settings) -> StoredJob:
         """Where a job keeps its tile grid; nothing is written yet."""
-        identity = fingerprint(plan)
-        place = settings.grid or settings.zarr_output_dir
-        store = GridStore.of(place, plan.name, identity, plan.tiling, plan.network.k)
+        identity, place = fingerprint(plan), (plan.tiling, plan.network.k)
+        if settings.grid:
+            store = GridStore(settings.grid, *place)
+        else:
+            store = GridStore.of(settings.zarr_output_dir, plan.name, identity, *place)
         return cls(store, identity, origin_of(plan, settings))
 
     def create(self) -> None:
@@ -214,13 +216,14 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
         for last in range(0 if settings.progressive else passes - 1, passes):
             fill(job.store, job.plan, mine, summary, last)
             if last < passes - 1 and settings.num_parts == 1:
-                log.info("pass %d of %d: %s", last + 1, passes, preview(job.store, settings))
-        if settings.num_parts > 1:  # the picture is for STEP=reduce, when all parts are there
-            summary.say(job.store.uri)
-            return job.store.uri
-        uri = picture(job.store, settings)
+                shown = preview(job.store, settings, job.stored.origin)
+                log.info("pass %d of %d: %s", last + 1, passes, shown)
+        alone = settings.num_parts == 1  # else STEP=reduce makes the picture of all parts
+        uri = picture(job.store, settings, job.stored.origin) if alone else job.store.uri
         summary.say(uri)
-        return uri
+    if alone:
+        announce(uri, settings)
+    return uri
 
 
 def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:

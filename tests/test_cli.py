@@ -102,3 +102,11 @@ def test_mistakes_exit_with_a_code_and_no_traceback(arguments, code, says, capsy
         cli.main(arguments)
     assert stopped.value.code == code
     assert says in capsys.readouterr().err
+
+
+def test_the_environment_alone_names_a_grid_to_reduce(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STEP", "reduce")
+    monkeypatch.setenv("GRID", str(tmp_path / "grid.zarr"))
+    with pytest.raises(SystemExit):
+        cli.main(["run"])
+    assert "grid.zarr is no tile grid" in capsys.readouterr().err

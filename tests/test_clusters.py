@@ -250,6 +250,18 @@ def test_report(where, fails, segment, tmp_path, request):
     assert fails or "save_chunk" in html
 
 
+def test_a_report_that_is_lost_leaves_no_result(segment, tmp_path, monkeypatch):
+    """The result file comes last of all."""
+
+    def refused(*_):
+        raise InkdaskError("no room for report.html")
+
+    monkeypatch.setattr(storage, "put_file", refused)
+    with pytest.raises(InkdaskError, match="no room for report"):
+        inkdask.run(segment, model=network, report=str(tmp_path / "report.html"))
+    assert not (tmp_path / "result.txt").exists()
+
+
 def test_report_on_s3(segment, s3):
     inkdask.run(segment, model=network, report=f"{s3}/pages/report.html")
     assert b"save_chunk" in storage.read_bytes(f"{s3}/pages/report.html")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -33,6 +34,7 @@ from tests.test_runs import (  # noqa: F401
     share_done,
     volume,
 )
+from tests.test_segment import ome
 
 
 def test_one_unreadable_tile_stops_no_other_chunk(segment, tmp_path, capsys):
@@ -116,6 +118,74 @@ def test_a_grid_gives_other_pictures_without_model_and_layers(segment, tmp_path)
     assert np.array_equal(read_picture(part), whole[100:333, 200:900])
     with pytest.raises(InkdaskError, match="beyond the tile grid, which covers 0,0,1300,700"):
         inkdask.run(**out, roi_xyxy=(0, 0, 1301, 10))
+
+
+def test_the_whole_picture_after_a_region_that_every_tile_touches(segment, tmp_path):
+    """Both have the same tiles, and each has a picture of its own."""
+    part = inkdask.run(segment, model=network, roi_xyxy=(10, 10, WIDTH - 10, HEIGHT - 10))
+    whole = inkdask.run(segment, model=network)
+    assert len(grids(str(tmp_path / "partitions"))) == 1
+    assert read_picture(whole).shape == (HEIGHT, WIDTH)
+    assert np.array_equal(read_picture(whole)[10:-10, 10:-10], read_picture(part))
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_the_picture_goes_to_the_segment_that_was_asked_about(segment, tmp_path, num_parts):
+    """A segment that was moved is the same job, whose grid was made where it was before."""
+
+    def job(place):
+        options = {"model": network, "layers": (0, LAYERS)}
+        if num_parts == 1:
+            return inkdask.run(place, **options)
+        for part in range(num_parts):
+            inkdask.run(place, **options, num_parts=num_parts, part_id=part)
+        return inkdask.run(place, **options, num_parts=num_parts, step="reduce")
+
+    first = job(segment)
+    kept = read_picture(first)
+    shutil.rmtree(tmp_path / "segment" / "predictions")
+    (tmp_path / "elsewhere").mkdir()
+    moved = Path(segment).rename(tmp_path / "elsewhere" / "segment")
+    again = job(str(moved))
+    assert len(grids(str(tmp_path / "partitions"))) == 1
+    assert again == f"{moved}/predictions/prediction_network_00_05.png"
+    assert (tmp_path / "result.txt").read_text() == again
+    assert not Path(segment).exists()
+    assert np.array_equal(read_picture(again), kept)
+
+
+def test_a_grid_lies_where_it_was_said(segment, tmp_path):
+    """Whatever the name of that place, and that of the folder of all grids, ends in."""
+    options = {"model": network, "roi_xyxy": (0, 0, 300, 200)}
+    whole = read_picture(inkdask.run(segment, grid=tmp_path / "mine", **options))
+    again = inkdask.run(grid=tmp_path / "mine", step="reduce", output_path=tmp_path / "again")
+    assert np.array_equal(read_picture(again), whole)
+    folder = tmp_path / "all.zarr"
+    for stride in (16, 32):
+        inkdask.run(segment, zarr_output_dir=folder, stride=stride, **options)
+    assert len(grids(str(folder))) == 2
+    found = inkdask.run(segment, zarr_output_dir=folder, step="reduce", stride=16, **options)
+    assert np.array_equal(read_picture(found), whole)
+
+
+def test_the_level_of_an_ome_zarr_is_known_to_its_grid(volume, tmp_path):
+    place = str(tmp_path / "seg.zarr")
+    group = zarr.create_group(place, attributes=ome("0.5"))
+    for level, pixels in enumerate([volume, volume[:, ::2, ::2]]):
+        group.create_array(str(level), data=pixels, chunks=(LAYERS, 128, 128))
+    options = {"model": network, "ome_zarr_level": "1"}
+    inkdask.run(place, num_parts=1, **options)
+    picture = inkdask.run(place, model=network, step="reduce", output_path=tmp_path / "out")
+    assert read_picture(picture).shape == volume[0, ::2, ::2].shape
+    overlay = inkdask.export(picture.replace(".png", ".zarr"), tmp_path / "o.png", overlay="mean")
+    assert read_picture(*overlay).shape[:2] == volume[0, ::2, ::2].shape
+
+
+def test_a_relative_place_is_said_in_full(segment, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inkdask.run("segment", model=network, roi_xyxy=(0, 0, 64, 64), output_path="out")
+    [picture] = (tmp_path / "out").glob("*.png")
+    assert (tmp_path / "result.txt").read_text() == str(picture)
 
 
 def test_reduce_says_which_grids_are_there_and_how_they_differ(segment, tmp_path):

@@ -54,6 +54,13 @@ def test_given_wins_over_environment_wins_over_default(monkeypatch):
     assert Settings.of(chunk_size=256).chunk_size == 256
 
 
+def test_a_cluster_that_is_given_wins_over_an_address_of_the_environment(monkeypatch):
+    monkeypatch.setenv("SCHEDULER_ADDRESS", "tcp://scheduler:8786")
+    assert Settings.of().scheduler_address == "tcp://scheduler:8786"
+    assert Settings.of(cluster="local").scheduler_address is None
+    assert Settings.of(cluster="local", scheduler_address="tcp://b:1").scheduler_address
+
+
 def test_environment_values_are_typed(monkeypatch):
     for variable, value in {
         "TILE_SIZE": "128", "COMPILE": "0", "FORCE_REVERSE": "true", "START_LAYER": "03",

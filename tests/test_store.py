@@ -121,8 +121,7 @@ def test_many_may_create_one_store_at_once(home, tiling):
 def test_a_grid_of_another_job_is_refused_and_what_differs_named(tmp_path, tiling):
     uri = str(tmp_path / "mine.zarr")
     first = {"stride": 16, "model": "a", "layers": [0, 1]}
-    store = GridStore.of(uri, "seg", first, tiling, k=4)
-    assert store.uri == uri
+    store = GridStore(uri, tiling, k=4)
     store.create(first, {})
     store.create({**first, "layers": (0, 1)}, {})
     with pytest.raises(

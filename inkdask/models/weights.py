@@ -54,7 +54,8 @@ def load(network: Network) -> nn.Module:
     trained = _layers(checkpoint.facts)
     if trained not in (None, network.layers):
         raise InkdaskError(
-            f"The weights {path} are for {trained} layers (in_chans), not for {network.layers}."
+            f"Channel mismatch: the weights {path} are for {trained} layers (in_chans), not for "
+            f"{network.layers}."
         )
     return fit(build(network, checkpoint), checkpoint, network.model.architecture)
 

@@ -68,6 +68,7 @@ def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -
         place,
         (min(numbers), max(numbers) + 1) if numbers else None,
         mask=None if segment else picture.origin.get("mask"),
+        level=picture.origin.get("ome_zarr_level", "0"),
     )
     if not segment and opened.identity != made_of.get("input"):
         log.warning("%s is not what it was when the prediction was made", place)
