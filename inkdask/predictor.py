@@ -207,6 +207,12 @@ class Predictor:
                 done += len(logits)
                 count(tiles=len(logits))
         probabilities = out.cpu().numpy()
+        if lost := np.count_nonzero(np.isnan(probabilities).any(axis=(1, 2))):
+            # In a stored grid NaN is a tile without data: it would be black, and nobody told.
+            raise InkdaskError(
+                f"The network of {self.network.model.key!r} returned NaN for {lost} of {len(at)} "
+                "tiles: its weights, or what they make of these layers, are no numbers."
+            )
         self._tiles_done += len(at)
         self._pace = min(self._pace, (time.perf_counter() - started) / len(at))
         return probabilities
@@ -277,10 +283,7 @@ class Predictor:
             if pack_if_it_can(module):
                 self._plain = self._prepared
         fast_float32(self.device)
-        # What is as it was is still mapped from the file, and all of that counts as our memory.
-        for kept in (*module.parameters(), *module.buffers()):
-            kept.data = kept.data.clone()
-        give_back()
+        let_go_of_file(module)
         if agree(module(x), expected, tolerance):
             return on_cores(module, threads, self._tile_voxels)
         warnings.warn(
@@ -290,7 +293,7 @@ class Predictor:
             stacklevel=2,
         )
         self.dtype, self.precision, self._may_compile = torch.float32, "float32", False
-        plain = weights.load(self.network).to(self.device)
+        plain = on_cores(weights.load(self.network).to(self.device), threads, self._tile_voxels)
 
         def reference(x: Tensor) -> Tensor:
             with full_float32():
@@ -304,6 +307,7 @@ class Predictor:
 
         module = weights.load(self.network)
         prepare(module, self.dtype)
+        let_go_of_file(module)
         return module
 
     def _default_batch(self) -> int:
@@ -338,3 +342,11 @@ class Predictor:
         self._compiled = None  # it knows the old size only
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def let_go_of_file(module: nn.Module) -> None:
+    """Copy the weights that are still mapped from their file, all of which counts as our memory."""
+    for kept in (*module.parameters(), *module.buffers()):
+        if kept.device.type == "cpu":
+            kept.data = kept.data.clone()
+    give_back()

@@ -334,6 +334,19 @@ def test_a_network_of_the_wrong_output_is_refused(segment):
         inkdask.run(segment, model=lambda x: x)
 
 
+def test_a_network_that_returns_nan_leaves_no_picture(segment):
+    """Stored, NaN says that a tile has no data, which is black."""
+
+    def ill(x):
+        logits = depth_slope(x)
+        logits[0, 0, 1, 2] = torch.nan  # of one place in one tile
+        return logits
+
+    with pytest.raises(InkdaskError, match=r"network of 'ill' returned NaN for 1 of \d+ tiles"):
+        inkdask.run(segment, model=ill)
+    assert not list(segment.rglob("*.png"))
+
+
 def test_settings_are_checked_first():
     with pytest.raises(SettingsError, match="S3_PATH"):
         inkdask.run(model=depth_slope)
