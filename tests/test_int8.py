@@ -155,6 +155,25 @@ def test_a_job_in_int8_says_so(network, monkeypatch):
 
 
 @needs_vnni
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_the_weights_of_the_file_are_let_go_of(network, monkeypatch, precision):
+    """They are mapped, and in memory as long as one of them is used."""
+    mapped = {t.untyped_storage().data_ptr() for t in network.state_dict().values()}
+    monkeypatch.setattr(weights, "load", lambda _: network)
+    ours = Predictor(Network(**{**vars(spec()), "precision": precision}))
+    run(ours)
+    held = [
+        value
+        for module in ours._forward.modules()
+        for value in (*module.parameters(), *module.buffers(), *vars(module).values())
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided
+    ]
+    dense = [t for t in held if not t.is_mkldnn]
+    assert len(dense) > 20
+    assert mapped.isdisjoint(t.untyped_storage().data_ptr() for t in dense if t.numel())
+
+
+@needs_vnni
 def test_a_network_that_int8_distorts_runs_in_float32(network, monkeypatch):
     """One weight of a row is so large that the others become 0."""
     with torch.no_grad():
@@ -177,6 +196,7 @@ def test_a_function_has_its_own_arithmetic():
 
 def test_where_int8_cannot_run_one_sentence_says_so(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InkdaskError, match="needs a CPU with VNNI"):
         Predictor(spec())
     with pytest.raises(InkdaskError, match="this process has a GPU"):

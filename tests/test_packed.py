@@ -12,12 +12,9 @@ from inkdask.models.packed import PackedLinear, pack_if_it_can
 from inkdask.models.timesformer import TimeSformer
 from inkdask.predictor import Predictor
 from inkdask.types import ModelSpec, Network
+from tests.marks import needs_packing
 
 LAYERS, TILE = 5, 16
-
-needs_kernels = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU for bfloat16"
-)
 
 
 @pytest.fixture
@@ -27,7 +24,7 @@ def network():
     return module.eval().requires_grad_(False)
 
 
-@needs_kernels
+@needs_packing
 @torch.inference_mode()
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 48)])
@@ -43,7 +40,7 @@ def test_a_layer_is_the_plain_one(activation, bias):
     torch.testing.assert_close(got.double(), expected, rtol=0.01, atol=0.002)
 
 
-@needs_kernels
+@needs_packing
 @torch.inference_mode()
 def test_the_network_is_the_plain_one(network):
     tiles = torch.rand(3, 1, LAYERS, TILE, TILE).bfloat16()
@@ -54,8 +51,9 @@ def test_the_network_is_the_plain_one(network):
     torch.testing.assert_close(network(tiles), expected, rtol=0, atol=0.02)
 
 
-@needs_kernels
-def test_a_compiler_sees_the_plain_network(network, monkeypatch):
+@needs_packing
+def test_a_compiler_sees_the_plain_network(network, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(weights, "load", lambda _: copy.deepcopy(network))
     monkeypatch.setattr(Compilation, "repays", lambda *_: True)
     seen = []
@@ -63,12 +61,15 @@ def test_a_compiler_sees_the_plain_network(network, monkeypatch):
     times = iter([2.0, 1.0])
     monkeypatch.setattr(fast, "_seconds", lambda *_: next(times))
     model = ModelSpec("small", "small", "none", LAYERS, TILE, pixels_per_logit=8)
-    ours = Predictor(Network(model, LAYERS, TILE, 2, 255.0, 255.0, "0", precision="bfloat16"))
+    options = {"precision": "bfloat16", "batch_size": 2}
+    ours = Predictor(Network(model, LAYERS, TILE, 2, 255.0, 255.0, "0", **options))
     block = np.random.default_rng(0).integers(1, 255, (LAYERS, 40, 40), dtype=np.uint8)
     first, second = (ours.predict(block, np.array([(0, 0), (8, 24)])) for _ in range(2))
     assert any(isinstance(child, PackedLinear) for child in ours._forward.modules())
     [plain] = seen
+    assert ours._compiled is plain
     assert not any(isinstance(child, PackedLinear) for child in plain.modules())
+    assert plain.cls_token.dtype is torch.bfloat16
     np.testing.assert_allclose(first, second, atol=0.01)
 
 

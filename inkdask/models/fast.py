@@ -145,7 +145,7 @@ class Compilation:
     batch_size
         Tiles in the one static shape.
     plain
-        Gives the network as the compiler is to see it; by default it is ``eager``.
+        Gives the network as the compiler is to see it. Default: ``eager``, without its cores.
     """
 
     def __init__(

@@ -48,6 +48,16 @@ def has_int8(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_vnni_supported()
 
 
+def has_packed_bfloat16(device: torch.device) -> bool:
+    """Whether linear layers in bfloat16 can run packed: not in every build of torch."""
+    return (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and not torch.ops.mkldnn._is_mkldnn_acl_supported()  # ARM's have no activation in them
+    )
+
+
 def check_int8(device: torch.device) -> None:
     """Raise an `InkdaskError` where a network cannot run in int8."""
     if device.type != "cpu":

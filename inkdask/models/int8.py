@@ -68,7 +68,7 @@ class Int8Linear(nn.Module):
         rows = (weight.float() / self.scales[:, None]).round_().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(rows, None)
         self.zeros = torch.zeros(len(rows), dtype=torch.int64)
-        self.bias = None if bias is None else bias.float()
+        self.bias = None if bias is None else bias.float().clone()  # part of a larger one
         self.dtype, self.activation = dtype, activation
 
     def forward(self, values: Tensor, scale: float) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inkdask.models.hardware import has_packed_bfloat16
 from inkdask.models.timesformer import LastBlock, TimeSformer
 
 
@@ -19,16 +20,20 @@ def pack_if_it_can(network: nn.Module) -> bool:
 
     What the class token alone goes through stays: one row is not worth it.
 
+    Parameters
+    ----------
+    network
+        With weights of the dtype that it will run in; to be changed.
+
     Returns
     -------
     bool
         Whether it was done: it is a TimeSformer in bfloat16 on a CPU that has the kernels.
     """
     weight = next(network.parameters())
-    in_bfloat16 = weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
-    if not (in_bfloat16 and isinstance(network, TimeSformer)):
+    if not (isinstance(network, TimeSformer) and weight.dtype is torch.bfloat16):
         return False
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not has_packed_bfloat16(weight.device):
         return False
     block: Any
     for block in network.layers:

@@ -112,7 +112,7 @@ class Residual(nn.Module):
         return x.add_(self.share(x, *args))
 
     def share(self, x: Tensor, *args: Any) -> Tensor:
-        """Return the function of the normalised ``x``."""
+        """Return the function of the normalised ``x``, ``(b, tokens, d)``, which stays as it is."""
         return self.fn(self.norm(x), *args)
 
 
@@ -149,7 +149,17 @@ class ClassTokenAttention(Attention):
 
 
 def mix(qkv: Tensor, heads: int, axis: int, grid: Grid, rotation: Rotation) -> Tensor:
-    """The values of `Attention`, ``(b, 1 + f n, h e)``, from ``(b, 1 + f n, 3 h e)``."""
+    """The values of `Attention`, ``(b, 1 + f n, h e)``, from ``(b, 1 + f n, 3 h e)``.
+
+    Parameters
+    ----------
+    qkv
+        Queries, keys and values of all tokens, in the dtype of the result.
+    heads, axis
+        Number of heads; the axis of rows, 1 or 2.
+    grid, rotation
+        ``(f, n)``, and how the patches turn with their place on that axis.
+    """
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)  # (b, 1 + f n, h, e)
     token = attend(q[:, :1], k, v)  # (b, 1, h, e)
 
@@ -184,7 +194,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     batch = q.shape[:2]
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    if q.shape[1] == 1:  # the longest rows, read where they are
+    if q.shape[1] == 1:  # the longest rows, spared a transposed copy
         scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2)
     else:
         scores = torch.bmm(q.contiguous(), k.contiguous().transpose(1, 2))

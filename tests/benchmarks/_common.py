@@ -168,16 +168,17 @@ def measure(module: str, *arguments: object, env: dict[str, str] | None = None) 
 
 
 def _watch(pid: int, measured: Measured, ended: threading.Event) -> None:
-    highest = 0
+    highest, last = 0, 0.0
     while not ended.wait(0.1):
         try:
             family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
         except psutil.NoSuchProcess:
             return
-        # Shares are dear to find out, and halt the process meanwhile: only at a new height.
-        resident = _sum(_resident, family)
-        if resident > highest:
-            highest = resident
+        # Shares are dear to find out, and halt the process meanwhile: only at a new height, and now
+        # and then where the shares may be larger than they were with more processes.
+        resident, now = _sum(_resident, family), time.perf_counter()
+        if resident > highest or (resident > measured.peak and now > last + 1):
+            highest, last = max(resident, highest), now
             measured.peak = max(measured.peak, _sum(_own_memory, family))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from inkdask.models.fast import prepare
-from inkdask.models.hardware import has_int8, native_dtype
+from inkdask.models.hardware import fast_float32, full_float32, has_int8, native_dtype
 from inkdask.models.int8 import convert
 from inkdask.models.packed import pack_if_it_can
 from inkdask.models.timesformer import TimeSformer
@@ -31,7 +31,8 @@ def ways() -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     plain = reference_network().to(DEVICE)
 
     def run(x: Tensor) -> Tensor:
-        return plain(x.transpose(1, 2))
+        with full_float32():
+            return plain(x.transpose(1, 2))
 
     def autocast(x: Tensor) -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -39,6 +40,7 @@ def ways() -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
 
     yield "plain, float32", run
     yield "plain, bfloat16 autocast", autocast
+    fast_float32(DEVICE)  # as a job computes
     for dtype in dict.fromkeys((torch.float32, native_dtype(DEVICE))):
         yield f"inkdask, {str(dtype).removeprefix('torch.')}", prepared(plain, dtype)
     if has_int8(DEVICE):
