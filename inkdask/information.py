@@ -93,8 +93,7 @@ def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:
 def _is_grid(uri: str) -> bool:
     if not storage.exists(storage.join(uri, "zarr.json")):
         return False
-    with storage.explained(uri):
-        node = zarr.open(storage.zarr_store(uri, read_only=True), mode="r")
+    node = storage.zarr_node(uri)
     return isinstance(node, zarr.Group) and "fingerprint" in node.attrs
 
 

@@ -109,12 +109,9 @@ class GridStore:
         """Fingerprint and origin of the store at ``uri``; empty when there is none."""
         if not storage.exists(storage.join(uri, "zarr.json")):
             return {}
-        try:
-            with storage.explained(uri):
-                group = zarr.open_group(storage.zarr_store(uri, read_only=True), mode="r")
-                return dict(group.attrs)
-        except ContainsArrayError:  # a prepared volume, which may lie beside
-            return {}
+        node = storage.zarr_node(uri)
+        # A prepared volume is an array, and may lie beside.
+        return dict(node.attrs) if isinstance(node, zarr.Group) else {}
 
     def create(self, fingerprint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
         """Make the empty store, or leave what is there for the job to go on from.

@@ -27,6 +27,10 @@ class UnavailableError(InkdaskError):
     """A place does not answer now: the same work may succeed later, or on another machine."""
 
 
+class DamagedError(InkdaskError):
+    """What lies at a place cannot be decoded: it is damaged, or something else altogether."""
+
+
 class SettingsError(InkdaskError):
     """A setting is missing or out of its bounds."""
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ome_zarr_models.v05 import Image as OmeImage
 
 from inkdask import storage
+from inkdask.information import describe
 from inkdask.pictures.picture import halved, is_picture, open_picture
 from inkdask.pictures.pyramid import halve, level_shapes, to_uint8, write_pyramid
 from inkdask.storage import outputs
@@ -137,6 +138,34 @@ def test_what_is_no_picture_is_said_in_a_sentence(tmp_path):
     with pytest.raises(InkdaskError, match="tile grid"):
         open_picture(str(tmp_path / "grid.zarr"))
     assert not any(is_picture(str(path)) for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda place: shutil.rmtree(place / "1"), r"p\.zarr/1 does not exist"),
+        (
+            lambda place: (place / "1" / "zarr.json").write_text("{"),
+            r"p\.zarr.* cannot be read \(J",
+        ),
+        (lambda place: (place / "zarr.json").write_text("{"), r"p\.zarr cannot be read \(JSOND"),
+        (
+            lambda place: zarr.create_group(str(place / "1"), overwrite=True),
+            r"p\.zarr/1 is a zarr group, not an array",
+        ),
+        (
+            lambda place: zarr.open_group(str(place)).attrs.update(ome={"multiscales": [{}]}),
+            r"p\.zarr cannot be read \(KeyError",
+        ),
+    ],
+)
+def test_a_damaged_picture_is_one_sentence(tmp_path, pixels, spoil, message):
+    write_pyramid(lazy(pixels), str(tmp_path / "p.zarr"), {})
+    spoil(tmp_path / "p.zarr")
+    for opened in (open_picture, describe):
+        with pytest.raises(InkdaskError, match=message) as caught:
+            opened(str(tmp_path / "p.zarr"))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_new_picture_replaces_the_old_one(home, pixels):

@@ -2,9 +2,11 @@
 
 import logging
 import pickle
+import shutil
 
 import dask
 import imagecodecs
+import numcodecs
 import numpy as np
 import pytest
 import tifffile
@@ -520,6 +522,69 @@ def test_a_group_without_arrays_is_refused(tmp_path):
     zarr.create_group(str(tmp_path / "x.zarr"))
     with pytest.raises(InkdaskError, match=r"x\.zarr is a zarr group without an array '0'"):
         open_segment(str(tmp_path / "x.zarr"))
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def with_unknown_codec(path):
+    path.write_text(path.read_text().replace('"zstd"', '"of tomorrow"'))
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda group, _: shutil.rmtree(group / "0"), r"x\.zarr/0 does not exist"),
+        (lambda group, name: (group / "0" / name).unlink(), r"x\.zarr/0 is no zarr array and no "),
+        (lambda group, name: cut_off(group / "0" / name), r"x\.zarr/0 cannot be read \(JSONDecode"),
+        (
+            lambda group, name: with_unknown_codec(group / "0" / name),
+            r"x\.zarr/0 cannot .*tomorrow",
+        ),
+    ],
+)
+def test_a_damaged_array_is_one_sentence(tmp_path, zarr_format, spoil, message):
+    uri = tmp_path / "x.zarr"
+    version = {2: "0.4", 3: "0.5"}[zarr_format]
+    group = zarr.create_group(str(uri), zarr_format=zarr_format, attributes=ome(version))
+    codec = {2: numcodecs.Zstd(), 3: zarr.codecs.ZstdCodec()}[zarr_format]
+    group.create_array("0", data=random_volume((4, 30, 20), "|u1"), compressors=codec)
+    spoil(uri, {2: ".zarray", 3: "zarr.json"}[zarr_format])
+    with pytest.raises(InkdaskError, match=message) as caught:
+        open_segment(str(uri))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [".zgroup", ".zattrs", "zarr.json"])
+def test_a_damaged_group_is_one_sentence(tmp_path, name):
+    uri = tmp_path / "x.zarr"
+    zarr_format = 3 if name == "zarr.json" else 2
+    zarr.create_group(str(uri), zarr_format=zarr_format, attributes=ome("0.4"))
+    cut_off(uri / name) if name != ".zgroup" else (uri / name).write_text("{")
+    with pytest.raises(InkdaskError, match=r"x\.zarr cannot be read \(JSONDecodeError"):
+        open_segment(str(uri))
+
+
+def test_multiscales_without_paths_are_one_sentence(tmp_path):
+    attributes = {"multiscales": [{"version": "0.4", "datasets": [{}]}]}
+    zarr.create_group(str(tmp_path / "x.zarr"), zarr_format=2, attributes=attributes)
+    with pytest.raises(InkdaskError, match=r"x\.zarr cannot be read \(KeyError: 'path'\)\.$"):
+        open_segment(str(tmp_path / "x.zarr"))
+
+
+def test_a_group_in_the_place_of_a_level_is_named(tmp_path):
+    """As bioformats2raw writes them: the image is a group inside the group."""
+    outer = zarr.create_group(str(tmp_path / "x.zarr"), zarr_format=2)
+    inner = outer.create_group("0", attributes=ome("0.4"))
+    data = random_volume((4, 30, 20), "|u1")
+    inner.create_array("0", data=data)
+    with pytest.raises(
+        InkdaskError, match=r"x\.zarr/0 is a zarr group, .*: name that group itself"
+    ):
+        open_segment(str(tmp_path / "x.zarr"))
+    assert_reads(open_segment(str(tmp_path / "x.zarr" / "0")), data)
 
 
 def test_a_corrupt_chunk_names_array_and_position(tmp_path):

@@ -79,33 +79,28 @@ def open_picture(uri: str) -> Picture:
     InkdaskError
         When there is none.
     """
-    if not storage.exists(uri):
-        raise InkdaskError(f"{uri} does not exist.")
-    try:
-        with storage.explained(uri):
-            node: Any = zarr.open(storage.zarr_store(uri, read_only=True), mode="r")
-    except (FileNotFoundError, ValueError, InkdaskError) as error:
-        raise InkdaskError(f"{uri} is no zarr array and no OME-Zarr group.") from error
+    node: Any = storage.zarr_node(uri)
     attributes: dict[str, Any] = node.attrs.asdict()
-    arrays, pixel_um, corner = [node], None, (0, 0)
+    arrays, pixel_um, corner = {uri: node}, None, (0, 0)
     if isinstance(node, zarr.Group):
-        if {"grid", "tiles"} <= set(node.array_keys()):
-            raise InkdaskError(
-                f"{uri} is a tile grid, which `inkdask reduce --grid` turns into a picture; name "
-                "the prediction_*.zarr that it writes."
-            )
-        image = _multiscales(attributes, uri)
-        arrays = [node[dataset["path"]] for dataset in image["datasets"]]
-        pixel_um, corner = _place(image)
-    for array in arrays:
+        with storage.decoded(uri):
+            if {"grid", "tiles"} <= set(node.array_keys()):
+                raise InkdaskError(
+                    f"{uri} is a tile grid, which `inkdask reduce --grid` turns into a picture; "
+                    "name the prediction_*.zarr that it writes."
+                )
+            image = _multiscales(attributes, uri)
+            places = [storage.join(uri, dataset["path"]) for dataset in image["datasets"]]
+            pixel_um, corner = _place(image)
+        arrays = {place: storage.zarr_array(place) for place in places}
+    for array in arrays.values():
         if array.ndim != 2 or array.dtype != np.uint8:
             raise InkdaskError(
                 f"{uri} is no picture of uint8 (y, x): it has {array.dtype} of shape {array.shape}."
             )
     origin = attributes.get(ORIGIN) or {}
     levels = tuple(
-        da.from_array(_Level(array, storage.join(uri, array.path).rstrip("/")), array.chunks)
-        for array in arrays
+        da.from_array(_Level(array, place), array.chunks) for place, array in arrays.items()
     )
     return Picture(uri, levels, pixel_um, corner, origin)
 
@@ -114,12 +109,12 @@ def is_picture(uri: str) -> bool:
     """Whether a picture is stored there, rather than a volume or a folder of layers."""
     if not storage.exists(storage.join(uri, "zarr.json")):
         return False
-    with storage.explained(uri):
-        node: Any = zarr.open(storage.zarr_store(uri, read_only=True), mode="r")
+    node: Any = storage.zarr_node(uri)
     if isinstance(node, zarr.Group):
         attributes: dict[str, Any] = node.attrs.asdict()
-        images = attributes.get("ome", {}).get("multiscales")
-        return bool(images) and len(images[0]["axes"]) == 2
+        with storage.decoded(uri):
+            images = attributes.get("ome", {}).get("multiscales")
+            return bool(images) and len(images[0]["axes"]) == 2
     return bool(node.ndim == 2)
 
 

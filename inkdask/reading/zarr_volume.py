@@ -143,13 +143,13 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
     InkdaskError
         When there is no such level, or the array is no volume of uint8 or uint16.
     """
-    with storage.explained(uri):
-        node: Any = zarr.open(storage.zarr_store(uri, read_only=True), mode="r")
-        path, axes = "", None
-        if isinstance(node, zarr.Group):
+    node: Any = storage.zarr_node(uri)
+    name, path, axes = uri, "", None
+    if isinstance(node, zarr.Group):
+        with storage.decoded(uri):
             path, axes = _level(node, uri, level)
-            node = node[path]
-    name = storage.join(uri, path) if path else uri
+        name = storage.join(uri, path)
+        node = storage.zarr_array(name)
     if node.attrs.get(FINISHED_ATTRIBUTE) is False:
         raise InkdaskError(f"{name} is not finished: run inkdask prepare again, and it resumes.")
     shape = node.shape[-3:]
@@ -196,7 +196,7 @@ def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, tuple[str, ...
     attributes: Any = group.attrs.asdict()
     images = (attributes.get("ome") or attributes).get("multiscales")
     if not images:
-        if level in group:
+        if storage.exists(storage.join(uri, level)):
             return level, None
         raise InkdaskError(f"{uri} is a zarr group without an array {level!r}.")
     levels = [dataset["path"] for dataset in images[0]["datasets"]]
@@ -229,5 +229,5 @@ def _identity(name: str, array: zarr.Array) -> str:
 @lru_cache(maxsize=16)
 def _array(process: int, uri: str, path: str, identity: str) -> zarr.Array:
     """Open an array once in each process."""
-    with storage.explained(uri):
+    with storage.decoded(uri):
         return zarr.open_array(storage.zarr_store(uri, read_only=True), path=path, mode="r")

@@ -3,6 +3,7 @@
 from inkdask.storage.counting import Counters, counters
 from inkdask.storage.files import (
     Entry,
+    decoded,
     entry,
     exists,
     explain,
@@ -17,6 +18,8 @@ from inkdask.storage.files import (
     s3_filesystem,
     write_bytes,
     writing,
+    zarr_array,
+    zarr_node,
     zarr_store,
 )
 
@@ -24,6 +27,7 @@ __all__ = [
     "Counters",
     "Entry",
     "counters",
+    "decoded",
     "entry",
     "exists",
     "explain",
@@ -38,5 +42,7 @@ __all__ = [
     "s3_filesystem",
     "write_bytes",
     "writing",
+    "zarr_array",
+    "zarr_node",
     "zarr_store",
 ]

@@ -21,9 +21,10 @@ from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 
 from inkdask.storage.counting import count
-from inkdask.types import InkdaskError, UnavailableError
+from inkdask.types import DamagedError, InkdaskError, UnavailableError
 
 if TYPE_CHECKING:
+    from zarr import Array, Group
     from zarr.abc.store import Store
 
     from inkdask.storage.s3 import S3FileSystem
@@ -214,6 +215,41 @@ def zarr_store(uri: str, read_only: bool = False) -> Store:
         return FsspecStore(s3_filesystem(asynchronous=True), path=path, read_only=read_only)
 
 
+def zarr_node(uri: str) -> Array[Any] | Group:
+    """Open the zarr array or group at ``uri`` to read.
+
+    Raises
+    ------
+    InkdaskError
+        When there is none, or its metadata are damaged or beyond what zarr knows.
+    """
+    import zarr
+
+    with decoded(uri):
+        try:
+            return zarr.open(zarr_store(uri, read_only=True), mode="r")
+        except FileNotFoundError as error:
+            if not exists(uri):
+                raise
+            raise InkdaskError(f"{uri} is no zarr array and no zarr group.") from error
+
+
+def zarr_array(uri: str) -> Array[Any]:
+    """Open the zarr array at ``uri`` to read.
+
+    Raises
+    ------
+    InkdaskError
+        As `zarr_node`, and when it is a group.
+    """
+    import zarr
+
+    node = zarr_node(uri)
+    if isinstance(node, zarr.Group):
+        raise InkdaskError(f"{uri} is a zarr group, not an array: name that group itself.")
+    return node
+
+
 def explain(error: BaseException, uri: str) -> InkdaskError:
     """Say in one sentence what went wrong at ``uri``."""
     if isinstance(error, InkdaskError):
@@ -250,6 +286,23 @@ def explained(uri: str) -> Iterator[None]:
         if not _is_of_storage(error):
             raise
         raise explain(error, uri) from error
+
+
+@contextmanager
+def decoded(uri: str, remedy: str = "") -> Iterator[None]:
+    """Do as `explained`, where the block parses or decodes what somebody else may have written.
+
+    Such data fail in so many ways that whatever is raised is theirs: a `DamagedError`, whose
+    sentence ends with ``remedy``.
+    """
+    try:
+        with explained(uri):
+            yield
+    except InkdaskError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise DamagedError(f"{uri} cannot be read ({reason}){remedy}.") from error
 
 
 def _is_of_storage(error: Exception) -> bool:
