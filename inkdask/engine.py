@@ -93,9 +93,24 @@ def compute_each(
 
 
 def raise_any(failed: Mapping[Key, Exception]) -> None:
-    """Raise the first error of `compute_each`, where a failure of one is a failure of all."""
+    """Raise the first error of `compute_each`, where a failure of one is a failure of all.
+
+    Raises
+    ------
+    InkdaskError
+        That error, or in its place one that says what kind it is of.
+    """
     for error in failed.values():
-        raise error
+        if isinstance(error, InkdaskError):
+            raise error
+        log.debug("a task failed", exc_info=error)
+        raise InkdaskError(f"{reason(error)}.") from error
+
+
+def reason(error: Exception) -> str:
+    """What an error of `compute_each` says, for a sentence: without its full stop."""
+    text = str(error) if isinstance(error, InkdaskError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split()).rstrip(".")
 
 
 def may_pass(error: Exception) -> bool:

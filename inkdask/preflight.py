@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from zarr.errors import ArrayNotFoundError
 
 from inkdask import engine, storage
 from inkdask.memory import expected_memory, memory_limit
@@ -145,7 +144,7 @@ def _grid(store: GridStore, settings: Settings) -> float:
     """Bytes of the tile grid that are still to be written by this part of the job."""
     missing = 1.0
     if not settings.overwrite and GridStore.attributes(store.uri):
-        with suppress(ArrayNotFoundError):  # another part is just making it
+        with suppress(InkdaskError):  # another part is just making it, or `run` says what is wrong
             missing = float(np.mean(store.tiles_run() < 0))
     height, width = store.tiling.shape
     size = CODE * store.tiling.tiles * store.k**2 + height * width / 16

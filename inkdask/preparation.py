@@ -67,12 +67,16 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
     if not _is_begun(uri, source) or settings.overwrite:
         check_room_to_prepare(segment, uri, settings.use_zarr_compression)
         _begin(uri, done, segment, blocks, source)
-    if not zarr.open_array(storage.zarr_store(uri), mode="r").attrs[FINISHED_ATTRIBUTE]:
+    if not storage.zarr_array(uri).attrs[FINISHED_ATTRIBUTE]:
         _fill(uri, done, segment, blocks, version=digest(source))
-        share = np.asarray(open_array(done, digest(source))[:], float).round(4).tolist()
-        zarr.open_array(storage.zarr_store(uri), mode="r+").attrs.update(
-            {OCCUPIED_ATTRIBUTE: {"side": blocks.y.step, "share": share}, FINISHED_ATTRIBUTE: True}
-        )
+        share = _shares(done, digest(source)).round(4).tolist()
+        with storage.explained(uri):
+            zarr.open_array(storage.zarr_store(uri), mode="r+").attrs.update(
+                {
+                    OCCUPIED_ATTRIBUTE: {"side": blocks.y.step, "share": share},
+                    FINISHED_ATTRIBUTE: True,
+                }
+            )
         outputs.remove(done)
     return uri
 
@@ -84,10 +88,11 @@ def _is_begun(uri: str, source: dict[str, Any]) -> bool:
     """
     if not storage.exists(uri):
         return False
-    try:
-        attributes = zarr.open_array(storage.zarr_store(uri), mode="r").attrs.asdict()
-    except (ValueError, TypeError, KeyError, FileNotFoundError):  # no zarr array
-        attributes = {}
+    with storage.explained(uri):
+        try:
+            attributes = zarr.open_array(storage.zarr_store(uri), mode="r").attrs.asdict()
+        except (ValueError, TypeError, KeyError, FileNotFoundError):  # no zarr array
+            attributes = {}
     if not {FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE, PREPARED_ATTRIBUTE} <= attributes.keys():
         raise InkdaskError(f"{uri} is there, and it is no array that inkdask prepared.")
     return attributes[PREPARED_ATTRIBUTE] == source
@@ -134,7 +139,7 @@ def _source(segment: Segment, compress: bool) -> dict[str, Any]:
 
 def _fill(uri: str, done: str, segment: Segment, blocks: Tiling, version: str) -> None:
     """Copy the blocks that are not there yet."""
-    missing = np.argwhere(np.asarray(open_array(done, version)[:]) < 0)
+    missing = np.argwhere(_shares(done, version) < 0)
     copies = da.map_blocks(
         _copy_block,
         with_halo(segment.volume, blocks),
@@ -151,6 +156,12 @@ def _fill(uri: str, done: str, segment: Segment, blocks: Tiling, version: str) -
         engine.raise_any(engine.compute_each(tasks, lambda _: meter.add(1)))
 
 
+def _shares(done: str, version: str) -> np.ndarray:
+    """The marks of the blocks, float (rows, columns)."""
+    with storage.decoded(done, ": run inkdask prepare again with --overwrite"):
+        return np.asarray(open_array(done, version)[:], float)
+
+
 def _copy_block(
     block: np.ndarray,
     uri: str,
@@ -161,5 +172,6 @@ def _copy_block(
 ) -> None:
     _, row, column = block_id
     rows, columns = blocks.y.edges[row : row + 2], blocks.x.edges[column : column + 2]
-    open_array(uri, version)[:, slice(*rows), slice(*columns)] = block
-    open_array(done, version)[row, column] = np.count_nonzero(block.any(axis=0)) / block[0].size
+    with storage.explained(uri):
+        open_array(uri, version)[:, slice(*rows), slice(*columns)] = block
+        open_array(done, version)[row, column] = np.count_nonzero(block.any(axis=0)) / block[0].size

@@ -41,7 +41,7 @@ from inkdask import storage
 from inkdask.inference import InferredChunk, Passes
 from inkdask.memory import give_back, peak_memory
 from inkdask.tiling import Tiling
-from inkdask.types import InkdaskError
+from inkdask.types import DamagedError, InkdaskError
 
 FORMAT = 2  # of the store; another number never resumes an older grid
 ENDING = ".zarr"
@@ -168,12 +168,22 @@ class GridStore:
         """Take back the marks of some chunks, bool (rows, columns), so that they are redone."""
         with storage.explained(self.uri):
             marks = self._array("tiles")
-            for place in np.argwhere(chunks & (np.asarray(marks[:]) >= 0)):
+            try:
+                done = self._read("tiles") >= 0
+            except DamagedError:  # what is taken back need not be read
+                done = np.ones(marks.shape, bool)
+            for place in np.argwhere(chunks & done):
                 marks[tuple(place)] = -1
 
     def work(self) -> np.ndarray | None:
-        """Tiles of each chunk that probably have data, int32 (rows, columns), once planned."""
-        work = np.asarray(self._array("work")[:])
+        """Tiles of each chunk that probably have data, int32 (rows, columns), once planned.
+
+        None before, and where it is damaged: it can be estimated again.
+        """
+        try:
+            work = self._read("work")
+        except DamagedError:
+            return None
         return None if (work < 0).any() else work
 
     def plan_work(self, work: np.ndarray) -> None:
@@ -183,17 +193,17 @@ class GridStore:
 
     def tiles_run(self) -> np.ndarray:
         """Tiles run in each chunk, int32 (rows, columns); -1 where the chunk is not done."""
-        marks = np.asarray(self._array("tiles")[:])
+        marks = self._read("tiles")
         return np.where(marks[-1] < 0, -1, np.maximum(marks, 0).sum(axis=0)).astype(np.int32)
 
     def passes_done(self) -> np.ndarray:
         """Last pass that is done in each chunk, int (rows, columns); -1 for none."""
-        marks = np.asarray(self._array("tiles")[:])
+        marks = self._read("tiles")
         return np.max(np.where(marks < 0, -1, np.arange(len(marks))[:, None, None]), axis=0)
 
     def precisions(self) -> list[str]:
         """Arithmetic in which tiles ran; workers of different hardware may differ."""
-        found = np.unique(np.asarray(self._array("ran_in")[:])).tolist()
+        found = np.unique(self._read("ran_in")).tolist()
         return [PRECISIONS[number] for number in found if number]
 
     def write(self, chunk: InferredChunk, row: int, column: int, last: int = -1) -> int:
@@ -213,10 +223,9 @@ class GridStore:
 
     def grid(self) -> da.Array:
         """The stored probabilities, dask float32 (gy, gx, k, k), NaN where no tile ran."""
-        marks = np.asarray(self._array("tiles")[:])
-        used = np.flatnonzero((marks >= 0).any(axis=(1, 2))).tolist()
+        used = np.flatnonzero((self._read("tiles") >= 0).any(axis=(1, 2))).tolist()
         chunks = (1, *self.tiling.grid_chunks, self.k, self.k)
-        stored = da.from_zarr(self._array("grid"), chunks=chunks)[used or [0]]
+        stored = da.from_array(_Lazy(self, "grid"), chunks)[used or [0]]
         together = stored.rechunk({0: -1}, method="tasks")
         return together.map_blocks(
             decode, drop_axis=0, dtype=np.float32, meta=np.empty((0,) * 4, np.float32)
@@ -224,10 +233,35 @@ class GridStore:
 
     def valid(self) -> da.Array:
         """Which pixels have data, dask bool (y, x)."""
-        return da.from_zarr(self._array("valid"), chunks=self.tiling.chunks)
+        return da.from_array(_Lazy(self, "valid"), self.tiling.chunks)
+
+    def _read(self, name: str, window: Any = ...) -> np.ndarray:
+        """Read from one of the arrays.
+
+        Raises
+        ------
+        DamagedError
+            When what is stored cannot be decoded.
+        """
+        remedy = ": run the job with --overwrite, or delete the tile grid"
+        with storage.decoded(storage.join(self.uri, name), remedy):
+            return np.asarray(self._array(name)[window])
 
     def _array(self, name: str) -> zarr.Array:
-        return open_array(storage.join(self.uri, name))
+        with storage.explained(storage.join(self.uri, name)):
+            return open_array(storage.join(self.uri, name))
+
+
+class _Lazy:
+    """An array of a stored grid, as Dask reads it."""
+
+    def __init__(self, store: GridStore, name: str) -> None:
+        array = store._array(name)
+        self._store, self._name = store, name
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+
+    def __getitem__(self, window: Any) -> np.ndarray:
+        return self._store._read(self._name, window)
 
 
 def save_chunk(

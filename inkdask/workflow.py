@@ -396,9 +396,8 @@ def failure(failed: Mapping[Any, Exception], summary: Summary) -> InkdaskError:
     first = next(iter(failed.values()))
     for error in failed.values():
         log.debug("a chunk failed", exc_info=error)
-    reason = str(first) if isinstance(first, InkdaskError) else f"{type(first).__name__}: {first}"
     error = InkdaskError(
-        f"{reason.rstrip('.')} ({summary.failed} of {summary.finished + summary.failed} chunks "
+        f"{engine.reason(first)} ({summary.failed} of {summary.finished + summary.failed} chunks "
         "were not computed; the others are kept, and the same command resumes with the rest)."
     )
     error.__cause__ = first

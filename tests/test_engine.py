@@ -3,13 +3,14 @@
 import operator
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask
 import dask.array as da
 import numpy as np
 import pytest
 from dask import delayed
-from distributed import Client
+from distributed import Client, KilledWorker
 
 from inkdask import engine
 from inkdask.types import InkdaskError, UnavailableError
@@ -133,6 +134,23 @@ def test_when_everything_fails_it_stops_early(compute_each, runs):
     assert not results
     assert len(failed) == engine.HOPELESS
     assert sum(runs[n] for n in range(100)) < 50
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            KilledWorker("blend", SimpleNamespace(address="tcp://a:1"), 3),
+            "KilledWorker: Attempted to run task 'blend' on 4 ",
+        ),
+        (RuntimeError("cannot\ndecode."), r"RuntimeError: cannot decode\.$"),
+        (UnavailableError("s3://bucket does not answer."), r"s3://bucket does not answer\.$"),
+    ],
+)
+def test_what_fails_for_good_is_one_sentence(error, says):
+    with pytest.raises(InkdaskError, match=f"^{says}") as caught:
+        engine.raise_any({"task": error})
+    assert error in (caught.value, caught.value.__cause__)
 
 
 def test_an_interrupt_is_no_failure(monkeypatch):

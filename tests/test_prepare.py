@@ -7,7 +7,7 @@ import zarr
 from PIL import Image
 
 import inkdask
-from inkdask import preparation, storage
+from inkdask import engine, preparation, storage
 from inkdask.types import InkdaskError
 from tests.oracle import papyrus
 from tests.test_workflow import depth_slope, own_environment, write_layers  # noqa: F401
@@ -79,6 +79,33 @@ def test_a_stopped_run_resumes_and_nothing_reads_it_meanwhile(
     inkdask.prepare(segment, surface_volume_zarr=uri)
     assert len(copied) == 2
     assert np.array_equal(zarr.open_array(uri, mode="r")[:], volume)
+
+
+def test_marks_that_are_damaged_are_one_sentence(segment, volume, tmp_path, monkeypatch):
+    uri = str(tmp_path / "volume.zarr")
+    with monkeypatch.context() as context:
+        context.setattr(preparation, "_copy_block", stopped)
+        with pytest.raises(InkdaskError, match="full"):
+            inkdask.prepare(segment, surface_volume_zarr=uri)
+    storage.write_bytes(f"{uri}.done/c/0/0", b"spoiled")
+    with pytest.raises(InkdaskError, match=r"volume\.zarr\.done cannot be read .* --overwrite\.$"):
+        inkdask.prepare(segment, surface_volume_zarr=uri)
+    inkdask.prepare(segment, surface_volume_zarr=uri, overwrite=True)
+    assert np.array_equal(zarr.open_array(uri, mode="r")[:], volume)
+
+
+def stopped(*_, **__):
+    raise InkdaskError("the disk is full")
+
+
+def test_a_full_disk_is_one_sentence(segment, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(engine, "PAUSE", 0.01)
+    monkeypatch.setattr(zarr.Array, "__setitem__", full)
+    with pytest.raises(InkdaskError, match=r"^No space is left to write .*volume\.zarr\.$"):
+        inkdask.prepare(segment, surface_volume_zarr=str(tmp_path / "volume.zarr"))
 
 
 def test_a_finished_array_is_kept_and_one_of_other_files_is_replaced(segment, volume, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from inkdask.inference import InferredChunk
+from inkdask.storage import s3 as s3_module
 from inkdask.store import GridStore, decode, digest, encode
 from inkdask.tiling import Tiling
-from inkdask.types import InkdaskError
+from inkdask.types import DamagedError, InkdaskError
 
 probabilities = st.floats(0, 1, width=32)
 
@@ -97,6 +99,51 @@ def test_creating_again_keeps_what_is_done(tmp_path, tiling):
     assert store.tiles_run()[0, 0] > 0
     store.forget(np.arange(tiling.block_shape[1]) == np.zeros((tiling.block_shape[0], 1)))
     assert np.argwhere(store.tiles_run() >= 0).tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("name", ["grid", "valid", "tiles", "ran_in", "work"])
+def test_what_is_damaged_is_named_and_made_anew(tmp_path, tiling, name):
+    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
+    store.create({}, {})
+    places = list(np.ndindex(tiling.block_shape))
+
+    def fill():
+        store.plan_work(np.ones(tiling.block_shape, np.int32))
+        for place in places:
+            store.write(chunk_of(tiling, *place, 0.5)._replace(precision="float32"), *place)
+
+    def read():
+        store.grid().compute(), store.valid().compute(), store.tiles_run(), store.precisions()
+
+    fill()
+    for file in (Path(store.uri) / name / "c").rglob("0"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-5])
+    if name == "work":  # is estimated again
+        assert store.work() is None
+    else:
+        with pytest.raises(
+            DamagedError, match=rf"seg-.*\.zarr/{name} cannot be .* --overwrite, or"
+        ):
+            read()
+    store.forget(np.ones(tiling.block_shape, bool))
+    fill()
+    read()
+    assert (store.tiles_run() > 0).all()
+    assert (store.work() == 1).all()
+
+
+def test_a_server_that_is_down_is_no_damage(s3, faults, tiling, monkeypatch):
+    monkeypatch.setattr(s3_module, "TRIES", 2)
+    store = GridStore.of(s3, "seg", {}, tiling, k=4)
+    store.create({}, {})
+    lazily = store.grid(), store.valid()
+    faults.inject(["503"])
+    readers = (store.tiles_run, store.passes_done, store.work, store.precisions, store.grid)
+    for read in (*readers, *(array.compute for array in lazily)):
+        with pytest.raises(InkdaskError, match=rf"^{s3}/.*SlowDown") as caught:
+            read()
+        assert not isinstance(caught.value, DamagedError)
 
 
 def test_many_may_create_one_store_at_once(home, tiling):
