@@ -10,7 +10,7 @@ import zarr
 
 from inkdask import storage
 from inkdask.storage import s3 as s3_module
-from inkdask.types import InkdaskError
+from inkdask.types import InkdaskError, SettingsError
 
 
 def test_join_knows_the_root_and_stray_slashes():
@@ -231,6 +231,22 @@ def test_unreachable_endpoint_is_named(no_credentials, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(InkdaskError, match=r"^s3://bucket/x cannot be reached at http://127\.0"):
         storage.read_bytes("s3://bucket/x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:8")  # wins
+    with pytest.raises(InkdaskError, match=r"at http://127\.0\.0\.1:8 \(AWS_ENDPOINT_URL_S3\)"):
+        storage.read_bytes("s3://bucket/x")
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "endpoint_url"])
+@pytest.mark.parametrize("url", ["minio:9000", "http://minio_1:9000", "http://[::1"])
+def test_an_endpoint_that_is_no_url_is_named(no_credentials, monkeypatch, tmp_path, variable, url):
+    if variable == "endpoint_url":
+        (tmp_path / "config").write_text(f"[default]\nendpoint_url = {url}\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    else:
+        monkeypatch.setenv(variable, url)
+    for ask in (storage.exists, storage.list_folder, storage.zarr_node):
+        with pytest.raises(SettingsError, match=rf"^{variable} must be a URL such as .*: Invalid "):
+            ask("s3://bucket/x")
 
 
 def test_forked_process_connects_anew(s3):

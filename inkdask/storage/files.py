@@ -339,8 +339,10 @@ def _code(error: BaseException) -> str:
 
 
 def _endpoint() -> str:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    return f" at {endpoint} (AWS_ENDPOINT_URL)" if endpoint else ""
+    from inkdask.storage.s3 import endpoint_variable
+
+    variable = endpoint_variable()
+    return f" at {os.environ[variable]} ({variable})" if variable else ""
 
 
 def _one_line(error: BaseException) -> str:

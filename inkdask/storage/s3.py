@@ -27,6 +27,7 @@ from tenacity import (
 )
 
 from inkdask.storage.counting import count
+from inkdask.types import SettingsError
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,15 @@ class S3FileSystem(s3fs.S3FileSystem):
     async def set_session(self, refresh: bool = False, kwargs: Any = None) -> Any:
         """Open the session; s3fs closes only those of its own loop at exit, so zarr's is added."""
         is_new = self._s3 is None
-        session = await super().set_session(refresh=refresh)
+        try:
+            session = await super().set_session(refresh=refresh)
+        except boto.BotoCoreError:
+            raise
+        except ValueError as error:  # which is all that botocore says of a bad address
+            raise SettingsError(
+                f"{endpoint_variable() or 'endpoint_url'} must be a URL such as http://minio:9000, "
+                f"whose host has only letters, digits, dots and hyphens: {error}."
+            ) from error
         if is_new and self.asynchronous:
             atexit.register(self.close_session, asyncio.get_running_loop(), self._s3creator)
         return session
@@ -139,6 +148,12 @@ def connect(asynchronous: bool) -> S3FileSystem:
             "response_checksum_validation": "when_required",
         },
     )
+
+
+def endpoint_variable() -> str | None:
+    """The environment variable that says where S3 is, if one does."""
+    variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # the first wins, as in botocore
+    return next((variable for variable in variables if os.environ.get(variable)), None)
 
 
 async def _persist(call: Callable[[], Awaitable[Any]], method: str, request: dict[str, Any]) -> Any:
