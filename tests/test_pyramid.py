@@ -16,6 +16,7 @@ from inkdask.pictures.picture import halved, is_picture, open_picture
 from inkdask.pictures.pyramid import halve, level_shapes, to_uint8, write_pyramid
 from inkdask.storage import outputs
 from inkdask.types import InkdaskError, SettingsError
+from tests.files import bound_by_rights
 
 
 @pytest.fixture
@@ -212,3 +213,14 @@ def test_what_is_removed_halfway_is_no_array(tmp_path, monkeypatch):
 def test_a_place_is_checked_without_a_trace(home):
     outputs.check_writable(storage.join(home, "a", "b.png"))
     assert storage.list_folder(home) == []
+
+
+def test_a_place_that_may_not_be_entered_is_one_sentence(tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(0)
+    for place in (closed / "r.txt", closed / "a" / "b.png"):
+        with (
+            bound_by_rights(),
+            pytest.raises(InkdaskError, match=rf"{place}: permission denied\.$"),
+        ):
+            outputs.check_writable(str(place))

@@ -6,9 +6,11 @@ import hashlib
 import importlib
 import json
 import pickle
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from inkdask.models import registry
 from inkdask.types import InkdaskError, ModelSpec
+from tests.files import bound_by_rights
 
 
 @pytest.fixture
@@ -80,6 +83,51 @@ def test_a_file_is_resolved_by_its_path_and_digest(weights: Path) -> None:
     assert network.digest == hashlib.sha256(b"weights").hexdigest()
     weights.write_bytes(b"others")
     assert registry.resolve(str(weights)).digest == hashlib.sha256(b"others").hexdigest()
+
+
+@pytest.fixture
+def shelf() -> Iterator[Path]:
+    """A folder with weights in it, which all users may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for file in ("first.ckpt", "second.ckpt"):
+            (folder / file).write_bytes(b"weights")
+        registry.resolve(str(folder / "first.ckpt"))  # imports what it needs, as root yet
+        yield folder
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("ask", "path"),
+    [
+        (registry.resolve, "."),
+        (registry.resolve, "second.ckpt"),
+        (registry.resolve, "nothing.ckpt"),
+        (registry.known_of, "second.ckpt"),
+    ],
+)
+def test_a_folder_that_may_not_be_entered_is_one_sentence(
+    ask: Callable[[str], Any], path: str, shelf: Path
+) -> None:
+    shelf.chmod(0)
+    says = rf"^{re.escape(str(shelf / path))}: permission denied\.$"
+    with bound_by_rights(), pytest.raises(InkdaskError, match=says):
+        ask(str(shelf / path))
+
+
+@pytest.mark.parametrize("name", ["second.ckpt", "second.toml"])
+def test_a_file_that_may_not_be_read_is_one_sentence(name: str, shelf: Path) -> None:
+    (shelf / name).touch()
+    (shelf / name).chmod(0)
+    with bound_by_rights(), pytest.raises(InkdaskError, match=rf"{name}: permission denied\.$"):
+        registry.resolve(str(shelf / "second.ckpt"))
+
+
+def test_a_file_may_be_read_where_listing_is_forbidden(shelf: Path) -> None:
+    shelf.chmod(0o711)
+    with bound_by_rights():
+        assert registry.resolve(str(shelf / "second.ckpt")).tile == 64
 
 
 def test_a_relative_path_is_the_same_file_elsewhere(

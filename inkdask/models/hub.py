@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from inkdask import storage
 from inkdask.models.sources import Bucket, Folder, Repo, Source
 from inkdask.types import InkdaskError, ModelSpec
 
@@ -35,12 +36,18 @@ def parse(model: str) -> dict[str, Any] | None:
     dict or None
         ``weights``, and ``filename`` and ``revision`` where they are given; None when ``model``
         has the form of no address.
+
+    Raises
+    ------
+    InkdaskError
+        When ``model`` is a path, and nothing is there or it may not be looked at.
     """
     if "://" in model and not model.startswith("file://"):
         return {"weights": model}
     path = Path(model.removeprefix("file://")).expanduser()
-    if model and path.exists():
-        return {"weights": str(path.absolute())}
+    with storage.explained(str(path)):
+        if model and path.exists():
+            return {"weights": str(path.absolute())}
     named_as_file = path.suffix in PREFERENCE and len(path.parts) < 3
     if named_as_file or model.startswith(("/", ".", "~", "file://")):
         raise InkdaskError(f"The weights {path} do not exist.")

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from types import FunctionType
 from typing import Any
 
+from inkdask import storage
 from inkdask.models import hub
 from inkdask.models.sources import Source, sha256
 from inkdask.types import InkdaskError, ModelSpec, Network, Precision
@@ -184,7 +185,8 @@ def known_of(model: str | Callable[[Any], Any]) -> dict[str, str]:
     if callable(model):
         return {"model": _name(model)}
     path = Path(model)
-    return {"model": model, **({"weights": sha256(path)} if path.is_file() else {})}
+    with storage.explained(model):
+        return {"model": model, **({"weights": sha256(path)} if path.is_file() else {})}
 
 
 def _described(model: str, model_type: str | None) -> ModelSpec:
@@ -238,7 +240,8 @@ def _sidecar(source: Source, weights: str) -> dict[str, Any]:
 def _read_sidecar(path: Path, shown: str) -> dict[str, Any]:
     parse = tomllib.loads if path.suffix == ".toml" else json.loads
     try:
-        values = parse(path.read_text(encoding="utf-8"))
+        with storage.explained(shown):
+            values = parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InkdaskError(f"The model description {shown} cannot be read: {error}.") from error
     if not isinstance(values, dict) or not values.keys() & _WORDS.keys():

@@ -44,9 +44,16 @@ class Source(Protocol):
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, read once until the file changes."""
-    stat = path.stat()
-    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+    """Return the SHA-256 of a file in hexadecimal, read once until the file changes.
+
+    Raises
+    ------
+    InkdaskError
+        When the file is not there, or may not be read.
+    """
+    with storage.explained(str(path)):
+        stat = path.stat()
+        return _sha256(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache
@@ -66,13 +73,15 @@ class Folder:
 
     def names(self) -> list[str]:
         """Return the names of its files."""
-        return [entry.name for entry in self.path.iterdir() if entry.is_file()]
+        with storage.explained(str(self.path)):
+            return [entry.name for entry in self.path.iterdir() if entry.is_file()]
 
     def get(self, name: str) -> Path:
         """Return the path of a file."""
         path = self.path / name
-        if not path.is_file():
-            raise InkdaskError(f"The weights {path} do not exist.")
+        with storage.explained(str(path)):
+            if not path.is_file():
+                raise InkdaskError(f"The weights {path} do not exist.")
         return path
 
     def pin(self, name: str, path: Path) -> dict[str, Any]:

@@ -25,9 +25,9 @@ def check_writable(uri: str) -> None:
         remove(probe)
         return
     path = Path(storage.filesystem(uri)[1])
-    if path.is_dir():
-        raise InkdaskError(f"{uri} cannot be written: it is a folder.")
     with storage.explained(uri):
+        if path.is_dir():
+            raise InkdaskError(f"{uri} cannot be written: it is a folder.")
         folder = path.parent
         while not folder.exists():  # the nearest that is there must let us make the others
             folder = folder.parent
