@@ -296,8 +296,12 @@ class Settings(BaseSettings):
 
     def export_devices(self) -> None:
         """Tell CUDA which GPUs this process may use, before it is loaded."""
-        if self.cluster != "cuda":  # its workers have one each
+        if self.cluster == "cuda":  # its workers have one each
+            return
+        if "cuda_visible_devices" in self.model_fields_set:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
+        else:  # an empty variable is no setting to us, but to CUDA it is: no GPU
+            os.environ.setdefault("CUDA_VISIBLE_DEVICES", self.cuda_visible_devices)
 
     def export_token(self) -> None:
         """Tell huggingface_hub the token, which must be in no graph and no log."""

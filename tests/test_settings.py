@@ -1,5 +1,6 @@
 """One model for the environment, the command line, Python and the README."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,27 @@ def test_environment_values_are_typed(monkeypatch):
 def test_an_empty_variable_is_not_given(monkeypatch):
     monkeypatch.setenv("BATCH_SIZE", "")
     assert Settings.of().batch_size is None
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "after"),
+    [
+        (None, {}, "0"),
+        ("2,3", {}, "2,3"),
+        ("", {}, ""),  # which is CUDA's word for no GPU
+        ("", {"cuda_visible_devices": "1"}, "1"),
+        ("2,3", {"cuda_visible_devices": ""}, ""),
+        ("2,3", {"cuda_visible_devices": "1", "cluster": "cuda"}, "2,3"),
+    ],
+)
+def test_cuda_is_told_of_the_devices(monkeypatch, before, given, after):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is restored
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    Settings.of(**given).export_devices()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == after
 
 
 @pytest.mark.parametrize("layers", [(3, 29), "3:29", [3, 29]])
