@@ -136,8 +136,10 @@ def _model(plan: Plan, settings: Settings) -> str:
 
 def absolute(value: Any) -> Any:
     """A local path as it is everywhere on this machine; anything else as it is."""
-    if isinstance(value, str) and storage.is_local(value) and Path(value).exists():
-        return str(Path(value).absolute())
+    if isinstance(value, str) and storage.is_local(value):
+        with storage.explained(value):
+            if Path(value).exists():
+                return str(Path(value).absolute())
     return value
 
 

@@ -92,8 +92,8 @@ def test_each_pass_shows_the_whole_and_sees_more(segment, scan, tmp_path, monkey
     seen = []
     show = workflow.preview
 
-    def look(store, settings):
-        uri = show(store, settings)
+    def look(*job):
+        uri = show(*job)
         seen.append(picture(uri))
         return uri
 
