@@ -3,6 +3,7 @@
 import logging
 import pickle
 import shutil
+import time
 
 import dask
 import imagecodecs
@@ -426,6 +427,20 @@ def test_zarr_arrays(home, zarr_format, dtype, order):
     assert segment.name == "volume"
     assert_reads(segment, expected[4:0:-1])
     assert_reads(segment.crop(slice(7, 50), slice(100, 130)), expected[4:0:-1, 7:50, 100:130])
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_an_array_that_is_written_anew_is_another(home, zarr_format):
+    uri = storage.join(home, "volume.zarr")
+    identities = []
+    for seed in range(2):
+        data = random_volume(SHAPE, "|u1", seed)
+        create(uri, data, chunks=(3, 32, 32), zarr_format=zarr_format, overwrite=True)
+        identities += [open_segment(uri).identity, open_segment(uri).identity]
+        time.sleep(1.1)  # a second: S3 counts no finer
+    assert identities[0] == identities[1]
+    assert identities[2] == identities[3]
+    assert identities[0] != identities[2]
 
 
 def test_sharded_zarr(home):

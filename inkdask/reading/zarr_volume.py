@@ -216,13 +216,16 @@ def _depth(shape: tuple[int, ...], axes: tuple[str | None, ...] | None) -> int:
 
 
 def _identity(name: str, array: zarr.Array) -> str:
-    """Digest of the array's metadata, and of when they were written."""
-    marks = [
-        entry.mark
+    """Digest of the array's metadata, and of when they were written.
+
+    An ETag would not do: other values of the same shape have the same metadata.
+    """
+    written = [
+        entry.modified
         for entry in storage.list_folder(name)
         if entry.name in ("zarr.json", ".zarray", ".zattrs")
     ]
-    text = json.dumps([array.metadata.to_dict(), marks], sort_keys=True, default=str)
+    text = json.dumps([array.metadata.to_dict(), written], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

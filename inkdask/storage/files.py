@@ -34,12 +34,14 @@ if TYPE_CHECKING:
 class Entry:
     """A file or folder in a listing.
 
-    ``mark`` (ETag or modification time) changes when the file does; ``size`` is in bytes.
+    ``mark`` (ETag or modification time) changes when the file does; ``modified`` (time) also when
+    the same bytes are written anew; ``size`` is in bytes.
     """
 
     name: str
     size: int
     mark: str
+    modified: str
     is_folder: bool
 
 
@@ -125,10 +127,12 @@ def entry(uri: str) -> Entry:
 
 
 def _entry(info: dict[str, Any]) -> Entry:
+    modified = str(info.get("LastModified") or info.get("mtime") or "")
     return Entry(
         name=info["name"].rstrip("/").rsplit("/", 1)[-1],
         size=info["size"] or 0,
-        mark=str(info.get("ETag") or info.get("mtime") or ""),
+        mark=str(info.get("ETag") or modified),
+        modified=modified,
         is_folder=info["type"] == "directory",
     )
 
