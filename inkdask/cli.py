@@ -236,7 +236,9 @@ def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
 
 @inkdask_.command()
 @click.argument("path")
-@_settings_options("start_layer", "end_layer", "ome_zarr_level", "tile", "stride", "chunk_size")
+@_settings_options(
+    "start_layer", "end_layer", "ome_zarr_level", "mask_path", "tile", "stride", "chunk_size"
+)
 def info(path: str, **given: Any) -> None:
     """Say what is at PATH.
 

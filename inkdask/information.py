@@ -32,7 +32,7 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     path
         A segment, a PNG, TIFF or JPEG, a stored picture or tile grid; local or ``s3://``.
     **options
-        ``layers``, ``ome_zarr_level``, ``tile``, ``stride`` and ``chunk_size`` of
+        ``layers``, ``ome_zarr_level``, ``mask_path``, ``tile``, ``stride`` and ``chunk_size`` of
         `inkdask.settings.Settings`.
 
     Raises
@@ -45,7 +45,9 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     if _is_grid(path):
         return dict(_of_grid(path))
     settings = Settings.of(s3_path=path, **options)
-    segment = open_segment(path, settings.layers, level=settings.ome_zarr_level)
+    segment = open_segment(
+        path, settings.layers, mask=settings.mask_path, level=settings.ome_zarr_level
+    )
     found = describe_segment(segment)
     depth, height, width = found.shape
     tiling = Tiling.of(

@@ -123,11 +123,13 @@ class Plan:
         averaged = len(self.layers) // self.network.layers
         count = f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
         means = f" as means of {averaged}" if averaged > 1 else ""
+        mask_uri = self.segment.mask_uri if self.segment else None
+        mask = f", mask {mask_uri.rsplit('/', 1)[-1]}" if mask_uri else ""
         return (
             f"{self.segment.uri if self.segment else 'array'}: {height:,} x {width:,} pixels, "
             f"{count} ({span(self.layers)}){means}, {self.tiling.tiles:,} tiles "
             f"of {self.tiling.tile} px at stride {self.tiling.stride}, model "
-            f"{self.network.model.key}"
+            f"{self.network.model.key}{mask}"
         )
 
 

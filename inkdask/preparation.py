@@ -27,7 +27,7 @@ from inkdask.settings import Settings
 from inkdask.storage import outputs
 from inkdask.store import digest, open_array
 from inkdask.tiling import Tiling
-from inkdask.types import InkdaskError
+from inkdask.types import NO_MASK, InkdaskError
 
 log = logging.getLogger("inkdask")
 
@@ -54,7 +54,9 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
     given = options if s3_path is None else {**options, "s3_path": os.fspath(s3_path)}
     settings = Settings.of(**given)
     settings.require("s3_path")
-    segment = open_segment(str(settings.s3_path), settings.layers, level=settings.ome_zarr_level)
+    segment = open_segment(
+        str(settings.s3_path), settings.layers, mask=NO_MASK, level=settings.ome_zarr_level
+    )
     first, last = min(segment.layers), max(segment.layers)
     name = f"{segment.name}-{first:02d}-{last + 1:02d}-{segment.identity}.volume.zarr"
     uri = settings.surface_volume_zarr or storage.join(settings.zarr_output_dir, name)

@@ -23,7 +23,7 @@ from inkdask.reading.tiff import TiffImage
 from inkdask.reading.volume import DecodedStack, Source, TiffStack, lazy
 from inkdask.reading.zarr_volume import open_zarr
 from inkdask.storage.parallel import for_each
-from inkdask.types import InkdaskError
+from inkdask.types import NO_MASK, InkdaskError
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class Segment:
     stored_bytes
         Bytes of the layer files; 0 for zarr arrays, whose files would take long to list.
     mask_uri
-        Picture that is non-zero where there is papyrus; None when there is none.
+        Picture that is non-zero where there is papyrus; None when there is none, and ``none`` when
+        none was wanted.
     mask_source
         The same, and how it can be cut.
     window
@@ -144,7 +145,8 @@ def open_segment(
     window
         Without ``layers``: as many layers, centred on the middle one. Default: all.
     mask
-        Picture that is non-zero where there is papyrus. Default: ``<id>_mask.png`` when there.
+        Picture that is non-zero where there is papyrus, or ``none``. Default: ``<id>_mask.png``
+        where the folder ``<id>`` has it.
     level
         Level of an OME-Zarr group.
 
@@ -167,7 +169,9 @@ def open_segment(
         numbers = tuple(file.number for file in files)
         stored = sum(file.size for file in files)
     mask_uri = mask or _find_mask(uri, name, listing)
-    mask_source = _open_mask(mask_uri, source.shape[1:]) if mask_uri else None
+    mask_source = None
+    if mask_uri and mask_uri != NO_MASK:
+        mask_source = _open_mask(mask_uri, source.shape[1:])
     if mask_source:
         identity = _digest([identity, mask_source.identity])
     segment = Segment(uri, name, numbers, dtype, identity, source, stored, mask_uri, mask_source)
@@ -292,11 +296,9 @@ def find_mask(uri: str) -> str | None:
 
 
 def _find_mask(uri: str, name: str, listing: Sequence[storage.Entry]) -> str | None:
-    """Find the mask that lies in a segment: ``<id>_mask.png``, or the only ``*_mask.png``."""
-    masks = [entry.name for entry in listing if entry.name.lower().endswith("_mask.png")]
-    if f"{name}_mask.png" in masks:
-        masks = [f"{name}_mask.png"]
-    return storage.join(uri, masks[0]) if len(masks) == 1 else None
+    """Find the mask that lies in a segment; ``*_mask.png`` of other names say something else."""
+    own = f"{name}_mask.png"
+    return storage.join(uri, own) if own in {entry.name for entry in listing} else None
 
 
 def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
@@ -309,7 +311,7 @@ def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
     if image.shape != shape:
         raise InkdaskError(
             f"The mask {uri} has {image.shape[1]} x {image.shape[0]} pixels, "
-            f"the layers have {shape[1]} x {shape[0]}."
+            f"the layers have {shape[1]} x {shape[0]}; MASK_PATH=none reads them without a mask."
         )
     return DecodedStack((image,), _digest([entry.size, entry.mark]), image.words)
 
@@ -320,5 +322,6 @@ def _digest(parts: Sequence[Any]) -> str:
 
 def _name(uri: str) -> str:
     """Name a segment after its folder: ``scroll5/20240301/layers/`` is ``20240301``."""
-    parts = [part for part in uri.split("/") if part not in ("", ".", "layers", "surface_volume")]
+    path = storage.filesystem(uri)[1] if storage.is_local(uri) else uri  # "." has a name too
+    parts = [part for part in path.split("/") if part not in ("", "layers", "surface_volume")]
     return parts[-1].removesuffix(".tifs").removesuffix(".zarr") if parts else "segment"

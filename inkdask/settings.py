@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     mask_path: str | None = Field(
         None,
         description="Picture that is non-zero where there is papyrus; tiles elsewhere are skipped. "
-        "Default: the segment's own `<id>_mask.png`, where it has one.",
+        "Default: the segment's own `<id>_mask.png`, where it has one; `none` for no mask.",
     )
     z_downsample_mean_factor: Literal[1, 2] = Field(
         1, description="Average this many neighbouring layers to one."

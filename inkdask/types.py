@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
+NO_MASK = "none"  # in the place of a mask's path
 
 
 class InkdaskError(Exception):

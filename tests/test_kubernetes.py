@@ -118,7 +118,7 @@ def test_without_a_cluster_there_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(InkdaskError, match="Kubernetes cannot be reached"):  # noqa: SIM117
-        with kubernetes(settings()):
+        with kubernetes(settings(mask_path="none")):  # which is no path of this machine
             pass
 
 

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import zarr
+from PIL import Image
 
 import inkdask
+from inkdask import cli
 from inkdask.plan import Plan
 from inkdask.settings import Settings
+from inkdask.types import InkdaskError
 from tests.files import write_layers
 from tests.oracle import papyrus
 from tests.test_segment import ome
@@ -55,6 +58,44 @@ def test_the_log_states_the_layers_that_are_read(tmp_path, caplog, kind, options
         inkdask.run(tmp_path / "seg", **options)
     [line] = [line for line in caplog.messages if "tiles of" in line]
     assert says in line
+
+
+def test_the_log_names_the_mask(tmp_path, caplog, monkeypatch):
+    write_layers(tmp_path / "seg" / "layers", papyrus((4, 70, 90)))
+    Image.new("L", (90, 70), 255).save(tmp_path / "seg" / "seg_mask.png")
+    caplog.set_level("INFO", "inkdask")
+    inkdask.check(tmp_path / "seg", model=depth_slope)
+    monkeypatch.setenv("MASK_PATH", "none")
+    inkdask.check(tmp_path / "seg", model=depth_slope)
+    masked, plain = [line for line in caplog.messages if "tiles of" in line]
+    assert masked.endswith(", mask seg_mask.png")
+    assert plain.endswith(", mask none")
+
+
+def test_a_mask_of_another_size_stops_only_what_reads_it(tmp_path, capsys, caplog):
+    segment = tmp_path / "seg"
+    write_layers(segment / "layers", papyrus((4, 70, 90)))
+    Image.new("L", (45, 35), 255).save(segment / "seg_mask.png")
+    with pytest.raises(InkdaskError, match=r"seg_mask\.png has .*MASK_PATH=none"):
+        inkdask.run(segment, model=depth_slope)
+    stored = inkdask.run(segment, model=depth_slope, mask_path="none").replace(".png", ".zarr")
+    assert inkdask.prepare(segment)
+    capsys.readouterr()
+    cli.main(["info", str(segment), "--mask-path", "none"])
+    assert "none" in capsys.readouterr().out
+    overlay = str(tmp_path / "overlay.png")
+    inkdask.export(stored, [overlay], overlay="mean")
+    inkdask.export(stored, [overlay], overlay="mean", segment=str(segment))
+    assert not caplog.messages  # what was made without a mask is compared without one
+
+
+def test_parts_without_the_mask_are_found_again(tmp_path):
+    write_layers(tmp_path / "seg" / "layers", papyrus((4, 70, 90)))
+    Image.new("L", (90, 70), 255).save(tmp_path / "seg" / "seg_mask.png")
+    options = {"model": depth_slope, "num_parts": 2, "mask_path": "none"}
+    for number in range(2):
+        inkdask.run(tmp_path / "seg", part_id=number, **options)
+    assert inkdask.run(tmp_path / "seg", step="reduce", **options)
 
 
 def test_the_level_of_an_ome_zarr_is_a_setting(tmp_path):

@@ -65,9 +65,13 @@ def test_a_slash_at_the_end_changes_nothing(home, pixels):
         ("/data/20230702.tifs/", "20230702"),
         ("surface.zarr", "surface"),
         ("/", "segment"),
+        (".", "20230702"),
+        ("layers/", "20230702"),
     ],
 )
-def test_name(path, name):
+def test_name(path, name, tmp_path, monkeypatch):
+    (tmp_path / "20230702").mkdir()
+    monkeypatch.chdir(tmp_path / "20230702")
     assert _name(path) == name
 
 
@@ -628,6 +632,7 @@ def mask():
 def test_mask_beside_the_layers(home, pixels, mask):
     uri = storage.join(home, "20230702")
     write_layers(storage.join(uri, "layers"), pixels)
+    write_mask(storage.join(uri, "20230702_supervision_mask.png"), mask)  # of something else
     assert open_segment(uri).mask is None
     plain = open_segment(uri).identity
     write_mask(storage.join(uri, "20230702_mask.png"), mask)
@@ -635,6 +640,8 @@ def test_mask_beside_the_layers(home, pixels, mask):
     assert segment.mask_uri == storage.join(uri, "20230702_mask.png")
     assert segment.mask.dtype == bool
     assert segment.identity != plain
+    assert open_segment(uri, mask="none").mask is None
+    assert open_segment(uri, mask="none").identity == plain
     np.testing.assert_array_equal(segment.mask.compute(), mask)
     cropped = segment.crop(slice(10, 60), slice(70, 120))
     np.testing.assert_array_equal(cropped.mask.compute(), mask[10:60, 70:120])
@@ -642,8 +649,7 @@ def test_mask_beside_the_layers(home, pixels, mask):
 
 def test_mask_by_path(tmp_path, pixels, mask):
     write_layers(tmp_path / "layers", pixels)
-    for name in ("a_mask.png", "b_mask.png"):  # neither is the segment's own
-        write_mask(str(tmp_path / name), mask)
+    write_mask(str(tmp_path / "b_mask.png"), mask)
     assert open_segment(str(tmp_path)).mask is None
     np.testing.assert_array_equal(
         open_segment(str(tmp_path), mask=str(tmp_path / "b_mask.png")).mask.compute(), mask
@@ -664,7 +670,8 @@ def test_a_mask_of_another_size_or_place_is_refused(tmp_path, pixels, mask):
     write_layers(tmp_path / "layers", pixels)
     write_mask(str(tmp_path / "small.png"), mask[:50])
     with pytest.raises(
-        InkdaskError, match=r"small\.png has 130 x 50 pixels, the layers have 130 x "
+        InkdaskError,
+        match=r"small\.png has 130 x 50 pixels, the layers have 130 x 100; MASK_PATH=none reads ",
     ):
         open_segment(str(tmp_path), mask=str(tmp_path / "small.png"))
     with pytest.raises(InkdaskError, match=r"none\.png does not exist"):

@@ -25,7 +25,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from inkdask import storage
 from inkdask.settings import Settings, env_name
-from inkdask.types import SettingsError, UnavailableError
+from inkdask.types import NO_MASK, SettingsError, UnavailableError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -214,7 +214,7 @@ def _check_reachable_from_workers(settings: Settings) -> None:
         "s3_path", "surface_volume_zarr", "mask_path", "zarr_output_dir", "grid", "output_path",
     ):  # fmt: skip
         place = getattr(settings, name)
-        if place and storage.is_local(place):
+        if place and place != NO_MASK and storage.is_local(place):
             raise SettingsError(
                 f"{env_name(name)}: {place} is a path of this machine, which the workers of a "
                 "Kubernetes cluster do not see; give an s3:// URI, or a CLUSTER_SPEC whose pods "

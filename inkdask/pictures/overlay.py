@@ -12,7 +12,7 @@ import numpy as np
 
 from inkdask.pictures.picture import Picture, halved
 from inkdask.segment import Segment, open_segment
-from inkdask.types import InkdaskError
+from inkdask.types import NO_MASK, InkdaskError
 
 log = logging.getLogger("inkdask")
 
@@ -67,7 +67,7 @@ def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -
     opened = open_segment(
         place,
         (min(numbers), max(numbers) + 1) if numbers else None,
-        mask=None if segment else picture.origin.get("mask"),
+        mask=NO_MASK if segment else picture.origin.get("mask"),
         level=picture.origin.get("ome_zarr_level", "0"),
     )
     if not segment and opened.identity != made_of.get("input"):
