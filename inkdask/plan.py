@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -14,6 +15,8 @@ from inkdask.segment import Segment, find_mask, open_segment
 from inkdask.settings import Settings
 from inkdask.tiling import Tiling
 from inkdask.types import InkdaskError, Network, SettingsError
+
+log = logging.getLogger("inkdask")
 
 Source: TypeAlias = "Segment | da.Array | np.ndarray | str | os.PathLike[str]"
 Window = tuple[slice, slice]
@@ -69,16 +72,23 @@ class Plan:
         network = None if callable(settings.model) else _network(settings)
         opened = _open(source, settings, network)
         kept = _kept_layers(opened.shape[0], settings)
-        depth = len(range(opened.shape[0])[kept]) // settings.z_downsample_mean_factor
-        network = network or _network(settings, depth)
-
         segment = opened if isinstance(opened, Segment) else None
-        layers = (segment.layers if segment else tuple(range(opened.shape[0])))[kept]
+        given = segment.layers if segment else tuple(range(opened.shape[0]))
+        layers, factor = given[kept], settings.z_downsample_mean_factor
+        depth = len(layers) // factor
+        network = network or _network(settings, depth)
         if depth != network.layers:
             raise InkdaskError(
                 f"Channel mismatch: {depth} layers are given ({span(layers)}), but model "
                 f"{network.model.key} reads {network.layers}; set START_LAYER and END_LAYER, or "
                 "MODEL_IN_CHANS to crop the range about its centre."
+            )
+        if 0 < len(given) - len(layers) < factor:
+            log.warning(
+                "Layer %s is left out: %d layers are no multiple of Z_DOWNSAMPLE_MEAN_FACTOR=%d",
+                span(tuple(number for number in given if number not in layers)),
+                len(given),
+                factor,
             )
 
         stride = settings.stride or min(network.model.stride, network.tile)
@@ -90,7 +100,7 @@ class Plan:
         else:
             inside, mask = None, None
             volume = opened[kept, reach[0], reach[1]]
-        volume = _average(volume, settings.z_downsample_mean_factor)
+        volume = _average(volume, factor)
         tiling = Tiling.of(volume.shape[1:], network.tile, stride, settings.chunk_size)
         corner = reach[0].start, reach[1].start
         return cls(network, segment, inside, layers, volume, mask, tiling, corner, window)
@@ -181,9 +191,10 @@ def _open(source: Source, settings: Settings, network: Network | None) -> Segmen
 
 def _kept_layers(depth: int, settings: Settings) -> slice:
     """The middle layers that the network reads, of as many as there are, and their order."""
-    count = depth
+    factor, count = settings.z_downsample_mean_factor, depth
     if settings.model_in_chans:
-        count = min(settings.model_in_chans * settings.z_downsample_mean_factor, depth)
+        count = min(settings.model_in_chans * factor, depth)
+    count -= count % factor  # the same layers in both directions
     first = (depth - count) // 2
     kept = range(depth)[first : first + count]
     if settings.force_reverse:
@@ -213,8 +224,7 @@ def _average(volume: da.Array, factor: int) -> da.Array:
     """Average neighbouring layers, rounded to the nearest value."""
     if factor == 1:
         return volume
-    layers = volume[: volume.shape[0] // factor * factor]
-    one_chunk = layers.rechunk({0: -1}, method="tasks")
+    one_chunk = volume.rechunk({0: -1}, method="tasks")
     depth = volume.shape[0] // factor
     return one_chunk.map_blocks(
         average_layers, factor, dtype=np.uint8, chunks=((depth,), *one_chunk.chunks[1:])

@@ -60,6 +60,27 @@ def test_the_log_states_the_layers_that_are_read(tmp_path, caplog, kind, options
     assert says in line
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_an_odd_layer_that_has_no_pair_is_named(tmp_path, caplog, reverse):
+    pixels = papyrus((8, 70, 90))
+    write_layers(tmp_path / "seg" / "layers", pixels, first=FIRST)
+    options = {"model": depth_slope, "z_downsample_mean_factor": 2, "force_reverse": reverse}
+    settings = Settings.of(layers=(10, 17), **options)
+    plan = Plan.of(str(tmp_path / "seg"), settings)
+    means = pixels[:6].reshape(3, 2, 70, 90).mean(axis=1)  # in both directions the same
+    means = means[::-1] if reverse else means
+    assert np.array_equal(plan.volume.compute(), np.floor(means + 0.5))
+    assert "6 layers (15 to 10 in reverse)" in str(plan) or "6 layers (10 to 15)" in str(plan)
+    caplog.clear()
+    with caplog.at_level("WARNING", "inkdask"):
+        inkdask.run(tmp_path / "seg", layers=(10, 17), **options)
+        inkdask.check(tmp_path / "seg", layers=(10, 16), **options)
+        inkdask.check(tmp_path / "seg", layers=(10, 17), model_in_chans=2, **options)
+    assert caplog.messages == [
+        "Layer 16 is left out: 7 layers are no multiple of Z_DOWNSAMPLE_MEAN_FACTOR=2"
+    ]
+
+
 def test_the_log_names_the_mask(tmp_path, caplog, monkeypatch):
     write_layers(tmp_path / "seg" / "layers", papyrus((4, 70, 90)))
     Image.new("L", (90, 70), 255).save(tmp_path / "seg" / "seg_mask.png")
