@@ -246,8 +246,9 @@ def _open_array(
     """Open a zarr array, and choose its layers."""
     source = open_zarr(uri, level)
     numbers = source.numbers
-    if layers and not source.is_numbered and layers[1] - layers[0] == len(numbers):
-        # An array that was prepared for just this range, by a writer that kept no numbers.
+    # The reference tool prepares an array (y, x, z) of just one range, and keeps no numbers.
+    is_of_one_range = not (source.path or source.is_numbered) and source.depth == 2
+    if layers and is_of_one_range and layers[1] - layers[0] == len(numbers):
         numbers = tuple(range(*layers))
     chosen = choose_layers(numbers, uri, layers, window)
     return source.take(chosen), numbers[chosen], source.dtype, source.identity

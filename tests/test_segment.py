@@ -485,6 +485,20 @@ def test_an_array_made_for_the_range_counts_it_once(tmp_path):
     assert_reads(segment, data)
 
 
+@pytest.mark.parametrize("is_group", [True, False])
+def test_other_arrays_count_from_zero_though_the_range_is_as_long(tmp_path, is_group):
+    uri = str(tmp_path / "segment.zarr")
+    where = f"{uri}/0" if is_group else uri
+    if is_group:
+        zarr.create_group(uri, zarr_format=2, attributes=ome("0.4"))
+    create(where, random_volume((10, 30, 20), "|u1"), chunks=(10, 8, 8), zarr_format=2)
+    assert open_segment(uri, (0, 10)).layers == tuple(range(10))
+    with pytest.raises(InkdaskError, match=r"Layer 10 missing in .* START_LAYER=1, END_LAYER=11"):
+        open_segment(uri, (1, 11))
+    with pytest.raises(InkdaskError, match=r"No layers found in .*: it has 10, 00 to 09"):
+        open_segment(uri, (20, 30))
+
+
 def ome(version, axes="zyx"):
     multiscales = [
         {
