@@ -198,7 +198,7 @@ def test_a_window_that_begins_inside_a_chunk(tmp_path, pixels):
 
 def test_what_is_removed_halfway_is_no_array(tmp_path, monkeypatch):
     place = tmp_path / "picture.zarr"
-    zarr.create_array(str(place), data=np.ones((3, 3)))
+    zarr.create_group(str(place)).create_array("0", data=np.ones((3, 3)))
 
     def killed(*_):
         raise OSError("killed")
@@ -207,7 +207,42 @@ def test_what_is_removed_halfway_is_no_array(tmp_path, monkeypatch):
     with pytest.raises(InkdaskError, match="killed"):
         outputs.remove(str(place))
     assert list(place.iterdir())
-    assert not (place / "zarr.json").exists()
+    assert not list(place.rglob("zarr.json"))
+
+
+def test_what_is_removed_halfway_on_s3_is_no_array(s3, faults):
+    uri = f"{s3}/picture.zarr"
+    zarr.create_group(storage.zarr_store(uri)).create_array("0", data=np.ones((3, 3)))
+    faults.inject(["403"], match=r"POST .*delete")
+    with pytest.raises(InkdaskError, match="denied"):
+        outputs.remove(uri)
+    assert [entry.name for entry in storage.list_folder(uri)] == ["0"]
+    assert [entry.name for entry in storage.list_folder(f"{uri}/0")] == ["c"]
+
+
+def test_an_array_without_data_can_be_removed(home):
+    uri = storage.join(home, "empty.zarr")
+    zarr.create_array(storage.zarr_store(uri), shape=(3, 3), dtype="u1")
+    outputs.remove(uri)
+    outputs.remove(uri)
+    assert not storage.exists(uri)
+
+
+@pytest.mark.parametrize(
+    ("refused", "arrays"), [("0/c/0/0", []), ("1/c/0/0", []), ("0/zarr.json", ["1", "2"])]
+)
+def test_what_is_copied_halfway_is_no_array(s3, faults, pixels, refused, arrays):
+    uri = f"{s3}/p.zarr"
+    faults.inject(["403"], match=rf"PUT .*/p\.zarr/{refused}$")
+    with pytest.raises(InkdaskError, match="denied"):
+        write_pyramid(lazy(pixels), uri, {})
+    faults.inject()
+    assert not storage.exists(f"{uri}/zarr.json")
+    there = [level for level in "012" if storage.exists(f"{uri}/{level}/zarr.json")]
+    assert there == arrays
+    for level in there:
+        array = zarr.open_array(storage.zarr_store(f"{uri}/{level}"), mode="r")
+        assert array[:].any()
 
 
 def test_a_place_is_checked_without_a_trace(home):
@@ -224,3 +259,13 @@ def test_a_place_that_may_not_be_entered_is_one_sentence(tmp_path):
             pytest.raises(InkdaskError, match=rf"{place}: permission denied\.$"),
         ):
             outputs.check_writable(str(place))
+
+
+def test_a_place_where_nothing_can_be_removed_is_named(s3, faults):
+    faults.inject(["403"], match="DELETE ")
+    with pytest.raises(
+        InkdaskError,
+        match=rf"^Access to {s3}/b\.png is denied: .* \(s3:DeleteObject\), so .* is left",
+    ) as caught:
+        outputs.check_writable(f"{s3}/b.png")
+    assert "\n" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from inkdask import storage
@@ -12,7 +13,7 @@ from inkdask.types import InkdaskError
 
 
 def check_writable(uri: str) -> None:
-    """Fail now, not after hours, when the file ``uri`` could not be written.
+    """Fail now, not after hours, when the file ``uri`` could not be written or replaced.
 
     Raises
     ------
@@ -22,7 +23,15 @@ def check_writable(uri: str) -> None:
     if not storage.is_local(uri):
         probe = f"{uri}.{uuid4().hex[:8]}.test"
         storage.write_bytes(probe, b"")
-        remove(probe)
+        fs, key = storage.filesystem(probe)
+        with storage.explained(uri):
+            try:
+                fs.rm_file(key)  # `rm` says nothing when it is refused
+            except PermissionError as error:
+                raise InkdaskError(
+                    f"Access to {uri} is denied: files can be written there but not removed "
+                    f"(s3:DeleteObject), so {probe} is left."
+                ) from error
         return
     path = Path(storage.filesystem(uri)[1])
     with storage.explained(uri):
@@ -38,26 +47,25 @@ def check_writable(uri: str) -> None:
 def remove(uri: str) -> None:
     """Remove a file, or a folder with all below it; nothing happens when it is not there.
 
-    The ``zarr.json`` at the top goes first: what is removed halfway is no array any more.
+    Every ``zarr.json`` goes before the rest, the one at the top first: what is removed halfway is
+    no array any more.
     """
     fs, path = storage.filesystem(uri)
     with storage.explained(uri):
-        if storage.is_local(uri):
-            if Path(path).is_dir():
-                (Path(path) / "zarr.json").unlink(missing_ok=True)
-                shutil.rmtree(path)
-            else:
-                Path(path).unlink(missing_ok=True)
-        elif fs.exists(path):
-            if fs.exists(f"{path}/zarr.json"):
-                fs.rm_file(f"{path}/zarr.json")
-            fs.rm(path, recursive=True)
+        metadata, rest = _files(fs, path)
+        for file in metadata:
+            fs.rm_file(file)
+        if storage.is_local(uri) and Path(path).is_dir():
+            shutil.rmtree(path)
+        elif rest:
+            fs.rm(rest)
 
 
 def replace_tree(source: str, target: str) -> None:
     """Move a folder to ``target`` in place of what is there.
 
-    On S3 the ``zarr.json`` at the top goes last, so that an array shows only when it is whole.
+    On S3 every ``zarr.json`` goes after the rest, the one at the top last, so that an array shows
+    only when it is whole.
     """
     fs, path = storage.filesystem(source)
     _, final = storage.filesystem(target)
@@ -66,8 +74,15 @@ def replace_tree(source: str, target: str) -> None:
         if storage.is_local(target):
             Path(path).replace(final)
             return
-        metadata = f"{path}/zarr.json"
-        files = [file for file in fs.find(path) if file != metadata]
-        fs.copy(files, [final + file[len(path) :] for file in files])
-        fs.copy(metadata, f"{final}/zarr.json")
-        fs.rm(path, recursive=True)
+        metadata, rest = _files(fs, path)
+        fs.copy(rest, [final + file[len(path) :] for file in rest])
+        for file in reversed(metadata):
+            fs.copy(file, final + file[len(path) :])
+        remove(source)
+
+
+def _files(fs: Any, path: str) -> tuple[list[str], list[str]]:
+    """Each ``zarr.json`` below a folder, from the top down; and all other files."""
+    files = sorted(fs.find(path), key=lambda file: file.count("/"))
+    metadata = [file for file in files if file.endswith("/zarr.json")]
+    return metadata, [file for file in files if not file.endswith("/zarr.json")]
