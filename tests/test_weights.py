@@ -165,6 +165,38 @@ def test_resnet3d_checkpoint_without_its_training_heads() -> None:
     assert all(value.eq(1).all() for value in module.state_dict().values())
 
 
+@pytest.mark.parametrize("nest", ["model", "net", "state_dict_ema"])
+def test_names_of_training_scripts(state: State, tmp_path: Path, nest: str) -> None:
+    path = tmp_path / "weights.pt"
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({nest: state, "optimizer": optimizer, "epoch": 3}, path)
+    assert same(weights.load(resolved(path)).state_dict(), state)
+
+
+def test_two_sets_of_weights_are_not_chosen_from(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"model": state, "model_ema": state}, path)
+    with pytest.raises(InkdaskError, match=r"weights\.pt holds several sets .*, model, model_ema:"):
+        weights.load(resolved(path))
+
+
+def test_what_serves_training_alone_is_no_fault(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    training = {"criterion.pos_weight": torch.ones(1), "n_averaged": torch.tensor(7)}
+    torch.save({"state_dict": {f"module.{name}": w for name, w in state.items()} | training}, path)
+    assert same(weights.load(resolved(path)).state_dict(), state)
+
+
+def test_layers_that_are_named_like_a_classifier_are_not_left_out(
+    state: State, tmp_path: Path
+) -> None:
+    """Squeeze and excitation have an ``fc`` in each block."""
+    path = tmp_path / "weights.pt"
+    torch.save(state | {"depth.0.se.fc.weight": torch.ones(3)}, path)
+    with pytest.raises(InkdaskError, match=r"1 unexpected, first depth\.0\.se\.fc\.weight"):
+        weights.load(resolved(path))
+
+
 def test_missing_step_counts_are_no_fault(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     counts = {name: torch.tensor(0) for name in state if name.endswith("num_batches_tracked")}

@@ -52,8 +52,8 @@ def read(path: Path) -> Checkpoint:
     Parameters
     ----------
     path
-        A safetensors file, or a torch file with a state dict, on its own or under ``state_dict``
-        or ``model_state_dict``. Its content decides, not its name.
+        A safetensors file, or a torch file with a state dict, on its own or under a name of its
+        own, such as ``state_dict``. Its content decides, not its name.
 
     Raises
     ------
@@ -93,17 +93,31 @@ def _read_torch(path: Path, zipped: bool) -> Checkpoint:
         kind = "a pickled object" if isinstance(content, Inert) else f"a {type(content).__name__}"
         raise InkdaskError(f"{path} holds {kind}, not weights: save the model's state_dict().")
     states = [content[nest] for nest in _NESTS if isinstance(content.get(nest), dict)]
-    state = states[0] if states else content
-    tensors = {
-        name: value
-        for name, value in state.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
+    tensors = _tensors(states[0] if states else content)
+    if not tensors and not states:  # training scripts have names of their own
+        nests = {name: found for name in content if (found := _tensors(content[name]))}
+        if len(nests) > 1:
+            raise InkdaskError(
+                f"{path} holds several sets of weights, {', '.join(map(str, nests))}: save the one "
+                "that is meant in a file of its own."
+            )
+        tensors = next(iter(nests.values()), {})
     for name, value in tensors.items():
         if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise InkdaskError(f"The weight {name} in {path} is not a plain tensor.")
     facts = content.get("hyper_parameters")
     return Checkpoint(path, tensors, facts if isinstance(facts, dict) else {})
+
+
+def _tensors(state: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict by name; none of anything else."""
+    if not isinstance(state, dict):
+        return {}
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
 
 
 def _torch_content(path: Path, zipped: bool) -> Any:

@@ -8,6 +8,7 @@ may differ: a missing, unexpected or mis-shaped weight is an error.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -26,8 +27,9 @@ __all__ = ["Checkpoint", "build", "fit", "load", "read", "recognise"]
 
 # Wrappers leave these in names: LightningModule, DistributedDataParallel, torch.compile.
 _PREFIXES = ("model", "module", "backbone")
-# Parts that serve training alone: the encoder's classifier, and the 3-D decoder's auxiliary heads.
-_TRAINING_ONLY = {"fc", "aux_head_s1", "aux_head_s2"}
+# What serves training alone: the encoder's classifier, the 3-D decoder's auxiliary heads, weights
+# of a loss, and the count of averaged models.
+_TRAINING_ONLY = re.compile(r"fc\.|(decoder\.)?aux_head_s[12]\.|(criterion|loss)\w*\.|n_averaged$")
 
 
 def load(network: Network) -> nn.Module:
@@ -131,7 +133,7 @@ def fit(module: nn.Module, checkpoint: Checkpoint, architecture: str) -> nn.Modu
             misshaped.append(f"{name} {tuple(tensor.shape)} for {tuple(place.shape)}")
         else:
             state[name] = tensor.to(place.dtype)
-    unexpected = [name for name in found if not _TRAINING_ONLY & set(name.split("."))]
+    unexpected = [name for name in found if not _TRAINING_ONLY.match(name)]
     if missing or misshaped or unexpected:
         faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
         listed = "; ".join(
