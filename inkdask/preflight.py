@@ -134,10 +134,9 @@ def _processes() -> tuple[str, int, int | None, int]:
 
 
 def _decoding(segment: Segment | None) -> float:
-    """Bytes held while layers that cannot be cut are decoded."""
-    if segment is None or not isinstance(segment.source, DecodedStack):
-        return 0
-    return segment.source.decoding_bytes
+    """Bytes held while what cannot be cut is decoded: layers of such files, and a mask."""
+    sources = (segment.source, segment.mask_source) if segment else ()
+    return max((s.decoding_bytes for s in sources if isinstance(s, DecodedStack)), default=0)
 
 
 def _grid(store: GridStore, settings: Settings) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,11 +127,11 @@ class Segment:
 
 
 def open_segment(
-    uri: str,
+    uri: str | os.PathLike[str],
     layers: tuple[int, int] | None = None,
     *,
     window: int | None = None,
-    mask: str | None = None,
+    mask: str | os.PathLike[str] | None = None,
     level: str = "0",
 ) -> Segment:
     """Find the layers of a segment, and read their headers.
@@ -156,6 +157,7 @@ def open_segment(
         When there are no layers, one is missing, there twice, unreadable or truncated, or differs
         from the others in size or type.
     """
+    uri = os.fspath(uri)
     listing = storage.list_folder(uri)
     name = _name(uri)
     if _ZARR_FILES & {entry.name for entry in listing}:
@@ -168,7 +170,7 @@ def open_segment(
         source, dtype, identity = _open_files(files)
         numbers = tuple(file.number for file in files)
         stored = sum(file.size for file in files)
-    mask_uri = mask or _find_mask(uri, name, listing)
+    mask_uri = os.fspath(mask) if mask else _find_mask(uri, name, listing)
     mask_source = None
     if mask_uri and mask_uri != NO_MASK:
         mask_source = _open_mask(mask_uri, source.shape[1:])

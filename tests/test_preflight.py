@@ -6,6 +6,7 @@ from collections import namedtuple
 import imagecodecs
 import numpy as np
 import pytest
+from PIL import Image
 
 import inkdask
 from inkdask import memory, preflight
@@ -42,6 +43,20 @@ def test_too_little_memory_is_found_first(segment, tmp_path, monkeypatch):
     says = r"needs about 6\d\d MB of memory in a process, and this machine has 500 MB: .* need less"
     job = lambda: inkdask.run(segment, model=depth_slope)  # noqa: E731
     assert_refused(says, job, segment / "predictions", tmp_path / "partitions")
+
+
+def test_memory_for_a_mask_and_for_colours_is_counted(segment, tmp_path):
+    def decoding(**options):
+        return preflight._decoding(inkdask.open_segment(segment, **options))
+
+    assert decoding() == 0
+    Image.fromarray(np.full((230, 301), 255, np.uint8)).save(segment / "seg_mask.png")
+    assert decoding() == 2 * 230 * 301
+    assert decoding(mask="none") == 0
+    (tmp_path / "colour").mkdir()
+    colours = np.full((230, 301, 3), 9, np.uint8)
+    Image.fromarray(colours).save(tmp_path / "colour" / "00.png")
+    assert preflight._decoding(inkdask.open_segment(tmp_path / "colour")) == 6 * 230 * 301
 
 
 def test_a_smaller_chunk_is_advised_where_it_helps(tmp_path, monkeypatch):

@@ -102,6 +102,14 @@ def test_colour_layers_warn_once(tmp_path, caplog, pixels):
     assert_reads(segment, pixels >> 8)
 
 
+def test_a_jpeg_whose_size_comes_late(tmp_path, pixels):
+    """After a preview or a profile of hundreds of kilobytes."""
+    data = imagecodecs.jpeg_encode(pixels[0] >> 8 if pixels.dtype == np.uint16 else pixels[0])
+    segment = b"\xff\xe2" + (65535).to_bytes(2, "big") + bytes(65533)
+    (tmp_path / "00.jpg").write_bytes(data[:2] + 3 * segment + data[2:])
+    assert open_segment(str(tmp_path)).shape == (1, *pixels.shape[1:])
+
+
 def test_sixteen_bit_png(tmp_path, pixels):
     for number, layer in enumerate(pixels):
         (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
@@ -415,7 +423,7 @@ def create(uri, data, **options):
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
-@pytest.mark.parametrize("dtype", ["|u1", "<u2"])
+@pytest.mark.parametrize("dtype", ["|u1", "<u2", ">u2"])
 @pytest.mark.parametrize("order", ["depth first", "depth last"])
 def test_zarr_arrays(home, zarr_format, dtype, order):
     data = random_volume(SHAPE, dtype)

@@ -168,6 +168,17 @@ def test_colour_gives_the_first_channel(tmp_path, planar, options):
     np.testing.assert_array_equal(image.decode(), colours[0] >> 8)
 
 
+@pytest.mark.parametrize(
+    ("photometric", "says"), [("miniswhite", "white that is 0"), ("palette", "a palette")]
+)
+def test_values_that_mean_something_else_are_refused(tmp_path, photometric, says):
+    colours = {"colormap": np.zeros((3, 256), np.uint16)} if photometric == "palette" else {}
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((30, 40), np.uint8), photometric=photometric, **colours)
+    with pytest.raises(InkdaskError, match=says):
+        open_image(file.getvalue(), tmp_path)
+
+
 def test_several_pages_give_the_first(tmp_path):
     pages = random_volume((3, 100, 120))
     file = io.BytesIO()

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1024  # pixels: side of a chunk of the scratch zarr
 DECODING_BYTES = 2 << 30  # Layers are decoded side by side while they fit in this.
-_HEADER_READ = 1 << 16
+_HEADER_READ, _LONG_HEADER_READ = 1 << 16, 1 << 24
 
 
 class Image(Protocol):
@@ -41,6 +41,8 @@ class Image(Protocol):
     def shape(self) -> tuple[int, int]: ...  # noqa: D102
     @property
     def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
+    @property
+    def channels(self) -> int: ...  # noqa: D102
     def decode(self) -> np.ndarray: ...  # noqa: D102
 
 
@@ -56,8 +58,8 @@ class Picture:
         Height and width in pixels.
     dtype
         uint8 or uint16.
-    oddity
-        What is left unread of the file, for a warning; empty as a rule.
+    channels
+        As many as are decoded; the first is read.
     is_mask
         Whether it is decoded as 1 where it is not black, and 0 elsewhere.
     """
@@ -65,8 +67,13 @@ class Picture:
     uri: str
     shape: tuple[int, int]
     dtype: np.dtype[Any]
-    oddity: str = ""
+    channels: int = 1
     is_mask: bool = False
+
+    @property
+    def oddity(self) -> str:
+        """What is left unread of the file, for a warning; empty as a rule."""
+        return f"{self.channels} channels, of which the first is read" if self.channels > 1 else ""
 
     @property
     def words(self) -> str:
@@ -84,7 +91,7 @@ class Picture:
         if self.is_mask:  # what is not black, in any channel but alpha, however dark
             colours = pixels.reshape(*pixels.shape[:2], -1)
             opaque = colours[..., :-1] if colours.shape[2] in (2, 4) else colours
-            return np.asarray(opaque.any(axis=2), np.uint8)
+            return np.asarray(opaque.any(axis=2)).view(np.uint8)
         if pixels.ndim == 3:
             pixels = pixels[:, :, 0]
         if pixels.dtype == np.uint16:
@@ -100,7 +107,16 @@ def read_header(uri: str, size: int) -> Picture:
     InkdaskError
         When it is neither, or not of 8 or 16 bits.
     """
-    head = storage.read_range(uri, 0, min(size, _HEADER_READ))
+    try:
+        return _parse(uri, storage.read_range(uri, 0, min(size, _HEADER_READ)))
+    except InkdaskError:
+        if size <= _HEADER_READ:
+            raise
+    # What programs add to a JPEG, such as previews, may come before the size of the picture.
+    return _parse(uri, storage.read_range(uri, 0, min(size, _LONG_HEADER_READ)))
+
+
+def _parse(uri: str, head: bytes) -> Picture:
     try:
         if head[12:16] == b"IHDR":
             width, height, bits, colours = struct.unpack(">IIBB", head[16:26])
@@ -111,8 +127,12 @@ def read_header(uri: str, size: int) -> Picture:
         raise InkdaskError(f"{uri} cannot be read as a PNG or JPEG: {error}.") from error
     if not height * width:
         raise InkdaskError(f"{uri} has no pixels.")
-    oddity = f"{channels} channels, of which the first is read" if channels > 1 else ""
-    return Picture(uri, (height, width), np.dtype(np.uint16 if bits == 16 else np.uint8), oddity)
+    return Picture(uri, (height, width), np.dtype(np.uint16 if bits == 16 else np.uint8), channels)
+
+
+def decoded_bytes(image: Image) -> int:
+    """Bytes of the values of a decoded layer, all channels."""
+    return image.shape[0] * image.shape[1] * image.channels * image.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +169,7 @@ class _Scratch:
 
     def layer(self, image: Image, identity: str) -> zarr.Array:
         """Return the decoded layer, uint8 (y, x), decoding it when nobody has."""
-        size = image.shape[0] * image.shape[1] * image.dtype.itemsize
+        size = decoded_bytes(image)
         with self._lock:
             turns = self._turns.setdefault(
                 identity, threading.Semaphore(max(1, DECODING_BYTES // size))

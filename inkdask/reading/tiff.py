@@ -142,6 +142,11 @@ class TiffImage:
         """Type of a value, in this machine's byte order."""
         return np.dtype(self.layout.dtype).newbyteorder("=")
 
+    @property
+    def channels(self) -> int:
+        """Values of a pixel that are decoded together; the first is read."""
+        return self.layout.samples
+
     def decode(self) -> np.ndarray:
         """Read the whole image as uint8 (y, x)."""
         height, width = self.shape

@@ -20,6 +20,7 @@ HEADER_READ = 4096  # bytes: covers the tags of most files, and little of the pi
 CUT_BYTES, CUT_ROWS = 1 << 20, 64  # most of a piece, where the pieces can be chosen
 
 _JPEG = (7, 33007)
+_MEANINGS = {0: "of white that is 0, upside down; save it as MinIsBlack", 3: "colours of a palette"}
 _BYTES = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, zstd
 
 
@@ -58,6 +59,8 @@ def _describe(uri: str, page: Any) -> TiffImage:
         raise InkdaskError(f"{uri} is no TIFF of uint8 or uint16, but {page.dtype or bits}.")
     if page.compression not in (*_BYTES, *_JPEG):
         raise InkdaskError(f"{uri} is compressed by {page.compression!r}, which cannot be read.")
+    if page.photometric in _MEANINGS:
+        raise InkdaskError(f"{uri} cannot be read: its values are {_MEANINGS[page.photometric]}.")
     if page.predictor not in (1, 2) or (page.predictor == 2 and page.compression in _JPEG):
         raise InkdaskError(f"{uri} has predictor {page.predictor!r}, which cannot be read.")
     height, width = page.imagelength, page.imagewidth

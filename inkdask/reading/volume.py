@@ -18,7 +18,7 @@ import numpy as np
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from inkdask.reading.images import CHUNK, DECODING_BYTES, DecodedBlock, Image
+from inkdask.reading.images import CHUNK, DECODING_BYTES, DecodedBlock, Image, decoded_bytes
 from inkdask.reading.tiff import TiffBlock, TiffImage
 
 # Decoded uint8 over all layers, to which a block grows: two rows of chunks are held in blocks, and
@@ -116,8 +116,7 @@ class DecodedStack:
     @property
     def decoding_bytes(self) -> int:
         """Bytes held while layers are decoded side by side: their values, and those narrowed."""
-        layers, height, width = self.shape
-        layer = height * width * self.images[0].dtype.itemsize
+        layers, layer = len(self.images), decoded_bytes(self.images[0])
         return 2 * max(layer, min(DECODING_BYTES, layers * layer))
 
     def block(self, rows: slice, columns: slice) -> DecodedBlock:  # noqa: D102

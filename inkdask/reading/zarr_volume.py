@@ -130,7 +130,7 @@ class ZarrBlock:
                 f"{self.columns.stop}: {error}."
             ) from error
         pixels = np.moveaxis(pixels, source.depth, 0)[:: source.stride]
-        if pixels.dtype == np.uint16:
+        if pixels.dtype.itemsize == 2:
             return (pixels >> 8).astype(np.uint8)
         return np.ascontiguousarray(pixels)
 
@@ -155,7 +155,7 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
     shape = node.shape[-3:]
     if node.ndim < 3 or any(length != 1 for length in node.shape[:-3]):
         raise InkdaskError(f"{name} is no volume: its shape is {node.shape}.")
-    if node.dtype not in (np.uint8, np.uint16):
+    if node.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise InkdaskError(f"{name} is no array of uint8 or uint16, but {node.dtype}.")
     axes = axes or getattr(node.metadata, "dimension_names", None)
     depth = _depth(shape, axes)
