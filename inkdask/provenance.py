@@ -31,7 +31,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "input": plan.segment.identity if plan.segment else None,
         "layers": list(plan.layers),
         "averaged": len(plan.layers) // network.layers,
-        "corner": list(plan.corner),
+        "corner": list(_corner(plan)),
         "shape": list(tiling.shape),
         "model": network.model.key,
         "architecture": network.model.architecture,
@@ -58,7 +58,7 @@ def origin_of(plan: Plan, settings: Settings) -> dict[str, Any]:
         "layer_range": [start, end],
         "direction": "reverse" if settings.force_reverse else "forward",
         "weights_from": None if plan.network.function else plan.network.model.weights,
-        "roi_xyxy": list(settings.roi_xyxy) if settings.roi_xyxy else None,
+        "roi_xyxy": _region(plan, settings),
         "software": {"python": platform.python_version(), **{p: version(p) for p in SOFTWARE}},
         "command": command(plan, settings),
     }
@@ -108,6 +108,25 @@ def command(plan: Plan, settings: Settings) -> list[str] | None:
     words += ["--stride", plan.tiling.stride, "--clip", f"{plan.network.clip:.15g}"]
     words += ["--divisor", f"{plan.network.divisor:.15g}"]
     return [*map(str, words), *_options(OF_GRIDS, settings)]
+
+
+def _corner(plan: Plan) -> tuple[int, int]:
+    """Where the tiles begin: row and column of the segment's files, also where it was cropped."""
+    if plan.inside is None or plan.inside.window is None:
+        return plan.corner
+    rows, columns = plan.inside.window
+    return rows.start, columns.start
+
+
+def _region(plan: Plan, settings: Settings) -> list[int] | None:
+    """What the picture shows, in pixels of the segment's files; None for all of it."""
+    if plan.segment is None or plan.segment.window is None:
+        return list(settings.roi_xyxy) if settings.roi_xyxy else None
+    rows, columns = plan.segment.window  # in which the region of interest is counted
+    height, width = plan.segment.shape[1:]
+    x0, y0, x1, y1 = settings.roi_xyxy or (0, 0, width, height)
+    left, top = columns.start, rows.start
+    return [left + x0, top + y0, left + x1, top + y1]
 
 
 def _source(plan: Plan, settings: Settings) -> str | None:

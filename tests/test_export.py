@@ -135,6 +135,13 @@ def test_an_overview_is_smaller_and_knows_its_scale(prediction, pixels, tmp_path
     assert np.array_equal(np.asarray(Image.open(tmp_path / "small.png")), halve(halve(pixels)))
 
 
+def test_a_region_that_begins_in_the_last_row_of_a_chunk(prediction, pixels):
+    """Is read a chunk at a time, not a row."""
+    part = open_picture(prediction).crop((32, 64 + 127, 32 + WIDTH, 64 + HEIGHT))
+    assert part.levels[0].chunks[0][0] == 128
+    np.testing.assert_array_equal(part.levels[0].compute(), pixels[127:])
+
+
 def test_a_region_is_cut_out(prediction, pixels, tmp_path):
     inkdask.export(
         prediction, [tmp_path / "part.png", tmp_path / "part.zarr"], roi_xyxy="132,164,232,214"

@@ -12,6 +12,7 @@ from ome_zarr_models.v05 import Image as OmeImage
 
 from inkdask import storage
 from inkdask.information import describe
+from inkdask.pictures import pyramid
 from inkdask.pictures.picture import halved, is_picture, open_picture
 from inkdask.pictures.pyramid import halve, level_shapes, to_uint8, write_pyramid
 from inkdask.storage import outputs
@@ -177,6 +178,13 @@ def test_a_new_picture_replaces_the_old_one(home, pixels):
     assert len(open_picture(uri).levels) == 2
 
 
+def test_a_picture_without_data_is_a_picture(home):
+    uri = storage.join(home, "p.zarr")
+    for _ in range(2):
+        write_pyramid(lazy(np.zeros((600, 700), np.uint8)), uri, {})
+    assert not open_picture(uri).level(1).compute().any()
+
+
 def test_a_failed_job_leaves_the_old_picture(tmp_path, pixels):
     uri = str(tmp_path / "p.zarr")
     write_pyramid(lazy(pixels), uri, {})
@@ -194,6 +202,20 @@ def test_a_window_that_begins_inside_a_chunk(tmp_path, pixels):
     uri = str(tmp_path / "p.zarr")
     write_pyramid(lazy(pixels)[100:1290, 30:180], uri, {})
     assert np.array_equal(open_picture(uri).levels[0].compute(), pixels[100:1290, 30:180])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "side"),
+    [
+        ((700,), 700),
+        ((1024, 300), 1024),
+        ((1024, 1072), 1024),
+        ((1, 876), 876),
+        ((1, 1024, 9), 1024),
+    ],
+)
+def test_chunks_are_those_of_the_source_though_a_window_begins_in_one(sizes, side):
+    assert pyramid._side(sizes) == side
 
 
 def test_what_is_removed_halfway_is_no_array(tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from hypothesis.extra.numpy import arrays
 import inkdask
 from inkdask import preparation
 from inkdask.parts import assign, estimate
+from inkdask.pictures.overlay import flatten, open_ground
+from inkdask.pictures.picture import open_picture
 from inkdask.plan import Plan
 from inkdask.provenance import fingerprint
 from inkdask.settings import Settings
@@ -179,6 +181,16 @@ def test_the_level_of_an_ome_zarr_is_known_to_its_grid(volume, tmp_path):
     assert read_picture(picture).shape == volume[0, ::2, ::2].shape
     overlay = inkdask.export(picture.replace(".png", ".zarr"), tmp_path / "o.png", overlay="mean")
     assert read_picture(*overlay).shape[:2] == volume[0, ::2, ::2].shape
+
+
+def test_an_overlay_shows_the_layers_that_were_read(volume, tmp_path):
+    """Of an array that the reference tool prepared, whose layers have no numbers."""
+    place, first = str(tmp_path / "prepared.zarr"), 17
+    zarr.create_array(place, data=np.moveaxis(volume, 0, 2), chunks=(128, 128, 1), zarr_format=2)
+    layers = (first, first + LAYERS)
+    uri = inkdask.run(place, model=network, layers=layers, model_in_chans=3)
+    opened = open_ground(open_picture(uri.replace(".png", ".zarr")), "mean")
+    assert np.array_equal(opened.pixels.compute(), flatten(volume[1:-1], "mean"))
 
 
 def test_a_relative_place_is_said_in_full(segment, tmp_path, monkeypatch):

@@ -63,13 +63,16 @@ def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -
         raise InkdaskError(
             f"{picture.uri} does not say what segment it was made of: name it by --segment."
         )
-    numbers = made_of.get("layers")
+    layers, numbers = picture.origin.get("layer_range"), made_of.get("layers")
     opened = open_segment(
         place,
-        (min(numbers), max(numbers) + 1) if numbers else None,
+        tuple(layers) if layers else None,
         mask=NO_MASK if segment else picture.origin.get("mask"),
         level=picture.origin.get("ome_zarr_level", "0"),
     )
+    if numbers:  # of those, the network may have read the middle ones only
+        first = opened.layers.index(min(numbers))
+        opened = opened.take(slice(first, first + len(numbers)))
     if not segment and opened.identity != made_of.get("input"):
         log.warning("%s is not what it was when the prediction was made", place)
     (top, left), (height, width) = picture.corner, picture.shape

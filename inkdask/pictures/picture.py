@@ -68,7 +68,8 @@ class Picture:
                 f"{left},{top},{left + width},{top + height} of its segment."
             )
         part = self.levels[0][y0 - top : y1 - top, x0 - left : x1 - left]
-        return replace(self, levels=(part,), corner=(y0, x0))
+        chunks = self.levels[0].chunksize  # of which a window may begin with a sliver
+        return replace(self, levels=(part.rechunk(chunks, method="tasks"),), corner=(y0, x0))
 
 
 def open_picture(uri: str) -> Picture:

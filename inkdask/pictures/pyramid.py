@@ -129,7 +129,7 @@ def ome(
 
 def _fill(picture: da.Array, uri: str) -> list[Delayed]:
     """Create level 0; return the lazy writes that fill it."""
-    side = tuple(max(sizes[:-1], default=sizes[0]) for sizes in picture.chunks)
+    side = tuple(map(_side, picture.chunks))
     if any(sizes[0] < most for sizes, most in zip(picture.chunks, side, strict=True)):
         picture = picture.rechunk(side, method="tasks")  # a window begins inside a chunk
     # Every Dask chunk is a whole multiple of a zarr chunk, so writers never share an object.
@@ -138,6 +138,13 @@ def _fill(picture: da.Array, uri: str) -> list[Delayed]:
         _write_block, picture, uri=uri, meta=np.empty((0, 0), object), enforce_ndim=False
     )
     return list(writes.to_delayed().ravel())
+
+
+def _side(sizes: tuple[int, ...]) -> int:
+    """Side of the chunks along an axis, of which a window may have cut the first and the last."""
+    first, *inner, last = sizes if len(sizes) > 1 else (*sizes, 0)
+    # The last may be longer than a chunk, but not twice as long.
+    return max(first, *inner, last if last > 2 * first else 0)
 
 
 def _coarsen(uri: str, level: int, shape: tuple[int, int]) -> list[Delayed]:

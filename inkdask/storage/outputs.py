@@ -75,9 +75,8 @@ def replace_tree(source: str, target: str) -> None:
             Path(path).replace(final)
             return
         metadata, rest = _files(fs, path)
-        fs.copy(rest, [final + file[len(path) :] for file in rest])
-        for file in reversed(metadata):
-            fs.copy(file, final + file[len(path) :])
+        for files in (rest, *([file] for file in reversed(metadata))):
+            fs.copy(files, [final + file[len(path) :] for file in files])
         remove(source)
 
 
