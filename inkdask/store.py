@@ -235,6 +235,12 @@ class GridStore:
         """Which pixels have data, dask bool (y, x)."""
         return da.from_array(_Lazy(self, "valid"), self.tiling.chunks)
 
+    def window(
+        self, tiles: tuple[slice, slice], pixels: tuple[slice, slice]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Read some of `grid` and of `valid` now: float32 (gy, gx, k, k), and bool (y, x)."""
+        return decode(self._read("grid", (slice(None), *tiles))), self._read("valid", pixels)
+
     def _read(self, name: str, window: Any = ...) -> np.ndarray:
         """Read from one of the arrays.
 

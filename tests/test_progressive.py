@@ -171,6 +171,33 @@ def test_in_python_it_goes_on_in_the_background(segment, tmp_path):
     np.testing.assert_array_equal(again.so_far.compute(), map_)
 
 
+def test_a_progressive_prediction_is_stored_though_a_plain_one_was_looked_at(segment):
+    plain = inkdask.predict(segment, model="demo")
+    fine = inkdask.predict(segment, model="demo", progressive=True)
+    assert plain.map.name == fine.map.name
+    assert inkdask.view.background(plain) is not inkdask.view.background(fine)
+    fine.focus(0, 60, 0, 60)
+    fine.wait()
+    assert (fine.job.store.passes_done() >= 0).any()
+
+
+def test_two_windows_of_a_segment_are_two_jobs(segment):
+    opened = inkdask.open_segment(segment)
+    windows = [(slice(0, 120), slice(0, 120)), (slice(90, 210), slice(64, 184))]
+    inks = [
+        inkdask.predict(opened.crop(*window), model="demo", progressive=True) for window in windows
+    ]
+    for ink in inks:
+        ink.start()
+        ink.wait()
+        np.testing.assert_allclose(ink.so_far.compute(), ink.map.compute(), atol=1e-4)
+    assert [ink.job.origin["roi_xyxy"] for ink in inks] == [[0, 0, 120, 120], [64, 90, 184, 210]]
+    uri = inkdask.run(grid=inks[1].job.store.uri, step="reduce")
+    expected = np.floor(255 * inks[1].map.compute())
+    assert uri.endswith("_64-90-184-210.png")
+    assert np.abs(picture(uri) - expected).max() <= 1
+
+
 def test_a_run_takes_over_what_a_notebook_began(segment, capsys):
     ink = inkdask.predict(segment, model="demo", progressive=True)
     ink.focus(0, 60, 0, 60)

@@ -148,6 +148,47 @@ def test_kept_arrays_are_made_once_and_bounded():
     assert kept.get("d", make).size == 400
 
 
+def test_what_is_dropped_while_it_is_made_is_made_anew():
+    kept = Kept(1000)
+
+    def out_of_date():
+        kept.drop("a")  # what it is made of changes
+        return np.zeros(400, np.uint8)
+
+    kept.get("a", out_of_date)
+    assert kept.get("a", lambda: np.ones(400, np.uint8)).all()
+    for key in "bcd":
+        kept.get(key, lambda: np.zeros(400, np.uint8))
+    assert kept._bytes == 800
+
+
+def test_a_tile_that_changes_while_it_is_read_is_sent_again(ink, monkeypatch):
+    pytest.importorskip("anywidget")
+    shown = ink.show()
+    sent, key = threading.Semaphore(0), (1, 0, 0, 0, 0)
+    values = iter([1, 2])
+
+    def read(*_):
+        value = next(values)
+        if value == 1:
+            shown.refresh()
+        return np.full((2, 2), value, np.uint8)
+
+    tiles_sent = []
+
+    def send(content, buffers=None):
+        if content["kind"] == "tile":
+            tiles_sent.append(buffers[0][0])
+            sent.release()
+
+    monkeypatch.setattr(shown._inks[0], "tile", read)
+    monkeypatch.setattr(shown.canvas, "send", send)
+    shown._on_message(None, {"kind": "tiles", "wanted": [list(key)]}, None)
+    assert sent.acquire(timeout=60)
+    assert sent.acquire(timeout=60)
+    assert tiles_sent == [1, 2]
+
+
 # --- predictions
 
 
@@ -233,7 +274,8 @@ def test_failure_in_the_background_is_said(segment):
 
     shown = lazy_ink(inkdask.predict(segment, model=broken, tile=32, stride=16))
     shown.focus((slice(0, 10), slice(0, 10)))
-    shown.wait()
+    with pytest.raises(InkdaskError, match="The network is broken"):  # else parts would be black
+        shown.wait()
     assert shown.status == "The network is broken."
     assert not shown.is_busy
 

@@ -30,13 +30,15 @@ class Kept:
             array = make()
         except BaseException as error:
             with self._lock:
-                del self._arrays[key]
+                if self._arrays.get(key) is future:
+                    del self._arrays[key]
             future.set_exception(error)
             raise
         future.set_result(array)
         with self._lock:
-            self._bytes += array.nbytes
-            self._make_room(key)
+            if self._arrays.get(key) is future:  # else it was dropped while it was made
+                self._bytes += array.nbytes
+                self._make_room(key)
         return array
 
     def drop(self, key: Hashable) -> None:
@@ -48,11 +50,10 @@ class Kept:
         for key in list(self._arrays):
             if self._bytes <= self._most:
                 return
-            if key != newest:
+            if key != newest and self._arrays[key].done():
                 self._forget(key)
 
     def _forget(self, key: Hashable) -> None:
-        future = self._arrays.get(key)
+        future = self._arrays.pop(key, None)
         if future is not None and future.done():
             self._bytes -= future.result().nbytes
-            del self._arrays[key]

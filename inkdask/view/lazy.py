@@ -12,6 +12,7 @@ import logging
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +35,13 @@ log = logging.getLogger(__name__)
 AUTO_TILES = 20_000  # in sight: as many are computed unasked
 KEPT_PREDICTIONS = 8  # whose chunks a process remembers
 
-_known: OrderedDict[str, LazyInk] = OrderedDict()
+_known: OrderedDict[Hashable, LazyInk] = OrderedDict()
 _lock = threading.Lock()
 
 
 def lazy_ink(ink: InkMap) -> LazyInk:
     """What was computed of a prediction so far, in any viewer of this process."""
-    name = ink.map.name
+    name = ink.map.name, ink.progressive, ink.job and ink.job.store.uri
     with _lock:
         picture = _known.pop(name, None) or LazyInk(ink)
         _known[name] = picture
@@ -133,10 +134,18 @@ class LazyInk(Ink):
         self._go_on()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait until nothing is being computed."""
+        """Wait until nothing is being computed.
+
+        Raises
+        ------
+        InkdaskError
+            When something could not be, so that parts are missing.
+        """
         thread = self._thread
         if thread is not None:
             thread.join(seconds)
+        if self._failure:
+            raise InkdaskError(self._failure)
 
     def _reaching(self, window: Window) -> list[tuple[int, int]]:
         """Chunks of a window, and those before them, whose tiles reach into them."""
@@ -238,8 +247,7 @@ class LazyInk(Ink):
             slice(int(tiling.x.edges[column]), int(tiling.x.edges[column + 1])),
         )
         whole = blend_chunk(
-            np.asarray(store.grid()[tiles].compute(scheduler="synchronous")),
-            np.asarray(store.valid()[pixels].compute(scheduler="synchronous")),
+            *store.window(tiles, pixels),
             np.array([row]),
             np.array([column]),
             tiling,

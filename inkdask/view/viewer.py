@@ -106,6 +106,7 @@ class Viewer:
             **traits,
         )
         self._asked: dict[TileKey, Future[None]] = {}
+        self._changes = 0  # of predictions, since it was opened
         self._turn = threading.Lock()
         self._readers = ThreadPoolExecutor(READERS, "inkdask-view")
         self.controls = self._controls()
@@ -181,6 +182,7 @@ class Viewer:
         height, width = self.canvas.shape
         rows, columns = window or (slice(0, height), slice(0, width))
         edges = [rows.start, rows.stop, columns.start, columns.stop]
+        self._changes += 1
         self.canvas.send({"kind": "changed", "picture": number, "window": edges})
         self._say()
 
@@ -236,7 +238,8 @@ class Viewer:
 
     def _on_beside(self, change: Any) -> None:
         panels, columns = _BESIDE if change["new"] == "beside" else _OVER
-        self.canvas.panels, self.canvas.columns = panels, columns
+        with self.canvas.hold_sync():  # else the browser lays out with one of them
+            self.canvas.panels, self.canvas.columns = panels, columns
 
     def _on_sight(self, _: Any) -> None:
         for ink in self._inks:
@@ -271,6 +274,7 @@ class Viewer:
 
     def _serve(self, key: TileKey) -> None:
         picture, layer, *place = key
+        before = self._changes
         try:
             if picture == PAPYRUS:
                 assert self._papyrus is not None  # noqa: S101  its panels are not there without it
@@ -285,6 +289,9 @@ class Viewer:
                 self._asked.pop(key, None)
         size = {"kind": "tile", "key": list(key), "size": list(pixels.shape)}
         self.canvas.send(size, [pixels.tobytes()])
+        with self._turn:  # what changed while it was read may be missing from it
+            if self._changes != before and picture != PAPYRUS and key not in self._asked:
+                self._asked[key] = self._readers.submit(self._serve, key)
 
 
 class _Changed:
