@@ -176,8 +176,16 @@ def _on_cluster(client: Any, tasks: Mapping[Key, Delayed], tell: Tell, avoid: se
             lost = RuntimeError(f"task {future.key} was {future.status}")
             error = future.exception() if future.status == "error" else lost
             tell(future.key, None, error, cause)
+    except Exception as error:
+        if client.status == "running":
+            raise
+        raise UnavailableError(
+            f"The Dask scheduler at {client.scheduler.address} is gone; what is finished is kept, "
+            "and the same command resumes with the rest."
+        ) from error
     finally:
-        client.cancel(futures)
+        if client.status == "running":
+            client.cancel(futures)
 
 
 def _blamed(key: Key, dask_scheduler: Any) -> tuple[Key, list[str]]:

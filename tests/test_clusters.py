@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +26,7 @@ from inkdask.clusters import connection
 from inkdask.models import hardware
 from inkdask.settings import parameters
 from inkdask.types import InkdaskError
-from tests.conftest import free_port
+from tests.conftest import free_port, start_server
 from tests.files import write_layers
 from tests.oracle import naive_map, papyrus, picture
 
@@ -143,6 +145,44 @@ def test_a_running_scheduler_is_used_and_left_running(
     assert engine.current_client() is None
     with Client(scheduler) as client:
         assert client.scheduler_info()["workers"]
+
+
+def test_dask_s_settings_say_how_long_a_scheduler_may_take(monkeypatch):
+    assert connection._patience() == connection.PATIENCE
+    with dask.config.set({"distributed.comm.timeouts.connect": "600s"}):
+        assert connection._patience() == "600s"
+
+
+def test_a_scheduler_that_dies_is_one_sentence(segment, tmp_path):
+    port = free_port()
+    command = ["-m", "distributed.cli.dask_scheduler", "--no-dashboard", "--host", "127.0.0.1"]
+    process = start_server(*command, "--port", str(port), port=port)
+    pid, address = process.pid, f"tcp://127.0.0.1:{port}"
+    worker = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "distributed.cli.dask_worker",
+            address,
+            "--no-dashboard",
+            "--no-nanny",
+        ],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+
+        def deadly(x):
+            if x.any():
+                os.kill(pid, signal.SIGKILL)
+                time.sleep(100)
+            return x[:, :, 0, ::16, ::16]
+
+        with pytest.raises(InkdaskError, match=f"scheduler at {address} is gone; what is finished"):
+            inkdask.run(segment, model=deadly, cluster=address)
+    finally:
+        for each in (process, worker):
+            each.kill()
+            each.wait()
 
 
 def elsewhere(tmp_path):
@@ -342,9 +382,15 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("visible", "names", "pinned"), [(None, "01", ["0,1", "1,0"]), ("1", "1", ["1"])]
+    ("variables", "names", "pinned"),
+    [
+        ({}, "01", ["0,1", "1,0"]),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, "1", ["1"]),
+        ({"MAX_WORKERS": "8"}, "01", ["0,1", "1,0"]),  # at most
+        ({"MAX_WORKERS": "1"}, "0", ["0,1"]),
+    ],
 )
-def test_a_worker_for_each_gpu(visible, names, pinned, library, segment, volume, tmp_path):
+def test_a_worker_for_each_gpu(variables, names, pinned, library, segment, volume, tmp_path):
     (tmp_path / "job.py").write_text(GPU_JOB)
     environment = {
         **os.environ,
@@ -353,7 +399,7 @@ def test_a_worker_for_each_gpu(visible, names, pinned, library, segment, volume,
         "PYTHONPATH": str(REPOSITORY),
         "CLUSTER": "cuda",
         "S3_PATH": segment,
-        **({"CUDA_VISIBLE_DEVICES": visible} if visible else {}),
+        **variables,
     }
     done = subprocess.run(
         [sys.executable, str(tmp_path / "job.py")], env=environment, capture_output=True, text=True

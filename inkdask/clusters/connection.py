@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("inkdask")
 
-PATIENCE = 8  # seconds for a scheduler to answer
+PATIENCE = 8  # seconds for a scheduler to answer, where Dask's own settings do not say
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def existing(settings: Settings) -> Iterator[Client]:
     address = settings.scheduler_address or settings.cluster
     before = engine.current_client()
     try:
-        client = Client(address, timeout=PATIENCE)
+        client = Client(address, timeout=_patience())
     except (OSError, TypeError, ValueError) as error:  # no certificates is a TypeError
         if (broken := engine.current_client()) not in (None, before):
             broken.close()  # it would be the current one still
@@ -71,3 +71,13 @@ def existing(settings: Settings) -> Iterator[Client]:
         raise UnavailableError(f"The scheduler at {address} cannot be used: {reason}.") from error
     with client:
         yield client
+
+
+def _patience() -> str | float:
+    """How long a scheduler may take to answer: Dask's setting, where it is not its default."""
+    import dask
+    from distributed.config import defaults
+
+    said = dask.config.get("distributed.comm.timeouts.connect")
+    default = defaults["distributed"]["comm"]["timeouts"]["connect"]
+    return PATIENCE if said == default else said

@@ -31,6 +31,7 @@ def cuda(settings: Settings) -> Iterator[Client]:
     """
     try:
         from dask_cuda import LocalCUDACluster
+        from dask_cuda.utils import get_n_gpus
     except ImportError as error:
         raise InkdaskError(
             f"--cluster cuda needs dask-cuda: pip install 'inkdask[cuda]' ({error})."
@@ -40,10 +41,12 @@ def cuda(settings: Settings) -> Iterator[Client]:
     named = "cuda_visible_devices" in settings.model_fields_set
     if not named:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    devices = settings.cuda_visible_devices if named else None
     try:
+        gpus = len(devices.split(",")) if devices else get_n_gpus()
         cluster = LocalCUDACluster(
-            CUDA_VISIBLE_DEVICES=settings.cuda_visible_devices if named else None,
-            n_workers=settings.max_workers,
+            CUDA_VISIBLE_DEVICES=devices,
+            n_workers=min(settings.max_workers or gpus, gpus),
             threads_per_worker=THREADS,
             dashboard_address=DASHBOARD,
         )

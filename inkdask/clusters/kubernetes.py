@@ -298,7 +298,12 @@ class _Pods:
             self._look(pods, tell)
 
     def wait_for_worker(self, client: Client, tell: Callable[[str], None]) -> None:
-        while not client.scheduler_info(n_workers=1)["workers"]:
+        while not client.scheduler_info(n_workers=1).get("workers"):
+            if client.status == "closed":
+                raise UnavailableError(
+                    f"The DaskCluster {self.name} in namespace {self.namespace} is gone: no worker "
+                    f"had a place in {IDLE_TIMEOUT // 60} minutes, or somebody removed it."
+                )
             self._look(self._list(), tell)
 
     def remove(self) -> None:
