@@ -11,6 +11,7 @@ import uuid
 import pytest
 
 from inkdask import storage
+from inkdask.settings import parameters
 from tests.faultproxy import FaultProxy
 
 
@@ -22,6 +23,18 @@ def logging_as_before():
     yield
     root.handlers[:] = handlers
     own.setLevel(level)
+
+
+@pytest.fixture
+def own_environment(monkeypatch, tmp_path):
+    """An environment without any setting but places of the test's own, and small chunks."""
+    for _, variable, _ in parameters():
+        monkeypatch.setenv(variable, "")  # so that it is restored, whatever the job sets
+        monkeypatch.delenv(variable)
+    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
+    monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))
+    monkeypatch.setenv("RESULT_FILE", str(tmp_path / "result.txt"))
+    monkeypatch.setenv("CHUNK_SIZE", "128")
 
 
 def free_port():

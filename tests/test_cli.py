@@ -13,7 +13,8 @@ from inkdask.memory import expected_memory
 from inkdask.models.registry import known
 from inkdask.tiling import Tiling
 from tests.oracle import papyrus
-from tests.test_workflow import own_environment  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ import inkdask
 from inkdask import cli, engine, storage
 from inkdask.clusters import connection
 from inkdask.models import hardware
-from inkdask.settings import parameters
 from inkdask.types import InkdaskError
 from tests.conftest import free_port, start_server
 from tests.files import write_layers
@@ -60,15 +59,8 @@ def broken(x):
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch, tmp_path):
-    for _, variable, _ in parameters():
-        monkeypatch.setenv(variable, "")
-        monkeypatch.delenv(variable)
-    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
-    monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))
-    monkeypatch.setenv("RESULT_FILE", str(tmp_path / "result.txt"))
+def own_places(own_environment, monkeypatch, tmp_path):
     monkeypatch.setenv("PLACES", str(tmp_path / "places"))
-    monkeypatch.setenv("CHUNK_SIZE", "128")
     monkeypatch.setattr(engine, "PAUSE", 0.01)
 
 

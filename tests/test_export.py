@@ -26,7 +26,8 @@ from inkdask.pictures.pyramid import halve, write_pyramid
 from inkdask.pictures.scale_bar import ScaleBar, with_scale_bar
 from inkdask.types import InkdaskError, SettingsError
 from tests.files import random_volume, write_layers
-from tests.test_workflow import own_environment  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 HEIGHT, WIDTH = 620, 530
 ORIGIN = {"volume": "nowhere", "model": "tοy"}

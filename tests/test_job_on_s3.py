@@ -10,7 +10,9 @@ from PIL import Image
 import inkdask
 from inkdask import storage
 from tests.oracle import naive_map, papyrus, picture
-from tests.test_workflow import assert_same_picture, depth_slope, own_environment  # noqa: F401
+from tests.test_workflow import assert_same_picture, depth_slope
+
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 HEIGHT, WIDTH = 1250, 1400
 

@@ -13,7 +13,9 @@ from inkdask.types import InkdaskError
 from tests.files import write_layers
 from tests.oracle import papyrus
 from tests.test_segment import ome
-from tests.test_workflow import depth_slope, own_environment  # noqa: F401
+from tests.test_workflow import depth_slope
+
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 FIRST = 10  # number of the first of 8 layers
 

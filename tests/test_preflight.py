@@ -13,7 +13,9 @@ from inkdask import memory, preflight
 from inkdask.reading import volume
 from inkdask.types import InkdaskError
 from tests.oracle import papyrus
-from tests.test_workflow import depth_slope, own_environment, write_layers  # noqa: F401
+from tests.test_workflow import depth_slope, write_layers
+
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 Usage = namedtuple("Usage", "total used free")
 

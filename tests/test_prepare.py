@@ -10,7 +10,9 @@ import inkdask
 from inkdask import engine, preparation, storage
 from inkdask.types import InkdaskError
 from tests.oracle import papyrus
-from tests.test_workflow import depth_slope, own_environment, write_layers  # noqa: F401
+from tests.test_workflow import depth_slope, write_layers
+
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 HEIGHT, WIDTH = 310, 1500
 

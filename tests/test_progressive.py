@@ -15,7 +15,8 @@ from inkdask.demo import auc, synthetic
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
 from tests.test_runs import grids
-from tests.test_workflow import own_environment  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 HEIGHT, WIDTH = 330, 460
 

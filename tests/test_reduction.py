@@ -30,7 +30,7 @@ from tests.test_runs import (  # noqa: F401
     WIDTH,
     grids,
     network,
-    own_environment,
+    own_tiles,
     read_picture,
     segment,
     share_done,

@@ -24,7 +24,6 @@ from PIL import Image
 
 import inkdask
 from inkdask import engine, storage
-from inkdask.settings import parameters
 from inkdask.store import GridStore
 from inkdask.types import InkdaskError
 from tests.files import write_layers
@@ -69,13 +68,7 @@ def guarded_network(x):
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch, tmp_path):
-    for _, variable, _ in parameters():
-        monkeypatch.setenv(variable, "")
-        monkeypatch.delenv(variable)
-    monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))
-    monkeypatch.setenv("RESULT_FILE", str(tmp_path / "result.txt"))
-    monkeypatch.setenv("CHUNK_SIZE", "128")
+def own_tiles(own_environment, monkeypatch, tmp_path):
     monkeypatch.setenv("BATCH_SIZE", "8")
     monkeypatch.setenv("TILES_LOG", str(tmp_path / "tiles.log"))
     monkeypatch.setattr(engine, "PAUSE", 0.01)

@@ -17,9 +17,10 @@ from PIL import Image
 import inkdask
 from inkdask import storage
 from inkdask.demo import synthetic
-from inkdask.settings import parameters
 from inkdask.types import InkdaskError, SettingsError
 from tests.oracle import naive_map, papyrus, picture
+
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 LAYERS, HEIGHT, WIDTH = 6, 230, 301
 
@@ -28,16 +29,6 @@ def depth_slope(x):
     """Logits from how brightness grows over depth, in sixteenths of a tile: (b, 1, 4, 4)."""
     depth = torch.linspace(-1, 1, x.shape[2]).view(1, 1, -1, 1, 1)
     return 300 * torch.nn.functional.adaptive_avg_pool2d((x * depth).mean(2), 4)
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch, tmp_path):
-    for _, variable, _ in parameters():
-        monkeypatch.setenv(variable, "")  # so that it is restored, whatever the job sets
-        monkeypatch.delenv(variable)
-    monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))
-    monkeypatch.setenv("RESULT_FILE", str(tmp_path / "result.txt"))
-    monkeypatch.setenv("CHUNK_SIZE", "128")
 
 
 @pytest.fixture
