@@ -15,9 +15,10 @@ the tiles that come with it, and a tile is where any pass has it. A chunk is don
 pass is.
 
 A chunk's data are written before its element of ``tiles``, and each has zarr chunks of its own,
-so a chunk is done or it is not, and writers never touch each other's objects. Nothing is ever
-removed: to start anew is to take back the marks. The attributes ``fingerprint`` and ``origin`` say
-all that a picture needs, so a stored grid is complete in itself.
+so a chunk is done or it is not, and writers never touch each other's objects. Zarr reads an object
+that is gone, as after a copy that broke off, as its fill value; so what is marked as done is also
+looked for. Nothing is ever removed: to start anew is to take back the marks. The attributes
+``fingerprint`` and ``origin`` say all that a picture needs, so a stored grid is complete in itself.
 """
 
 from __future__ import annotations
@@ -193,12 +194,12 @@ class GridStore:
 
     def tiles_run(self) -> np.ndarray:
         """Tiles run in each chunk, int32 (rows, columns); -1 where the chunk is not done."""
-        marks = self._read("tiles")
+        marks = self._marks()
         return np.where(marks[-1] < 0, -1, np.maximum(marks, 0).sum(axis=0)).astype(np.int32)
 
     def passes_done(self) -> np.ndarray:
         """Last pass that is done in each chunk, int (rows, columns); -1 for none."""
-        marks = self._read("tiles")
+        marks = self._marks()
         return np.max(np.where(marks < 0, -1, np.arange(len(marks))[:, None, None]), axis=0)
 
     def precisions(self) -> list[str]:
@@ -214,8 +215,8 @@ class GridStore:
         ran = int(np.count_nonzero(~np.isnan(chunk.grid[:, :, 0, 0])))
         last %= self.tiling.passes
         with storage.explained(self.uri):
-            self._array("grid")[(last, *tiles)] = encode(chunk.grid)
-            self._array("valid")[pixels] = chunk.valid
+            self._data("grid")[(last, *tiles)] = encode(chunk.grid)
+            self._data("valid")[pixels] = chunk.valid
             if chunk.precision:
                 self._array("ran_in")[row, column] = PRECISIONS.index(chunk.precision)
             self._array("tiles")[last, row, column] = ran
@@ -241,6 +242,23 @@ class GridStore:
         """Read some of `grid` and of `valid` now: float32 (gy, gx, k, k), and bool (y, x)."""
         return decode(self._read("grid", (slice(None), *tiles))), self._read("valid", pixels)
 
+    def _marks(self) -> np.ndarray:
+        """Tiles run, int32 (p, rows, columns), as ``tiles`` says; -1 where the data are gone."""
+        marks = self._read("tiles")  # before the data, which others may be writing
+        return np.where(self._written("grid", 1)[..., 0, 0] & self._written("valid", 0), marks, -1)
+
+    def _written(self, name: str, y: int) -> np.ndarray:
+        """Where an array is there, whose axis ``y`` is rows: bool (..., rows, columns, ...)."""
+        there = np.zeros(self._array(name).cdata_shape, bool)
+        for file in storage.list_files(storage.join(self.uri, name, "c")):
+            place = file.split("/")
+            if all(map(str.isdecimal, place)):  # else another file, such as one half written
+                there[tuple(map(int, place))] = True
+        for axis, count in enumerate(self.tiling.block_shape, y):
+            # The last of our chunks may be long, and more than one of zarr's.
+            there = np.logical_and.reduceat(there, np.arange(count), axis)
+        return there
+
     def _read(self, name: str, window: Any = ...) -> np.ndarray:
         """Read from one of the arrays.
 
@@ -252,6 +270,10 @@ class GridStore:
         remedy = ": run the job with --overwrite, or delete the tile grid"
         with storage.decoded(storage.join(self.uri, name), remedy):
             return np.asarray(self._array(name)[window])
+
+    def _data(self, name: str) -> zarr.Array:
+        """One of the arrays, to write all that is given, so that nothing there means lost."""
+        return self._array(name).with_config({"write_empty_chunks": True})
 
     def _array(self, name: str) -> zarr.Array:
         with storage.explained(storage.join(self.uri, name)):

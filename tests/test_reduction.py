@@ -20,7 +20,7 @@ from inkdask.pictures.picture import open_picture
 from inkdask.plan import Plan
 from inkdask.provenance import fingerprint
 from inkdask.settings import Settings
-from inkdask.store import differences, digest
+from inkdask.store import GridStore, differences, digest
 from inkdask.types import InkdaskError
 from tests.files import write_layers
 from tests.oracle import papyrus
@@ -28,6 +28,7 @@ from tests.test_runs import (  # noqa: F401
     HEIGHT,
     LAYERS,
     WIDTH,
+    count_tiles,
     grids,
     network,
     own_tiles,
@@ -154,6 +155,19 @@ def test_the_picture_goes_to_the_segment_that_was_asked_about(segment, tmp_path,
     assert (tmp_path / "result.txt").read_text() == again
     assert not Path(segment).exists()
     assert np.array_equal(read_picture(again), kept)
+
+
+def test_a_copy_of_a_grid_that_broke_off_has_no_picture_until_it_is_whole(segment, tmp_path):
+    options = {"model": network, "layers": (0, LAYERS)}
+    whole = read_picture(inkdask.run(segment, **options))
+    (grid,) = grids(str(tmp_path / "partitions"))
+    before, lost = count_tiles(tmp_path), GridStore.open(grid).tiles_run()[2, 3]
+    Path(grid, "grid", "c", "2", "2", "3", "0", "0").unlink()
+    Path(segment, "predictions", "prediction_network_00_05.png").unlink()
+    with pytest.raises(InkdaskError, match=r"^1 of \d+ chunks are missing in .*: run STEP=inf"):
+        inkdask.run(segment, step="reduce", **options)
+    assert np.array_equal(read_picture(inkdask.run(segment, **options)), whole)
+    assert 0 < lost <= count_tiles(tmp_path) - before < 2 * lost  # and some to try the network
 
 
 def test_a_grid_lies_where_it_was_said(segment, tmp_path):

@@ -32,7 +32,9 @@ def test_write_list_and_read(home):
     [entry] = storage.list_folder(storage.join(home, "a"))
     assert (entry.name, entry.size, entry.is_folder) == ("b.bin", 200, False)
     assert entry == storage.entry(uri)
-    assert storage.list_folder(storage.join(home, "nothing")) == []
+    assert storage.list_files(home) == ["a/b.bin"]
+    for listed in (storage.list_folder, storage.list_files):
+        assert listed(storage.join(home, "nothing")) == []
 
 
 def test_mark_changes_with_the_file(home):

@@ -1,6 +1,7 @@
 """The stored grid: nothing lost in 16 bits, done or not done, and independent writers."""
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from inkdask import storage
 from inkdask.inference import InferredChunk
 from inkdask.storage import s3 as s3_module
 from inkdask.store import GridStore, decode, digest, encode
@@ -74,6 +76,27 @@ def test_an_empty_chunk_is_done_too(tmp_path, tiling):
     store.create({}, {})
     assert store.write(chunk_of(tiling, 0, 0, np.nan), 0, 0) == 0
     assert store.tiles_run()[0, 0] == 0
+
+
+@pytest.mark.parametrize("name", ["grid", "valid"])
+def test_a_chunk_whose_data_are_gone_is_not_done(home, tiling, name):
+    """As after a copy that broke off: zarr would read them as empty, and the picture had a hole."""
+    store = GridStore.of(home, "seg", {}, tiling, k=4)
+    store.create({}, {})
+    for place in np.ndindex(tiling.block_shape):
+        chunk = chunk_of(tiling, *place, np.nan if place == (0, 1) else 0.5)
+        store.write(chunk._replace(valid=chunk.valid & (place != (0, 0))), *place)
+    assert (store.tiles_run() >= 0).all()
+    assert (store.passes_done() == store.tiling.passes - 1).all()
+    (file,) = (
+        file for file in storage.list_files(store.uri) if re.match(rf"{name}/c(/2)?/1/1\b", file)
+    )
+    fs, path = storage.filesystem(storage.join(store.uri, file))
+    fs.rm(path)
+    gone = np.zeros(tiling.block_shape, bool)
+    gone[1, 1] = True
+    assert np.array_equal(store.tiles_run() < 0, gone)
+    assert np.array_equal(store.passes_done() < 0, gone)
 
 
 def test_writers_side_by_side_lose_nothing(tmp_path, tiling):

@@ -113,6 +113,19 @@ def list_folder(uri: str) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
+def list_files(uri: str) -> list[str]:
+    """List all files below a folder, as paths from there; empty when nothing is there.
+
+    Raises
+    ------
+    InkdaskError
+        When access is denied.
+    """
+    fs, path = filesystem(uri)
+    with explained(uri):
+        return [name[len(path) :].lstrip("/") for name in fs.find(path)]
+
+
 def entry(uri: str) -> Entry:
     """Look up a single file or folder.
 
