@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from inkdask import view
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ __all__ = [
     "predict",
     "prepare",
     "run",
+    "view",
 ]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from inkdask import storage, view
+from inkdask import showing, storage
 from inkdask.reading import images, tiff_header
 from inkdask.reading.layers import LayerFile, check_unique, choose_layers, find_layers
 from inkdask.reading.tiff import TiffImage
@@ -118,12 +118,12 @@ class Segment:
         )
         return replace(self, window=window)
 
-    def show(self, **options: Any) -> view.Viewer:
-        """Look at the layers in Jupyter; see `inkdask.view.show_segment`."""
-        return view.show_segment(self, **options)
+    def show(self, **options: Any) -> Any:
+        """Look at the layers in Jupyter: a `Viewer`; see `inkdask.view.show_segment`."""
+        return showing.view.show_segment(self, **options)
 
     def _repr_html_(self) -> str:
-        return view.segment_html(self)
+        return showing.view.segment_html(self)
 
 
 def open_segment(

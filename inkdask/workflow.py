@@ -13,7 +13,7 @@ import numpy as np
 from dask import delayed
 from dask.delayed import Delayed
 
-from inkdask import engine, storage, view
+from inkdask import engine, showing, storage
 from inkdask.blending import Window, blend
 from inkdask.clusters import connect, report
 from inkdask.inference import Passes, infer, infer_chunk
@@ -96,20 +96,21 @@ class InkMap:
         A progressive prediction goes from coarse to fine over the whole segment, and is stored: the
         next session, or `run` with the same words, goes on from it.
         """
-        view.background(self).start()
+        showing.view.background(self).start()
 
     def focus(self, y0: int, y1: int, x0: int, x1: int) -> None:
         """Compute a region of the picture before all else, in the background; in pixels."""
-        view.background(self).focus((slice(y0, y1), slice(x0, x1)))
+        showing.view.background(self).focus((slice(y0, y1), slice(x0, x1)))
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the background has nothing more to compute."""
-        view.background(self).wait(seconds)
+        showing.view.background(self).wait(seconds)
 
     @property
     def so_far(self) -> da.Array:
         """The picture of all tiles that the background has run, dask float32 (y, x)."""
-        return view.background(self).so_far
+        so_far: da.Array = showing.view.background(self).so_far
+        return so_far
 
     @property
     def tiling(self) -> Tiling:
@@ -121,12 +122,12 @@ class InkMap:
         """The network that they go through."""
         return self.plan.network
 
-    def show(self, **options: Any) -> view.Viewer:
-        """Look at it in Jupyter, over or beside the papyrus; see `inkdask.view.show_ink`."""
-        return view.show_ink(self, **options)
+    def show(self, **options: Any) -> Any:
+        """Look at it in Jupyter, over or beside the papyrus: a `Viewer`; see `view.show_ink`."""
+        return showing.view.show_ink(self, **options)
 
     def _repr_html_(self) -> str:
-        return view.ink_html(self)
+        return showing.view.ink_html(self)
 
 
 def predict(

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import dask.array as da
 import numpy as np
 import pytest
 import tifffile
 
+import inkdask
 from inkdask import cli
 from inkdask.memory import expected_memory
 from inkdask.models.registry import known
@@ -34,6 +36,13 @@ def segment(tmp_path):
 def said(capsys, *arguments):
     cli.main(arguments)
     return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_one_version_everywhere(capsys):
+    """The package's is written twice: where pip looks, and where a user does."""
+    cli.main(["--version"])
+    assert capsys.readouterr().out.split() == ["inkdask,", "version", version("inkdask")]
+    assert inkdask.__version__ == version("inkdask")
 
 
 def test_info_says_what_is_there(segment, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,6 @@ import dask.array as da
 import numpy as np
 import tifffile
 
-import inkdask
 from inkdask import engine
 from inkdask.pictures.bands import bands
 
@@ -56,7 +56,7 @@ def write_tiff(
             resolution=resolution,
             resolutionunit="CENTIMETER" if pixel_um else None,
             description=json.dumps(origin),
-            software=f"inkdask {inkdask.__version__}",
+            software=f"inkdask {version('inkdask')}",
             metadata=None,
             maxworkers=engine.threads(),
             buffersize=AHEAD,

@@ -9,8 +9,11 @@ it zooms, blends and changes contrast without asking the kernel (ipympl draws ev
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from inkdask import showing
 
 if TYPE_CHECKING:
     from inkdask.segment import Segment
@@ -115,3 +118,6 @@ def _viewer() -> Any:
             f"The viewer needs {error.name}: install it with pip install 'inkdask[viz]'."
         ) from None
     return Viewer
+
+
+showing.view = sys.modules[__name__]
