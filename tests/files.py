@@ -1,4 +1,4 @@
-"""Volumes, and the layer files that hold them."""
+"""Volumes, the layer files that hold them, and what jobs leave."""
 
 import io
 import os
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import tifffile
+from PIL import Image
 
 from inkdask import storage
 
@@ -35,6 +36,43 @@ def write_layers(folder, volume, first=0, digits=2, **options):
     for number, layer in enumerate(volume, first):
         data = encode(layer, **options)
         storage.write_bytes(storage.join(str(folder), f"{number:0{digits}d}.tif"), data)
+
+
+def write_segment(folder, volume, replace=False):
+    """Write layers 00 and on as uint16, whose low bytes are noise that ``>> 8`` drops."""
+    noise = np.random.default_rng(3)
+    (folder / "layers").mkdir(parents=True, exist_ok=replace)
+    for number, layer in enumerate(volume):
+        low = noise.integers(0, 256, layer.shape, dtype=np.uint16)
+        deep = (layer.astype(np.uint16) << 8) | np.where(layer > 0, low, 0).astype(np.uint16)
+        tifffile.imwrite(folder / "layers" / f"{number:02d}.tif", deep, rowsperstrip=16)
+    return folder
+
+
+def ome(version, axes="zyx"):
+    """Attributes of an OME-Zarr group of two levels."""
+    multiscales = [
+        {
+            "version": version,
+            "axes": [{"name": axis, "type": "space"} for axis in axes],
+            "datasets": [{"path": "0"}, {"path": "1"}],
+        }
+    ]
+    return (
+        {"multiscales": multiscales} if version == "0.4" else {"ome": {"multiscales": multiscales}}
+    )
+
+
+def read_picture(uri):
+    """Read a picture of Pillow's kinds."""
+    with Image.open(io.BytesIO(storage.read_bytes(uri))) as image:
+        return np.asarray(image)
+
+
+def grids(folder):
+    """The stores in a folder."""
+    entries = storage.list_folder(folder) if storage.exists(folder) else []
+    return [storage.join(folder, entry.name) for entry in entries if entry.name.endswith(".zarr")]
 
 
 @contextmanager

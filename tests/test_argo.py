@@ -1,16 +1,13 @@
 """The Argo templates, followed step by step: they make the picture that a plain run makes."""
 
-import io
 import os
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import inkdask
-from inkdask import storage
 from tests.argo import FailedError, Runner
-from tests.files import random_volume, write_layers
+from tests.files import random_volume, read_picture, write_layers
 from tests.manifests import CLUSTER, only, render
 
 
@@ -42,10 +39,6 @@ def submit(s3, tmp_path):
     return run
 
 
-def pixels(uri):
-    return np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
-
-
 def test_both_workflows_make_the_picture_of_a_plain_run(segment, s3, submit, tmp_path):
     job = {"s3_path": segment, "start_layer": "3", "end_layer": "29", "stride": "32"}
     plain = inkdask.run(
@@ -56,12 +49,12 @@ def test_both_workflows_make_the_picture_of_a_plain_run(segment, s3, submit, tmp
     assert [name for name, _ in whole.ran] == ["check", "infer"]
     uri = f"{segment}/predictions/prediction_demo_03_29.png"
     assert whole.outputs == {"result-s3-url": uri}
-    np.testing.assert_array_equal(pixels(uri), pixels(plain))
+    np.testing.assert_array_equal(read_picture(uri), read_picture(plain))
 
     parts = submit("inkdask-parts", **job, parts="3", output_path=f"{s3}/parts")
     assert [name for name, _ in parts.ran] == ["check", "prepare", *["infer"] * 3, "reduce"]
     assert parts.outputs == {"result-s3-url": f"{s3}/parts/prediction_demo_03_29.png"}
-    np.testing.assert_array_equal(pixels(parts.outputs["result-s3-url"]), pixels(plain))
+    np.testing.assert_array_equal(read_picture(parts.outputs["result-s3-url"]), read_picture(plain))
 
 
 @pytest.mark.parametrize("name", ["inkdask", "inkdask-parts"])

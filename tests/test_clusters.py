@@ -1,6 +1,5 @@
 """Where a job runs: worker processes of its own, one for each GPU, or somebody's scheduler."""
 
-import io
 import json
 import logging
 import os
@@ -15,10 +14,8 @@ from pathlib import Path
 
 import cloudpickle
 import dask
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import inkdask
 from inkdask import cli, engine, storage
@@ -26,8 +23,8 @@ from inkdask.clusters import connection
 from inkdask.models import hardware
 from inkdask.types import InkdaskError
 from tests.conftest import free_port, start_server
-from tests.files import write_layers
-from tests.oracle import naive_map, papyrus, picture
+from tests.files import read_picture, write_layers
+from tests.oracle import assert_same_picture, naive_map, papyrus, picture
 
 LAYERS, HEIGHT, WIDTH = 5, 150, 280
 REPOSITORY = Path(__file__).parent.parent
@@ -85,10 +82,7 @@ def scheduler():
 
 
 def assert_right(uri, volume):
-    with Image.open(io.BytesIO(storage.read_bytes(uri))) as image:
-        difference = np.abs(np.asarray(image).astype(int) - picture(naive_map(volume, network)))
-    assert difference.max() <= 1
-    assert np.count_nonzero(difference) <= 1e-3 * difference.size
+    assert_same_picture(read_picture(uri), picture(naive_map(volume, network)), share=1e-3)
 
 
 def places(tmp_path):

@@ -5,12 +5,11 @@ import io
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
 
 import inkdask
 from inkdask import storage
-from tests.oracle import naive_map, papyrus, picture
-from tests.test_workflow import assert_same_picture, depth_slope
+from tests.files import read_picture
+from tests.oracle import assert_same_picture, depth_slope, naive_map, papyrus, picture
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
@@ -45,7 +44,7 @@ def test_a_job_reads_each_byte_about_once(s3, volume, layout):
     # The stored grid is on the local disk, and read back from there: that counts too.
     uri, read = read_by(lambda: inkdask.run(f"{s3}/seg", model=depth_slope, stride=64))
     assert read.bytes_read <= 1.15 * size
-    got = np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
+    got = read_picture(uri)
     assert_same_picture(got, picture(naive_map(volume, depth_slope, stride=64)), share=1e-3)
 
 
@@ -66,5 +65,5 @@ def test_a_job_through_faults_gives_the_same_picture(s3, faults, volume, capsys)
     faults.inject()
     assert sum(happened.values()) > 0
     assert "retried" in capsys.readouterr().err
-    got = np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
+    got = read_picture(uri)
     assert_same_picture(got, expected, share=1e-3)

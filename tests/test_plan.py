@@ -10,10 +10,8 @@ from inkdask import cli
 from inkdask.plan import Plan
 from inkdask.settings import Settings
 from inkdask.types import InkdaskError
-from tests.files import write_layers
-from tests.oracle import papyrus
-from tests.test_segment import ome
-from tests.test_workflow import depth_slope
+from tests.files import ome, write_layers
+from tests.oracle import depth_slope, papyrus
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 

@@ -12,8 +12,8 @@ import inkdask
 from inkdask import memory, preflight
 from inkdask.reading import volume
 from inkdask.types import InkdaskError
-from tests.oracle import papyrus
-from tests.test_workflow import depth_slope, write_layers
+from tests.files import write_segment
+from tests.oracle import depth_slope, papyrus
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
@@ -22,7 +22,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def segment(tmp_path):
-    return write_layers(tmp_path / "seg", papyrus((6, 230, 301)))
+    return write_segment(tmp_path / "seg", papyrus((6, 230, 301)))
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_memory_for_a_mask_and_for_colours_is_counted(segment, tmp_path):
 
 
 def test_a_smaller_chunk_is_advised_where_it_helps(tmp_path, monkeypatch):
-    segment = write_layers(tmp_path / "tall", papyrus((4, 900, 301)))
+    segment = write_segment(tmp_path / "tall", papyrus((4, 900, 301)))
     monkeypatch.setattr(volume, "BLOCK_SIDE", 16)  # otherwise the blocks alone need most
 
     def job(**options):

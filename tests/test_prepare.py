@@ -9,8 +9,8 @@ from PIL import Image
 import inkdask
 from inkdask import engine, preparation, storage
 from inkdask.types import InkdaskError
-from tests.oracle import papyrus
-from tests.test_workflow import depth_slope, write_layers
+from tests.files import write_segment
+from tests.oracle import depth_slope, papyrus
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
@@ -24,7 +24,7 @@ def volume():
 
 @pytest.fixture
 def segment(tmp_path, volume):
-    return write_layers(tmp_path / "seg", volume)
+    return write_segment(tmp_path / "seg", volume)
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -117,7 +117,7 @@ def test_a_finished_array_is_kept_and_one_of_other_files_is_replaced(segment, vo
     monkeypatch.undo()
     place = uri + "-2"
     inkdask.prepare(segment, surface_volume_zarr=place)
-    write_layers(segment, 255 - volume, replace=True)
+    write_segment(segment, 255 - volume, replace=True)
     inkdask.prepare(segment, surface_volume_zarr=place)
     assert np.array_equal(zarr.open_array(place, mode="r")[:], 255 - volume)
 

@@ -14,7 +14,7 @@ from inkdask import workflow
 from inkdask.demo import auc, synthetic
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
-from tests.test_runs import grids
+from tests.files import grids
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 

@@ -15,7 +15,7 @@ from inkdask.demo import synthetic
 from inkdask.models.registry import known
 from inkdask.provenance import OF_GRIDS, OF_PICTURES, without_secrets
 from inkdask.settings import Settings
-from tests.test_workflow import depth_slope
+from tests.oracle import depth_slope
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 

@@ -22,22 +22,19 @@ from inkdask.provenance import fingerprint
 from inkdask.settings import Settings
 from inkdask.store import GridStore, differences, digest
 from inkdask.types import InkdaskError
-from tests.files import write_layers
+from tests.files import grids, ome, read_picture, write_layers
 from tests.oracle import papyrus
 from tests.test_runs import (  # noqa: F401
     HEIGHT,
     LAYERS,
     WIDTH,
     count_tiles,
-    grids,
     network,
     own_tiles,
-    read_picture,
     segment,
     share_done,
     volume,
 )
-from tests.test_segment import ome
 
 
 def test_one_unreadable_tile_stops_no_other_chunk(segment, tmp_path, capsys):

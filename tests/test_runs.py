@@ -4,7 +4,6 @@ Everything here runs in real processes. A run is disturbed when its store shows 
 never after some time.
 """
 
-import io
 import multiprocessing
 import os
 import random
@@ -20,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import inkdask
 from inkdask import engine, storage
 from inkdask.store import GridStore
 from inkdask.types import InkdaskError
-from tests.files import write_layers
+from tests.files import grids, read_picture, write_layers
 from tests.oracle import papyrus
 
 LAYERS, HEIGHT, WIDTH = 5, 700, 1300  # 5 x 10 chunks
@@ -119,17 +117,6 @@ class Started:
         self.process.join(120)
         assert self.process.exitcode == code, self.log.read_text()
         return self.log.read_text()
-
-
-def read_picture(uri):
-    with Image.open(io.BytesIO(storage.read_bytes(uri))) as image:
-        return np.asarray(image)
-
-
-def grids(folder):
-    """The stores in a folder."""
-    entries = storage.list_folder(folder) if storage.exists(folder) else []
-    return [storage.join(folder, entry.name) for entry in entries if entry.name.endswith(".zarr")]
 
 
 def share_done(folder):

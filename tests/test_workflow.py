@@ -18,17 +18,12 @@ import inkdask
 from inkdask import storage
 from inkdask.demo import synthetic
 from inkdask.types import InkdaskError, SettingsError
-from tests.oracle import naive_map, papyrus, picture
+from tests.files import read_picture, write_segment
+from tests.oracle import assert_same_picture, depth_slope, naive_map, papyrus, picture
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
 LAYERS, HEIGHT, WIDTH = 6, 230, 301
-
-
-def depth_slope(x):
-    """Logits from how brightness grows over depth, in sixteenths of a tile: (b, 1, 4, 4)."""
-    depth = torch.linspace(-1, 1, x.shape[2]).view(1, 1, -1, 1, 1)
-    return 300 * torch.nn.functional.adaptive_avg_pool2d((x * depth).mean(2), 4)
 
 
 @pytest.fixture
@@ -38,24 +33,7 @@ def volume():
 
 @pytest.fixture
 def segment(tmp_path, volume):
-    """Layers 00 to 05 as uint16, whose low bytes are noise that `>> 8` drops."""
-    return write_layers(tmp_path / "seg", volume)
-
-
-def write_layers(folder, volume, replace=False):
-    noise = np.random.default_rng(3)
-    (folder / "layers").mkdir(parents=True, exist_ok=replace)
-    for number, layer in enumerate(volume):
-        low = noise.integers(0, 256, layer.shape, dtype=np.uint16)
-        deep = (layer.astype(np.uint16) << 8) | np.where(layer > 0, low, 0).astype(np.uint16)
-        tifffile.imwrite(folder / "layers" / f"{number:02d}.tif", deep, rowsperstrip=16)
-    return folder
-
-
-def assert_same_picture(got, expected, share=1e-4):
-    difference = np.abs(got.astype(int) - expected)
-    assert difference.max() <= 1
-    assert np.count_nonzero(difference) <= share * difference.size
+    return write_segment(tmp_path / "seg", volume)
 
 
 def test_run_gives_the_naive_picture(segment, volume, tmp_path):
@@ -215,7 +193,7 @@ def test_a_second_run_computes_nothing_and_another_window_needs_no_network(segme
 
 def test_a_changed_layer_is_another_job(segment, volume, capsys):
     inkdask.run(segment, model=depth_slope)
-    write_layers(segment, 255 - volume, replace=True)
+    write_segment(segment, 255 - volume, replace=True)
     changed = np.asarray(Image.open(inkdask.run(segment, model=depth_slope)))
     assert "resumed" not in capsys.readouterr().err
     assert_same_picture(changed, picture(naive_map(255 - volume, depth_slope)), share=1e-3)
@@ -257,7 +235,7 @@ def test_a_missing_variable_exits_2_and_is_named(segment, missing):
 
 
 def broken_segment(tmp_path, volume, how):
-    folder = write_layers(tmp_path / "broken", volume)
+    folder = write_segment(tmp_path / "broken", volume)
     layer = folder / "layers" / "03.tif"
     if how == "gap":
         layer.unlink()
@@ -346,7 +324,7 @@ def test_settings_are_checked_first():
 def test_the_container_on_s3(s3, tmp_path, monkeypatch):
     """Driven by its environment alone, against an S3 server in a process of its own."""
     scan, _ = synthetic.segment(height=150, width=260, seed=2)
-    local = write_layers(tmp_path / "scan", (scan >> 8).astype(np.uint8))
+    local = write_segment(tmp_path / "scan", (scan >> 8).astype(np.uint8))
     monkeypatch.setenv("ZARR_OUTPUT_DIR", f"{s3}/partitions")
     # In bfloat16 this network is near the bound at which float32 takes over, so that the tiles
     # that happen to come first would decide.
@@ -360,7 +338,7 @@ def test_the_container_on_s3(s3, tmp_path, monkeypatch):
     uri = f"{s3}/scroll/segment/predictions/prediction_demo_00_26.png"
     assert done.stdout.strip() == uri
     assert (tmp_path / "result.txt").read_text() == uri
-    got = np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
+    got = read_picture(uri)
     with Image.open(inkdask.run(local, model="demo")) as image:
         assert_same_picture(got, np.asarray(image))
     stored = zarr.open_group(
@@ -404,7 +382,7 @@ def bad_checkpoint(folder, how):
     "how", ["text", "empty", "malicious", "another network", "cut off", "absent"]
 )
 def test_a_bad_checkpoint_is_named_and_nothing_runs(tmp_path, how):
-    folder = write_layers(tmp_path / "seg", papyrus((26, 70, 70)))
+    folder = write_segment(tmp_path / "seg", papyrus((26, 70, 70)))
     checkpoint = bad_checkpoint(tmp_path, how)
     with pytest.raises(InkdaskError, match=checkpoint.name) as caught:
         inkdask.run(folder, model=str(checkpoint))
@@ -425,7 +403,7 @@ def test_import_is_light():
 
 def test_a_job_needs_no_timm(tmp_path):
     """It would cost every worker a second, and a hundred megabytes with what it imports."""
-    write_layers(tmp_path / "seg", papyrus((26, 70, 70)))
+    write_segment(tmp_path / "seg", papyrus((26, 70, 70)))
     code = (
         "import sys, inkdask; inkdask.predict(sys.argv[1], 'demo', compile=False).map.compute(); "
         "print(*sys.modules)"
@@ -452,7 +430,7 @@ def test_the_graph_carries_no_weights_and_no_secret(s3):
 
 
 def test_workers_can_unpickle_the_graph_without_torch(tmp_path):
-    folder = write_layers(tmp_path / "seg", papyrus((26, 70, 70)))
+    folder = write_segment(tmp_path / "seg", papyrus((26, 70, 70)))
     ink = inkdask.predict(folder, "demo")
     (tmp_path / "graph").write_bytes(cloudpickle.dumps(ink.map.__dask_graph__()))
     code = (

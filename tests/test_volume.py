@@ -1,0 +1,179 @@
+"""Layers as a lazy volume: what is read for it, when, and by whom."""
+
+import logging
+import pickle
+
+import dask
+import imagecodecs
+import numpy as np
+import pytest
+
+from inkdask import storage
+from inkdask.reading import images, volume
+from inkdask.segment import Segment, open_segment
+from inkdask.storage.parallel import THREADS
+from inkdask.types import InkdaskError
+from tests.files import random_volume, write_layers
+
+SHAPE = (6, 100, 130)
+
+
+@pytest.fixture
+def pixels():
+    return random_volume(SHAPE)
+
+
+def assert_reads(segment, expected):
+    assert segment.shape == expected.shape
+    np.testing.assert_array_equal(segment.volume.compute(scheduler="synchronous"), expected)
+
+
+def test_nothing_is_read_when_it_is_built(tmp_path, pixels):
+    write_layers(tmp_path, pixels)
+    segment = open_segment(str(tmp_path))
+    before = storage.counters()
+    array = segment.volume
+    assert array.dtype == np.uint8
+    assert array.shape == SHAPE
+    assert array[:, 10:20].sum().dask
+    assert storage.counters() == before
+
+
+def test_names_follow_from_the_files(tmp_path, pixels):
+    write_layers(tmp_path, pixels)
+    first = open_segment(str(tmp_path))
+    assert first.volume.name == open_segment(str(tmp_path)).volume.name
+    assert first.identity == pickle.loads(pickle.dumps(first)).identity
+    others = [
+        open_segment(str(tmp_path), (0, 5)),
+        first.take(slice(None, None, -1)),
+        first.crop(slice(0, 50), slice(0, 50)),
+        first.crop(slice(0, 50), slice(50, 100)),
+    ]
+    write_layers(tmp_path, pixels[:1] + 256)
+    others.append(open_segment(str(tmp_path)))
+    assert others[-1].identity != first.identity
+    names = [segment.volume.name for segment in [first, *others]]
+    assert len(set(names)) == len(names)
+
+
+def test_tasks_survive_a_journey(tmp_path, pixels):
+    write_layers(tmp_path, pixels)
+    segment = pickle.loads(pickle.dumps(open_segment(str(tmp_path))))
+    assert isinstance(segment, Segment)
+    graph = pickle.loads(pickle.dumps(dict(segment.volume.__dask_graph__())))
+    [block] = dask.get(graph, segment.volume.__dask_keys__()[0][0])
+    np.testing.assert_array_equal(block, pixels >> 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "steps"),
+    [
+        ((26, 4000, 4000), {}, (256, 4000)),
+        ((26, 4000, 100_000), {}, (8, 100_000)),
+        ((26, 4000, 4000), {"unit": (17, 4000)}, (272, 4000)),
+        ((26, 4000, 4000), {"unit": (256, 256)}, (1024, 1024)),
+        ((62, 4000, 4000), {"unit": (256, 256)}, (512, 1024)),
+        ((109, 4000, 4000), {"unit": (128, 128)}, (512, 512)),
+        ((26, 100, 300), {"unit": (256, 256)}, (100, 300)),
+        ((1, 9000, 9000), {"unit": (1, 9000)}, (1024, 9000)),
+        ((26, 9000, 9000), {"unit": (4096, 4096)}, (4096, 4096)),
+    ],
+)
+def test_blocks_follow_the_files(shape, options, steps):
+    unit = options.get("unit", (1, shape[2]))
+    assert volume.block_step(shape, unit) == steps
+
+
+def test_crop(tmp_path, pixels):
+    write_layers(tmp_path, pixels)
+    segment = open_segment(str(tmp_path)).crop(slice(10, 90), slice(20, 130))
+    assert_reads(segment, (pixels >> 8)[:, 10:90, 20:130])
+    assert_reads(segment.crop(slice(5, 6), slice(0, 110)), (pixels >> 8)[:, 15:16, 20:130])
+    for rows, columns in [
+        ((0, 81), (0, 1)),
+        ((5, 5), (0, 1)),
+        ((0, 1), (-1, 4)),
+        ((0, 1), (9, 111)),
+    ]:
+        with pytest.raises(InkdaskError, match="are no window of .* 80 x 110 pixels"):
+            segment.crop(slice(*rows), slice(*columns))
+
+
+def test_reading_through_faults_gives_the_same(s3, faults, pixels):
+    write_layers(f"{s3}/layers", pixels, tile=(32, 32), compression="zlib")
+    faults.inject(["503", "truncate", "500", "reset"], every=3)
+    before = storage.counters()
+    assert_reads(open_segment(s3), pixels >> 8)
+    retries = (storage.counters() - before).retries
+    injected = faults.injected()
+    assert sum(injected.values()) >= 4
+    # The HTTP client itself repeats a request whose idle connection was dropped.
+    assert sum(injected.values()) - injected["reset"] <= retries <= sum(injected.values())
+
+
+# Layers that cannot be read in parts.
+
+
+@pytest.mark.parametrize("kind", ["one-strip", "png"])
+def test_what_cannot_be_cut_is_decoded_once(tmp_path, kind, monkeypatch, caplog):
+    monkeypatch.setattr(volume, "BLOCK_SIDE", 64)
+    monkeypatch.setattr(volume, "BLOCK_BYTES", 3 * 64 * 64)
+    monkeypatch.setattr(volume, "WHOLE_BYTES", 3 * 64 * 64)
+    monkeypatch.setattr(volume, "CHUNK", 64)
+    monkeypatch.setattr(images, "CHUNK", 64)
+    layers = random_volume((3, 200, 170))
+    if kind == "png":
+        for number, layer in enumerate(layers):
+            (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
+    else:
+        write_layers(tmp_path, layers, compression="lzw")
+    with caplog.at_level(logging.WARNING, "inkdask"):
+        segment = open_segment(str(tmp_path))
+    assert "cannot be read in parts: each process decodes every layer once" in caplog.text
+    assert segment.volume.numblocks == (1, 4, 3)
+    before = storage.counters()
+    for reading in (segment, pickle.loads(pickle.dumps(segment)), open_segment(str(tmp_path))):
+        np.testing.assert_array_equal(reading.volume.compute(), layers >> 8)
+    read = storage.counters() - before
+    assert read.bytes_read <= segment.stored_bytes + 2 * 3 * 70_000  # headers when opened again
+    write_layers(tmp_path, layers[:1] + 512, compression="lzw")
+    if kind == "one-strip":
+        changed = open_segment(str(tmp_path)).volume.compute()
+        np.testing.assert_array_equal(changed[0], (layers[0] + 512) >> 8)
+
+
+def test_many_layers_and_threads_decode_each_layer_once(tmp_path, monkeypatch):
+    """More layers than the pool has threads, each read inside it; none may wait for ever."""
+    monkeypatch.setattr(volume, "BLOCK_SIDE", 32)
+    monkeypatch.setattr(volume, "BLOCK_BYTES", 32 * 32)
+    monkeypatch.setattr(volume, "WHOLE_BYTES", 32 * 32)
+    monkeypatch.setattr(volume, "CHUNK", 32)
+    layers = random_volume((THREADS + 5, 64, 64))
+    write_layers(tmp_path, layers, compression="lzw")
+    segment = open_segment(str(tmp_path))
+    assert segment.volume.numblocks == (1, 2, 2)
+    before = storage.counters()
+    got = segment.volume.compute(scheduler="threads", num_workers=4)
+    np.testing.assert_array_equal(got, layers >> 8)
+    assert (storage.counters() - before).requests == THREADS + 5
+
+
+def test_scratch_lies_with_the_worker(tmp_path, pixels):
+    distributed = pytest.importorskip("distributed")
+    for number, layer in enumerate(pixels):
+        (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
+    segment = open_segment(str(tmp_path))
+    scratch = tmp_path / "scratch"
+    with (
+        distributed.LocalCluster(
+            n_workers=1,
+            threads_per_worker=2,
+            dashboard_address=None,
+            local_directory=str(scratch),
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        np.testing.assert_array_equal(client.compute(segment.volume).result(), pixels >> 8)
+        assert list(scratch.rglob("inkdask-scratch-*/0.zarr"))
+    assert not list(scratch.rglob("*.zarr"))

@@ -1,0 +1,239 @@
+"""Segments that are zarr arrays: plain, prepared, OME-Zarr, and damaged."""
+
+import pickle
+import shutil
+import time
+
+import numcodecs
+import numpy as np
+import pytest
+import zarr
+
+from inkdask import storage
+from inkdask.segment import describe, open_segment
+from inkdask.types import InkdaskError
+from tests.files import ome, random_volume
+
+SHAPE = (6, 100, 130)
+
+
+@pytest.fixture
+def pixels():
+    return random_volume(SHAPE)
+
+
+def assert_reads(segment, expected):
+    assert segment.shape == expected.shape
+    np.testing.assert_array_equal(segment.volume.compute(scheduler="synchronous"), expected)
+
+
+def create(uri, data, **options):
+    array = zarr.create_array(
+        storage.zarr_store(uri), shape=data.shape, dtype=data.dtype, **options
+    )
+    array[:] = data
+    return array
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("dtype", ["|u1", "<u2", ">u2"])
+@pytest.mark.parametrize("order", ["depth first", "depth last"])
+def test_zarr_arrays(home, zarr_format, dtype, order):
+    data = random_volume(SHAPE, dtype)
+    stored = data if order == "depth first" else np.moveaxis(data, 0, -1)
+    chunks = (3, 32, 32) if order == "depth first" else (32, 32, 3)
+    uri = storage.join(home, "volume.zarr")
+    create(uri, stored, chunks=chunks, zarr_format=zarr_format)
+    expected = data if dtype == "|u1" else data >> 8
+    assert_reads(open_segment(uri), expected)
+    assert_reads(open_segment(uri, (1, 5)), expected[1:5])
+    segment = pickle.loads(pickle.dumps(open_segment(uri, (1, 5)).take(slice(None, None, -1))))
+    assert segment.layers == (4, 3, 2, 1)
+    assert segment.name == "volume"
+    assert_reads(segment, expected[4:0:-1])
+    assert_reads(segment.crop(slice(7, 50), slice(100, 130)), expected[4:0:-1, 7:50, 100:130])
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_an_array_that_is_written_anew_is_another(home, zarr_format):
+    uri = storage.join(home, "volume.zarr")
+    identities = []
+    for seed in range(2):
+        data = random_volume(SHAPE, "|u1", seed)
+        create(uri, data, chunks=(3, 32, 32), zarr_format=zarr_format, overwrite=True)
+        identities += [open_segment(uri).identity, open_segment(uri).identity]
+        time.sleep(1.1)  # a second: S3 counts no finer
+    assert identities[0] == identities[1]
+    assert identities[2] == identities[3]
+    assert identities[0] != identities[2]
+
+
+def test_sharded_zarr(home):
+    data = random_volume((4, 200, 300), "|u1")
+    uri = storage.join(home, "volume.zarr")
+    create(uri, data, chunks=(4, 32, 32), shards=(4, 128, 128))
+    segment = open_segment(uri)
+    assert "in shards" in describe(segment).layout
+    assert segment.source.unit == (128, 128)
+    assert_reads(segment, data)
+
+
+def test_axes_by_name(tmp_path):
+    """Named axes decide even when the volume is deeper than it is wide."""
+    data = random_volume((40, 30, 20), "|u1")
+    create(str(tmp_path / "a.zarr"), data, chunks=(40, 8, 8), dimension_names=("z", "y", "x"))
+    assert_reads(open_segment(str(tmp_path / "a.zarr")), data)
+
+
+def test_a_prepared_array_keeps_its_layer_numbers(tmp_path):
+    data = random_volume((4, 30, 20), "|u1")
+    named = str(tmp_path / "named.zarr")
+    create(named, data, chunks=(4, 8, 8), attributes={"layers": [5, 6, 7, 8]})
+    segment = open_segment(named, (6, 8))
+    assert segment.layers == (6, 7)
+    assert_reads(segment, data[1:3])
+    with pytest.raises(InkdaskError, match=r"No layers found in .*named\.zarr for START_LAYER=0, "):
+        open_segment(named, (0, 4))
+
+
+def test_an_array_made_for_the_range_counts_it_once(tmp_path):
+    """The range 5 to 9 of an array of four layers is all of it, not layers 5 to 9 of it."""
+    data = random_volume((4, 30, 20), "|u1")
+    uri = str(tmp_path / "reference.zarr")
+    create(uri, np.moveaxis(data, 0, -1), chunks=(8, 8, 4), zarr_format=2)
+    segment = open_segment(uri, (5, 9))
+    assert segment.layers == (5, 6, 7, 8)
+    assert_reads(segment, data)
+
+
+@pytest.mark.parametrize("is_group", [True, False])
+def test_other_arrays_count_from_zero_though_the_range_is_as_long(tmp_path, is_group):
+    uri = str(tmp_path / "segment.zarr")
+    where = f"{uri}/0" if is_group else uri
+    if is_group:
+        zarr.create_group(uri, zarr_format=2, attributes=ome("0.4"))
+    create(where, random_volume((10, 30, 20), "|u1"), chunks=(10, 8, 8), zarr_format=2)
+    assert open_segment(uri, (0, 10)).layers == tuple(range(10))
+    with pytest.raises(InkdaskError, match=r"Layer 10 missing in .* START_LAYER=1, END_LAYER=11"):
+        open_segment(uri, (1, 11))
+    with pytest.raises(InkdaskError, match=r"No layers found in .*: it has 10, 00 to 09"):
+        open_segment(uri, (20, 30))
+
+
+@pytest.mark.parametrize(("version", "zarr_format"), [("0.4", 2), ("0.5", 3)])
+def test_ome_zarr(home, version, zarr_format):
+    data = random_volume((10, 60, 70), "|u1")
+    uri = storage.join(home, "segment.zarr")
+    group = zarr.create_group(
+        storage.zarr_store(uri), zarr_format=zarr_format, attributes=ome(version)
+    )
+    for level, pixels in enumerate([data, data[::2, ::2, ::2]]):
+        array = group.create_array(str(level), shape=pixels.shape, chunks=(10, 16, 16), dtype="u1")
+        array[:] = pixels
+    assert_reads(open_segment(uri, window=4), data[3:7])
+    assert_reads(open_segment(uri, level="1"), data[::2, ::2, ::2])
+    assert_reads(open_segment(storage.join(uri, "1")), data[::2, ::2, ::2])
+    with pytest.raises(InkdaskError, match=r"segment\.zarr has no level '7'; it has 0, 1"):
+        open_segment(uri, level="7")
+
+
+def test_singleton_axes_do_not_count(tmp_path):
+    data = random_volume((4, 30, 20), "|u1")
+    group = zarr.create_group(str(tmp_path / "x.zarr"), attributes=ome("0.5", "tczyx"))
+    array = group.create_array("0", shape=(1, 1, 4, 30, 20), chunks=(1, 1, 4, 8, 8), dtype="u1")
+    array[0, 0] = data
+    assert_reads(open_segment(str(tmp_path / "x.zarr")), data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.zeros((4, 30, 20), "f4"), "no array of uint8 or uint16, but float32"),
+        (np.zeros((30, 20), "u1"), "no volume: its shape is"),
+        (np.zeros((2, 4, 30, 20), "u1"), "no volume: its shape is"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, data, message):
+    create(str(tmp_path / "x.zarr"), data, chunks=data.shape)
+    with pytest.raises(InkdaskError, match=rf"x\.zarr is {message}"):
+        open_segment(str(tmp_path / "x.zarr"))
+
+
+def test_a_group_without_arrays_is_refused(tmp_path):
+    zarr.create_group(str(tmp_path / "x.zarr"))
+    with pytest.raises(InkdaskError, match=r"x\.zarr is a zarr group without an array '0'"):
+        open_segment(str(tmp_path / "x.zarr"))
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def with_unknown_codec(path):
+    path.write_text(path.read_text().replace('"zstd"', '"of tomorrow"'))
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda group, _: shutil.rmtree(group / "0"), r"x\.zarr/0 does not exist"),
+        (lambda group, name: (group / "0" / name).unlink(), r"x\.zarr/0 is no zarr array and no "),
+        (lambda group, name: cut_off(group / "0" / name), r"x\.zarr/0 cannot be read \(JSONDecode"),
+        (
+            lambda group, name: with_unknown_codec(group / "0" / name),
+            r"x\.zarr/0 cannot .*tomorrow",
+        ),
+    ],
+)
+def test_a_damaged_array_is_one_sentence(tmp_path, zarr_format, spoil, message):
+    uri = tmp_path / "x.zarr"
+    version = {2: "0.4", 3: "0.5"}[zarr_format]
+    group = zarr.create_group(str(uri), zarr_format=zarr_format, attributes=ome(version))
+    codec = {2: numcodecs.Zstd(), 3: zarr.codecs.ZstdCodec()}[zarr_format]
+    group.create_array("0", data=random_volume((4, 30, 20), "|u1"), compressors=codec)
+    spoil(uri, {2: ".zarray", 3: "zarr.json"}[zarr_format])
+    with pytest.raises(InkdaskError, match=message) as caught:
+        open_segment(str(uri))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [".zgroup", ".zattrs", "zarr.json"])
+def test_a_damaged_group_is_one_sentence(tmp_path, name):
+    uri = tmp_path / "x.zarr"
+    zarr_format = 3 if name == "zarr.json" else 2
+    zarr.create_group(str(uri), zarr_format=zarr_format, attributes=ome("0.4"))
+    cut_off(uri / name) if name != ".zgroup" else (uri / name).write_text("{")
+    with pytest.raises(InkdaskError, match=r"x\.zarr cannot be read \(JSONDecodeError"):
+        open_segment(str(uri))
+
+
+def test_multiscales_without_paths_are_one_sentence(tmp_path):
+    attributes = {"multiscales": [{"version": "0.4", "datasets": [{}]}]}
+    zarr.create_group(str(tmp_path / "x.zarr"), zarr_format=2, attributes=attributes)
+    with pytest.raises(InkdaskError, match=r"x\.zarr cannot be read \(KeyError: 'path'\)\.$"):
+        open_segment(str(tmp_path / "x.zarr"))
+
+
+def test_a_group_in_the_place_of_a_level_is_named(tmp_path):
+    """As bioformats2raw writes them: the image is a group inside the group."""
+    outer = zarr.create_group(str(tmp_path / "x.zarr"), zarr_format=2)
+    inner = outer.create_group("0", attributes=ome("0.4"))
+    data = random_volume((4, 30, 20), "|u1")
+    inner.create_array("0", data=data)
+    with pytest.raises(
+        InkdaskError, match=r"x\.zarr/0 is a zarr group, .*: name that group itself"
+    ):
+        open_segment(str(tmp_path / "x.zarr"))
+    assert_reads(open_segment(str(tmp_path / "x.zarr" / "0")), data)
+
+
+def test_a_corrupt_chunk_names_array_and_position(tmp_path):
+    uri = tmp_path / "x.zarr"
+    create(str(uri), random_volume((4, 64, 64), "|u1"), chunks=(4, 32, 32))
+    (uri / "c" / "0" / "1" / "0").write_bytes(b"spoiled")
+    segment = open_segment(str(uri))
+    with pytest.raises(
+        InkdaskError, match=r"x\.zarr cannot be read at rows 0 to 64, columns 0 to 64"
+    ):
+        segment.volume.compute()
