@@ -14,6 +14,7 @@ CuPy where the process computes on a GPU; what leaves a task is NumPy's.
 
 from __future__ import annotations
 
+import logging
 import sys
 from functools import lru_cache
 from typing import Any, Literal
@@ -24,6 +25,8 @@ from dask.array.overlap import overlap
 from einops import rearrange
 
 from inkdask.tiling import Axis, Tiling
+
+log = logging.getLogger(__name__)
 
 Window = Literal["hann", "gaussian"]
 FLOOR = 1e-6  # of a window, of which the largest weight is 1
@@ -92,6 +95,25 @@ def blend_chunk(
         Where the chunk lies, int (1,).
     """
     xp = array_library()
+    if xp is not np:
+        try:
+            return np.asarray(_blend(xp, grid, valid, row, column, tiling, window, sigma).get())
+        except Exception as error:  # a driver that is too old for it, or no memory left
+            log.info("CuPy cannot blend, NumPy does: %s", error)
+    return np.asarray(_blend(np, grid, valid, row, column, tiling, window, sigma))
+
+
+def _blend(
+    xp: Any,
+    grid: np.ndarray,
+    valid: np.ndarray,
+    row: np.ndarray,
+    column: np.ndarray,
+    tiling: Tiling,
+    window: Window,
+    sigma: float,
+) -> Any:
+    """Do the same with NumPy or with CuPy, and return an array of theirs."""
     grid, valid = xp.asarray(grid), xp.asarray(valid)
     k = grid.shape[-1]
     By, wy = (xp.asarray(m) for m in matrices(tiling.y, int(row[0]), k, window, sigma))
@@ -103,8 +125,7 @@ def blend_chunk(
     total = (By @ P) @ Bx.T  # (y, x)
     weight = (wy @ ran.astype(xp.float64)) @ wx.T  # (y, x)
     covered = valid & (weight > 0)
-    ink = xp.where(covered, total / xp.where(covered, weight, 1), 0).astype(xp.float32)
-    return ink if xp is np else ink.get()
+    return xp.where(covered, total / xp.where(covered, weight, 1), 0).astype(xp.float32)
 
 
 def array_library() -> Any:
@@ -114,7 +135,7 @@ def array_library() -> Any:
         return np
     try:
         import cupy
-    except ImportError:
+    except Exception:  # not there, or not for this machine
         return np
     return cupy
 

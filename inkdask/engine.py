@@ -30,6 +30,7 @@ log = logging.getLogger("inkdask")
 
 TRIES = 3  # of a task, before it fails for good
 PAUSE = 1.0  # seconds before the second try; the next waits twice as long
+MOST_THREADS = 32  # of the local scheduler, beside the network's
 HOPELESS = 10  # failures without one success: something is wrong with all of them
 
 Key = Any
@@ -148,8 +149,12 @@ def lost_tasks(keys: set[Key]) -> list[Key]:
 
 
 def threads() -> int:
-    """Threads of the local scheduler: the network has one of its own, the others read ahead."""
-    return CPU_COUNT + 1
+    """Threads of the local scheduler: the network has one of its own, the others read ahead.
+
+    Dask's setting ``num_workers``, or as many as the cores: up to a number that feeds any GPU, as
+    each takes the memory of a chunk.
+    """
+    return dask.config.get("num_workers", None) or min(CPU_COUNT, MOST_THREADS) + 1
 
 
 class _HopelessError(Exception):
@@ -214,7 +219,7 @@ def _on_threads(tasks: Mapping[Key, Delayed], tell: Tell) -> None:
                 tell(each, result, error, key)
 
     while left:
-        pool = ThreadPoolExecutor(dask.config.get("num_workers", None) or threads())
+        pool = ThreadPoolExecutor(threads())
         try:
             with Callback(posttask=pass_on):
                 keys = list(left)

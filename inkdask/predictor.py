@@ -29,16 +29,19 @@ from inkdask.models.fast import (
     Compilation,
     Forward,
     agree,
+    forget_compiled,
     is_prepared,
     on_cores,
     prepare,
 )
 from inkdask.models.hardware import (
+    check_bfloat16,
     check_int8,
     cores,
     device_for,
     fast_float32,
     full_float32,
+    is_out_of_memory,
     native_dtype,
     precision_for,
 )
@@ -115,6 +118,8 @@ class Predictor:
         self.device = device_for(network)
         self.dtype = precision_for(network, self.device)
         self.precision = "" if network.function else str(self.dtype).removeprefix("torch.")
+        if network.precision == "bfloat16" and self.precision:
+            check_bfloat16(self.device)
         if network.precision == "int8" and self.precision:
             check_int8(self.device)
             self.precision = "int8"
@@ -125,6 +130,7 @@ class Predictor:
         # Layers in int8 read scales on the way; a compiler would cut the network at each.
         self._may_compile = network.compile and self.precision not in ("", "int8")
         self._tiles_done, self._pace = 0, float("inf")  # the best pace, in seconds a tile
+        self._lack = ""  # of memory, as the device said it last
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inkdask-predictor")
 
     def predict(
@@ -161,7 +167,10 @@ class Predictor:
             )
         if len(origins) == 0:
             return np.empty((0, self.network.k, self.network.k), np.float32)
-        return self._thread.submit(self._predict, block, origins, to_come, cores()).result()
+        voxels = torch.from_numpy(np.require(block, requirements=["C", "W"]))
+        if self.device.type == "cuda":
+            voxels = voxels.pin_memory()  # here, so that the GPU need not wait for it
+        return self._thread.submit(self._predict, voxels, origins, to_come, cores()).result()
 
     @property
     def pace(self) -> float | None:
@@ -172,10 +181,10 @@ class Predictor:
 
     @torch.no_grad()
     def _predict(
-        self, block: np.ndarray, origins: np.ndarray, to_come: int | None, threads: int
+        self, voxels: Tensor, origins: np.ndarray, to_come: int | None, threads: int
     ) -> np.ndarray:
         torch.set_num_threads(threads)
-        tiles = self._unfold(block)
+        tiles = self._unfold(voxels)
         at = torch.as_tensor(np.asarray(origins, np.int64), device=self.device)
         if self._forward is None:
             # The first tiles of a chunk are more often than others almost empty.
@@ -217,11 +226,8 @@ class Predictor:
         self._pace = min(self._pace, (time.perf_counter() - started) / len(at))
         return probabilities
 
-    def _unfold(self, block: np.ndarray) -> Tensor:
+    def _unfold(self, voxels: Tensor) -> Tensor:
         """Upload a block (z, h, w) and view all its tiles, (h - t + 1, w - t + 1, z, t, t)."""
-        voxels = torch.from_numpy(np.require(block, requirements=["C", "W"]))
-        if self.device.type == "cuda":
-            voxels = voxels.pin_memory()
         voxels = voxels.to(self.device, non_blocking=True)
         t = self.network.tile
         return voxels.unfold(1, t, 1).unfold(2, t, 1).permute(1, 2, 0, 3, 4)
@@ -240,8 +246,11 @@ class Predictor:
         at = at[torch.arange(size, device=at.device).clamp_(max=b - 1)]
         try:
             logits = torch.as_tensor(forward(self._gather(tiles, at)), device=self.device)
-        except torch.OutOfMemoryError:
-            return None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._lack = str(error).partition("\n")[0]
+            return None  # without the error, which holds on to memory
         if logits.shape != (len(at), 1, k, k):
             raise InkdaskError(
                 f"The network of {self.network.model.key!r} returned logits of shape "
@@ -329,17 +338,20 @@ class Predictor:
         if compilation.repays(self._pace, expected):
             self._may_compile = False  # once is enough
             at = at[torch.arange(self.batch_size, device=at.device) % len(at)]
-            batch = self._gather(tiles, at)
-            self._compiled = compilation.compile(batch, TOLERANCE[self.precision])
+            self._compiled = compilation.compile(
+                lambda: self._gather(tiles, at), TOLERANCE[self.precision]
+            )
 
     def _halve_batch(self) -> None:
         if self.batch_size == 1:
             raise InkdaskError(
                 f"Out of memory: the {self.device.type} device has no room for a single tile of "
-                f"{self.network.model.key!r}."
+                f"{self.network.model.key!r} ({self._lack})."
             )
         self.batch_size = (self.batch_size + 1) // 2
-        self._compiled = None  # it knows the old size only
+        if self._compiled is not None:
+            self._compiled = None  # it knows the old size only, and keeps memory for it
+            forget_compiled()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

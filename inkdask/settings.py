@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AliasChoices,
@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -32,6 +33,19 @@ from inkdask.types import Precision, SettingsError
 ModelType = Literal[
     "timesformer", "resnet3d-50", "resnet3d-101", "resnet3d-152", "resnet3d-152-3d-decoder"
 ]
+
+
+class Environment(EnvSettingsSource):
+    """The environment, without the devices that nobody named and this process told CUDA of."""
+
+    told: ClassVar[str | None] = None
+
+    def __call__(self) -> dict[str, Any]:
+        """Return the parameters that are set."""
+        found = super().__call__()
+        if self.told is not None and found.get("cuda_visible_devices") == self.told:
+            del found["cuda_visible_devices"]
+        return found
 
 
 class Settings(BaseSettings):
@@ -300,8 +314,8 @@ class Settings(BaseSettings):
             return
         if "cuda_visible_devices" in self.model_fields_set:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
-        else:  # an empty variable is no setting to us, but to CUDA it is: no GPU
-            os.environ.setdefault("CUDA_VISIBLE_DEVICES", self.cuda_visible_devices)
+        elif "CUDA_VISIBLE_DEVICES" not in os.environ:  # if empty, it tells CUDA of no GPU
+            os.environ["CUDA_VISIBLE_DEVICES"] = Environment.told = self.cuda_visible_devices
 
     def export_token(self) -> None:
         """Tell huggingface_hub the token, which must be in no graph and no log."""
@@ -390,7 +404,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """What is given directly, then the environment: no files nobody asked for."""
-        return init_settings, env_settings
+        return init_settings, Environment(settings_cls)
 
 
 def parameters() -> Iterator[tuple[str, str, FieldInfo]]:

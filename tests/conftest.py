@@ -11,7 +11,7 @@ import uuid
 import pytest
 
 from inkdask import storage
-from inkdask.settings import parameters
+from inkdask.settings import Environment, parameters
 from tests.faultproxy import FaultProxy
 
 
@@ -25,12 +25,21 @@ def logging_as_before():
     own.setLevel(level)
 
 
+@pytest.fixture(autouse=True)
+def no_gpu_unless_marked(request, monkeypatch):
+    """A test without the mark ``gpu`` means the CPU, on a machine with a GPU too."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available() and not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def own_environment(monkeypatch, tmp_path):
     """An environment without any setting but places of the test's own, and small chunks."""
     for _, variable, _ in parameters():
         monkeypatch.setenv(variable, "")  # so that it is restored, whatever the job sets
         monkeypatch.delenv(variable)
+    monkeypatch.setattr(Environment, "told", None)
     monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
     monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))
     monkeypatch.setenv("RESULT_FILE", str(tmp_path / "result.txt"))

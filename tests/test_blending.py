@@ -118,6 +118,21 @@ def test_a_process_with_a_gpu_blends_there_with_the_same_code(monkeypatch, in_us
     assert np.array_equal(got, expected)
 
 
+def test_where_cupy_fails_numpy_blends(monkeypatch, caplog):
+    """A driver may be too old for it: a job that has run all its tiles must have its picture."""
+    expected = blend_chunk(*chunk_to_blend())
+    monkeypatch.setitem(sys.modules, "cupy", cupy := standing_in_for_cupy())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+    def fail(array):
+        raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+
+    cupy.asarray = fail
+    with caplog.at_level("INFO", "inkdask"):
+        assert np.array_equal(blend_chunk(*chunk_to_blend()), expected)
+    assert "CuPy cannot blend, NumPy does: cudaErrorInsufficientDriver" in caplog.text
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_cupy_blends_the_same(monkeypatch):

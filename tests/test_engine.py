@@ -125,6 +125,16 @@ def test_results_of_fused_tasks_come_as_they_are_done():
     assert seen[0] < 32  # and not all at the end
 
 
+def test_threads_are_as_many_as_the_cores_up_to_a_limit(monkeypatch):
+    """Each takes the memory of a chunk, and a machine with GPUs may have two hundred cores."""
+    monkeypatch.setattr(engine, "CPU_COUNT", 2)
+    assert engine.threads() == 3
+    monkeypatch.setattr(engine, "CPU_COUNT", 192)
+    assert engine.threads() == engine.MOST_THREADS + 1
+    with dask.config.set(num_workers=7):
+        assert engine.threads() == 7
+
+
 def test_when_everything_fails_it_stops_early(compute_each, runs):
     def function(number, _):
         runs.add(number)

@@ -15,6 +15,7 @@ from torch import nn
 import inkdask.predictor
 from inkdask.models import fast, hardware, weights
 from inkdask.models.fast import Compilation, Experience, is_prepared, prepare
+from inkdask.models.networks import BUILDERS
 from inkdask.predictor import Predictor, predictor
 from inkdask.types import InkdaskError, ModelSpec, Network
 
@@ -247,6 +248,15 @@ def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch, native):
     assert hardware.precision_for(network(pool), cpu) is torch.float32
 
 
+def test_bfloat16_is_refused_by_name_where_a_gpu_lacks_it(monkeypatch):
+    monkeypatch.setattr(inkdask.predictor, "device_for", lambda network: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(InkdaskError, match=r"bfloat16 needs a GPU .*, and Tesla T4 is older"):
+        Predictor(network(precision="bfloat16"))
+    assert Predictor(network()).precision == "float32"
+
+
 def test_a_batch_is_sized_for_the_device_unless_named(monkeypatch):
     def size(layers, tile, **values):
         return Predictor(Network(network().model, layers, tile, 4, 1, 1, "0", **values)).batch_size
@@ -359,19 +369,31 @@ def test_what_needs_no_preparation_is_known():
 # Memory.
 
 
-def out_of_memory_beyond(limit, calls):
+LACK = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee ...")
+
+
+def out_of_memory_beyond(limit, calls, error=LACK):
     def function(x):
         calls.append(len(x))
         if len(x) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return pool(x)
 
     return function
 
 
-def test_running_out_of_memory_halves_the_batch_and_remembers(block, origins):
+@pytest.mark.parametrize(
+    "error",
+    [
+        LACK,
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+    ],
+)
+def test_running_out_of_memory_halves_the_batch_and_remembers(block, origins, error):
     calls = []
-    ours = Predictor(network(out_of_memory_beyond(3, calls), batch_size=11))
+    ours = Predictor(network(out_of_memory_beyond(3, calls, error), batch_size=11))
     expected = by_hand(pool, block, origins)
     np.testing.assert_allclose(ours.predict(block, origins), expected, atol=1e-6)
     assert calls == [11, 6, 3, 3, 3, 3]
@@ -383,8 +405,21 @@ def test_running_out_of_memory_halves_the_batch_and_remembers(block, origins):
 
 def test_no_memory_for_a_single_tile_is_an_error(block, origins):
     ours = Predictor(network(out_of_memory_beyond(0, []), batch_size=4))
-    with pytest.raises(InkdaskError, match="no room for a single tile of 'toy'"):
+    expected = r"no room for a single tile of 'toy' \(CUDA out of memory\. Tried .* GiB\.\)\.$"
+    with pytest.raises(InkdaskError, match=expected):
         ours.predict(block, origins)
+
+
+def test_less_memory_than_compiled_code_needs_lets_go_of_it(block, origins, monkeypatch):
+    """With the code go the graphs of a GPU, which keep gigabytes."""
+    forgotten = []
+    monkeypatch.setattr(inkdask.predictor, "forget_compiled", lambda: forgotten.append(1))
+    ours = Predictor(network(pool, batch_size=4))
+    expected = ours.predict(block, origins)
+    ours._compiled = out_of_memory_beyond(0, [])
+    np.testing.assert_allclose(ours.predict(block, origins), expected, atol=1e-6)
+    assert forgotten == [1]
+    assert (ours.batch_size, ours._compiled) == (2, None)
 
 
 # The cores of a processor.
@@ -473,8 +508,50 @@ def test_a_compiled_network_that_differs_is_not_used(toy, monkeypatch):
     compilation = Compilation(network(compile_mode="default"), toy, 2)
     x = torch.rand(2, 1, LAYERS, TILE, TILE)
     with pytest.warns(RuntimeWarning, match="changes the result for 'toy'"):
-        assert compilation.compile(x, 0.01) is None
+        assert compilation.compile(lambda: x, 0.01) is None
     assert not compilation.note.exists()
+
+
+@pytest.mark.parametrize(("wrong", "says"), [(True, "changes the result"), (False, "failed")])
+def test_a_recording_that_is_wrong_or_fails_is_not_used(toy, monkeypatch, wrong, says):
+    """A CUDA graph is recorded by the second pass, and replayed from the third on."""
+    x, passes, forgotten = torch.rand(2, 1, LAYERS, TILE, TILE), [], []
+
+    def compiled(x):
+        passes.append(toy(x))
+        if not wrong and len(passes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return passes[1] if len(passes) > 2 else passes[-1]
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compiled)
+    monkeypatch.setattr(fast, "forget_compiled", lambda: forgotten.append(1))
+    compilation = Compilation(network(compile_mode="default"), toy, 2)
+    with pytest.warns(RuntimeWarning, match=says):
+        assert compilation.compile(lambda: x, 1e-6) is None
+    assert forgotten == [1]
+    assert not compilation.note.exists()
+
+
+def test_each_of_many_shapes_is_compiled(toy, monkeypatch):
+    """Torch compiles the same code a few times only, and after that runs it as it is."""
+    seen, compile_it = [], torch.compile
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    def compile_toy(module, **_):
+        return compile_it(module, dynamic=False, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compile_toy)
+    monkeypatch.setattr(fast, "_seconds", lambda forward, x: 1.0 if forward is toy else 0.5)
+    limit = torch._dynamo.config.recompile_limit
+    for tiles in range(1, limit + 3):
+        batch = torch.rand(tiles, 1, LAYERS, TILE, TILE)
+        compilation = Compilation(network(compile_mode="default"), toy, tiles)
+        assert compilation.compile(lambda batch=batch: batch, 0.01) is not None
+    assert len(seen) == limit + 2
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def test_a_compiled_network_that_is_slower_is_not_used_and_the_next_run_knows(toy, monkeypatch):
@@ -483,7 +560,7 @@ def test_a_compiled_network_that_is_slower_is_not_used_and_the_next_run_knows(to
     monkeypatch.setattr(torch, "compile", lambda module, **options: lambda x: module(x))
     compilation = Compilation(network(compile_mode="default"), toy, 2)
     assert compilation.repays(1.0, 1e6)
-    assert compilation.compile(torch.rand(2, 1, LAYERS, TILE, TILE), 0.01) is None
+    assert compilation.compile(lambda: torch.rand(2, 1, LAYERS, TILE, TILE), 0.01) is None
     assert Compilation(network(compile_mode="default"), toy, 2).experience().gain == 0.8
     assert not Compilation(network(compile_mode="default"), toy, 2).repays(1.0, 1e9)
     assert Compilation(network(compile_mode="default"), toy, 3).repays(1.0, 1e9)  # another shape
@@ -577,18 +654,51 @@ class TestGPU:
         np.testing.assert_allclose(got, expected, atol=0.02)
 
     def test_cuda_graphs_give_the_same(self, block, origins, toy, repays):
+        """Of other tiles each time, because a graph that is replayed must read them anew."""
+        from torch._dynamo.utils import counters
+
+        counters.clear()
         ours = Predictor(network(batch_size=5))
-        plain = ours.predict(block, origins)
-        for _ in range(3):
-            np.testing.assert_allclose(ours.predict(block, origins), plain, atol=0.02)
+        ours.predict(block, origins)
+        for shift in range(3):
+            other = np.roll(block, shift, axis=2)
+            expected = by_hand(toy, other, origins)
+            np.testing.assert_allclose(ours.predict(other, origins), expected, atol=0.02)
         assert ours._compiled is not None
+        assert counters["inductor"]["cudagraph_skips"] == 0
 
     def test_real_lack_of_memory_halves_the_batch(self, block, origins):
-        def greedy(x):
-            torch.empty(len(x) << 40, dtype=torch.uint8, device="cuda") if len(x) > 3 else None
-            return pool(x)
+        class Greedy(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.place = nn.Parameter(torch.zeros(1, device="cuda"))
 
-        ours = Predictor(network(greedy, batch_size=12))
+            def forward(self, x):
+                torch.empty(len(x) << 38, dtype=torch.uint8, device="cuda") if len(x) > 3 else None
+                return pool(x)
+
+        ours = Predictor(network(Greedy(), batch_size=12))
+        assert ours.device.type == "cuda"
         expected = by_hand(pool, block, origins)
         np.testing.assert_allclose(ours.predict(block, origins), expected, atol=1e-5)
         assert ours.batch_size == 3
+
+    @pytest.mark.parametrize(
+        ("architecture", "layers"), [("ink_timesformer", 26), ("ink_resnet3d_50", 20)]
+    )
+    def test_the_networks_give_what_they_give_on_a_cpu(self, monkeypatch, architecture, layers):
+        torch.manual_seed(0)
+        module = BUILDERS[architecture](layers=layers, tile=64).eval().requires_grad_(False)
+        monkeypatch.setattr(weights, "load", lambda network: copy.deepcopy(module))
+        k = module(torch.zeros(1, 1, layers, 64, 64)).shape[-1]
+        block = np.random.default_rng(0).integers(0, 256, (layers, 96, 96), dtype=np.uint8)
+        at = np.array([(0, 0), (16, 32), (32, 5)])
+        model = ModelSpec("toy", architecture, "nowhere", layers, 64)
+        spec = {"clip": 200.0, "divisor": 200.0, "digest": "0"}
+        ours = Predictor(Network(model, layers, 64, k, **spec))
+        got = ours.predict(block, at)
+        assert ours.device.type == "cuda"
+        assert ours.precision == str(hardware.native_dtype(ours.device)).removeprefix("torch.")
+        monkeypatch.setattr(inkdask.predictor, "device_for", lambda network: torch.device("cpu"))
+        plain = Predictor(Network(model, layers, 64, k, precision="float32", **spec))
+        np.testing.assert_allclose(got, plain.predict(block, at), atol=0.03)

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from inkdask.cli import inkdask_
-from inkdask.settings import Settings, env_name, markdown_table, parameters
+from inkdask.settings import Environment, Settings, env_name, markdown_table, parameters
 from inkdask.types import SettingsError
 
 
@@ -102,8 +102,26 @@ def test_cuda_is_told_of_the_devices(monkeypatch, before, given, after):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    monkeypatch.setattr(Environment, "told", None)
     Settings.of(**given).export_devices()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+
+
+def test_what_cuda_was_told_is_not_what_a_user_said(monkeypatch):
+    """Else a job on threads, which takes one GPU, would leave the next job on all with that one."""
+    monkeypatch.setattr(Environment, "told", None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
+    def named(**given):
+        return "cuda_visible_devices" in Settings.of(**given).model_fields_set
+
+    Settings.of().export_devices()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    assert not named()
+    assert named(cuda_visible_devices="0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert named()
 
 
 @pytest.mark.parametrize("layers", [(3, 29), "3:29", [3, 29]])

@@ -6,6 +6,7 @@ from timesformer_pytorch import TimeSformer as Oracle
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from inkdask.models import timesformer
 from inkdask.models.fast import prepare
 from inkdask.models.timesformer import (
     TimeSformer,
@@ -46,6 +47,22 @@ def logits_of(reference, x):
     out = reference(x.transpose(1, 2))
     k = round(out.shape[1] ** 0.5)
     return out.view(-1, 1, k, k)
+
+
+@torch.inference_mode()
+def test_more_rows_than_a_kernel_takes_go_in_parts(monkeypatch):
+    x, network = tiles(5, 24, 4), ours(oracle(5, SMALL), 5, SMALL)
+    expected = network(x)
+    monkeypatch.setattr(timesformer, "MOST_ROWS", 3)
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def count(q, *others, **options):
+        seen.append(len(q))
+        return attend(q, *others, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    torch.testing.assert_close(network(x), expected)
+    assert seen.count(3) > 10
 
 
 @torch.inference_mode()

@@ -184,12 +184,19 @@ class Compilation:
         saved = seconds_per_tile * tiles_to_come * (1 - 1 / known.gain)
         return saved > MARGIN * known.seconds
 
-    def compile(self, x: Tensor, tolerance: float) -> Forward | None:
-        """Compile for batches like ``x``; None, with a warning, when that fails or is wrong.
+    def compile(self, batch: Callable[[], Tensor], tolerance: float) -> Forward | None:
+        """Compile for batches like the given one; None, with a warning, when that fails.
 
-        None without a warning when the result is right and no faster.
+        That is also when the result is wrong; None without a warning when it is no faster.
         """
+        compiled = self._compiled(batch, tolerance)
+        if compiled is None:
+            forget_compiled()
+        return compiled
+
+    def _compiled(self, batch: Callable[[], Tensor], tolerance: float) -> Forward | None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+        from torch._dynamo import config
         from torch._inductor import list_mode_options  # seconds to import
 
         warm = self.note.exists()
@@ -199,25 +206,31 @@ class Compilation:
             if self.device.type == "cpu":
                 options["freezing"] = True  # prepacks the weights
             compiled = torch.compile(self.plain(), dynamic=False, options=options)
+            x = batch()
+            # All networks of a class share a few places for compiled code, and those for whom none
+            # is left would run uncompiled, silently.
+            with config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+                for other in (x, x.flip(0)):  # CUDA graphs: a rehearsal, then the recording
+                    compiled(other)
             right = agree(compiled(x), self.eager(x), tolerance)
+            seconds = time.perf_counter() - started
+            gain = _seconds(self.eager, x) / _seconds(compiled, x)
         except Exception as error:
             warnings.warn(
                 f"torch.compile failed for {self.network.model.key!r}; the network runs without: "
                 f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
             return None
-        seconds = time.perf_counter() - started
         if not right:
             warnings.warn(
                 f"torch.compile changes the result for {self.network.model.key!r} by more than "
                 f"{tolerance}; the network runs without.",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
             return None
-        gain = _seconds(self.eager, x) / _seconds(compiled, x)
         # The next run finds the cache: from a cold start that is a quarter of the time.
         self._write(Experience(seconds if warm else seconds / 4, gain))
         logger.info("compiled %s in %.0f s: %.2f x", self.network.model.key, seconds, gain)
@@ -231,6 +244,14 @@ class Compilation:
             logger.debug("cannot write %s: %s", self.note, error)
 
 
+def forget_compiled() -> None:
+    """Let go of all compiled code of this process, and of the memory that its CUDA graphs keep.
+
+    To be called in the thread that ran it. What is still in use is compiled again, from the cache.
+    """
+    torch.compiler.reset()
+
+
 def cache_folder() -> Path:
     """Return where compiled code and notes on it are kept between runs."""
     if named := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
@@ -240,11 +261,11 @@ def cache_folder() -> Path:
 
 
 def _seconds(forward: Forward, x: Tensor) -> float:
-    """Return the time of a forward pass, the better of two."""
+    """Return the time of a forward pass, the best of some."""
 
     def once() -> float:
         started = time.perf_counter()
         forward(x).float().sum().item()  # waits for the device
         return time.perf_counter() - started
 
-    return min(once(), once())
+    return min(once() for _ in range(2 if x.device.type == "cpu" else 8))

@@ -58,6 +58,15 @@ def has_packed_bfloat16(device: torch.device) -> bool:
     )
 
 
+def check_bfloat16(device: torch.device) -> None:
+    """Raise an `InkdaskError` where a GPU would only emulate bfloat16, slowly or not at all."""
+    if device.type == "cuda" and native_dtype(device) is not torch.bfloat16:
+        raise InkdaskError(
+            f"Precision bfloat16 needs a GPU of compute capability 8.0 or newer, and "
+            f"{torch.cuda.get_device_name(device)} is older; precision auto takes what it has."
+        )
+
+
 def check_int8(device: torch.device) -> None:
     """Raise an `InkdaskError` where a network cannot run in int8."""
     if device.type != "cpu":
@@ -69,6 +78,22 @@ def check_int8(device: torch.device) -> None:
             "Precision int8 needs a CPU with VNNI instructions, which this one lacks; precision "
             "auto takes what it has."
         )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is one of the many in which a device says that it lacks memory.
+
+    Torch's allocator has a type for it; the libraries that take their own have words.
+    """
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(word in said for word in _NO_MEMORY)
+
+
+_NO_MEMORY = (
+    "out of memory",
+    "alloc_failed",  # cuBLAS and cuDNN
+    "unable to find an engine",  # cuDNN, when no workspace of any algorithm fits
+)
 
 
 def cores() -> int:

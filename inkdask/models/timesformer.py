@@ -33,6 +33,8 @@ from torch import Tensor, nn
 Grid = tuple[int, int]  # f, n
 Rotation = tuple[Tensor, Tensor]  # cos and sin, to broadcast against (b, f, n, h, e), h in full
 
+MOST_ROWS = 65535  # in one call of a fused kernel: a GPU's grid has no more in its second axis
+
 
 class TimeSformer(nn.Module):
     """Logits of a tile from tokens that are patches of its layers.
@@ -184,7 +186,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.dtype is torch.bfloat16 and q.device.type == "cpu":
         return attend_by_products(q, k, v).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    parts = zip(*(t.split(MOST_ROWS) for t in (q, k, v)), strict=True)
+    some = [F.scaled_dot_product_attention(*part) for part in parts]
+    return (some[0] if len(some) == 1 else torch.cat(some)).transpose(1, 2)
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -301,7 +305,8 @@ def as_rotation(angles: Tensor, heads: int, dtype: torch.dtype) -> Rotation:
 
     The first of every pair loses, so its sine is negative.
     """
-    signs = torch.tensor([-1.0, 1.0], device=angles.device).repeat(angles.shape[-1] // 2)
+    # Made on the device: a GPU would wait for numbers that come from Python.
+    signs = torch.arange(angles.shape[-1], device=angles.device, dtype=angles.dtype) % 2 * 2 - 1
     parts = (part.to(dtype) for part in (angles.cos(), angles.sin() * signs))
     # In full, because a CPU computes slowly what it has to broadcast by rows as short as a head.
     cos, sin = (part.unsqueeze(-2).repeat_interleave(heads, -2) for part in parts)

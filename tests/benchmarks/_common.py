@@ -111,6 +111,13 @@ def bytes_received() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
+def side_for_device(on_cpu: int, on_gpu: int) -> int:
+    """Side of a segment, in pixels, that keeps this machine busy for more than its start-up."""
+    import torch
+
+    return on_gpu if torch.cuda.is_available() else on_cpu
+
+
 def gpu_memory() -> int:
     """The most GPU memory that torch has held in this process, in bytes."""
     import torch

@@ -47,6 +47,7 @@ from tests.benchmarks._common import (
     reference_network,
     save_checkpoint,
     scratch,
+    side_for_device,
     size,
     stored,
     table,
@@ -291,7 +292,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--side", type=int, default=400, help="of the segment for TimeSformer")
+    parser.add_argument(
+        "--side", type=int, default=side_for_device(400, 2000),
+        help="of the segment for TimeSformer, in pixels; default %(default)s",
+    )  # fmt: skip
     parser.add_argument("--large", type=int, default=6000, help="of the other segment; 0: none")
     parser.add_argument("--rounds", type=int, default=2, help="turns; the fastest counts")
     parser.add_argument("--batch", type=int, help="tiles, of the others; 8, or 256 on a GPU")

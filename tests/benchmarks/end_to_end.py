@@ -25,6 +25,7 @@ from tests.benchmarks._common import (
     machine,
     reference_network,
     save_checkpoint,
+    side_for_device,
     table,
     write_noise,
 )
@@ -48,7 +49,10 @@ def reference_speed(network: TimeSformer, batch: int, dtype: torch.dtype) -> flo
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--side", type=int, default=208, help="side of the segment in pixels")
+    parser.add_argument(
+        "--side", type=int, default=side_for_device(208, 3008),
+        help="of the segment, in pixels; default %(default)s",
+    )  # fmt: skip
     side = parser.parse_args().side
 
     network = reference_network().to(DEVICE)

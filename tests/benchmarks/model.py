@@ -57,11 +57,15 @@ class Path:
             x = tile.repeat(batch, 1, 1, 1, 1)
             if not self.autocast and self.dtype is not torch.int8:  # which reads float32
                 x = x.to(self.dtype)
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
-                seconds = timed(lambda x=x: self.forward(x)) / batch
+            try:
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
+                    seconds = timed(lambda x=x: self.forward(x)) / batch
+            except torch.OutOfMemoryError:  # of the plain network in float32, on a small card
+                torch.cuda.empty_cache()
+                continue
             if seconds < self.seconds:
                 self.seconds, best = seconds, batch
-        if len(self.batches) > 1:
+        if len(self.batches) > 1 and self.seconds < float("inf"):
             self.batches = [best]
 
 
@@ -221,6 +225,9 @@ def main():
     torch.set_num_threads(cores())
     torch.set_grad_enabled(False)
     fast_float32(DEVICE)
+    # Each batch size of each path is compiled: torch would run those after the eighth as they are.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
     rows = []
     ceilings = {}

@@ -29,6 +29,7 @@ from tests.benchmarks._common import (
     reference_network,
     save_checkpoint,
     scratch,
+    side_for_device,
     size,
     table,
     tell,
@@ -45,16 +46,21 @@ class Stopwatch:
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self._lock = threading.Lock()
 
-    def on(self, owner: Any, function: str, name: str) -> None:
-        """Measure a function of a module or a method of a class from now on."""
-        original = getattr(owner, function)
+    def on(self, owner: Any, function: str, name: str, queues: bool = False) -> None:
+        """Measure a function of a module or a method of a class from now on.
+
+        Of one that ``queues`` work on a GPU, this is the time until all of it is done.
+        """
+        original, wait = getattr(owner, function), wait_for_gpu if queues else int
 
         @functools.wraps(original)
         def timed(*args: Any, **kwargs: Any) -> Any:
+            wait()
             start = time.perf_counter()
             try:
                 return original(*args, **kwargs)
             finally:
+                wait()
                 self.add(name, time.perf_counter() - start)
 
         timed.__dask_tokenize__ = lambda: ("timed", name)  # type: ignore[attr-defined]
@@ -63,6 +69,14 @@ class Stopwatch:
     def add(self, name: str, seconds: float) -> None:
         with self._lock:
             self.seconds[name] += seconds
+
+
+def wait_for_gpu() -> None:
+    """Wait until the GPU has done all that it was given, where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def run_job(folder: Path, precision: str) -> int:
@@ -103,7 +117,7 @@ def job_with_stopwatch(folder: Path, precision: str) -> None:
         "_predict": "thread", "_load": "load", "_unfold": "unfold", "_gather": "gather",
         "_run_stretch": "run",
     }.items():  # fmt: skip
-        watch.on(predictor.Predictor, function, name)
+        watch.on(predictor.Predictor, function, name, queues=True)
     tiles_alone = take_turns(predictor.Predictor, watch)
 
     start = time.perf_counter()
@@ -135,10 +149,10 @@ def take_turns(owner: Any, watch: Stopwatch) -> list[int]:
         again = torch.arange(self.batch_size, device=at.device) % len(at)
         ready = self._gather.__wrapped__(self, tiles, at[again])
         way, _ = self._way(len(ready))
+        wait_for_gpu()
         start = time.perf_counter()
         way(ready)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for_gpu()
         watch.add("alone", time.perf_counter() - start)
         ran.append(len(ready))
         return out
@@ -166,8 +180,10 @@ def job_with_torch(folder: Path, precision: str) -> None:
         with profile(activities=activities, experimental_config=everywhere) as seen:
             out = original(*args)
         for event in seen.key_averages():
-            took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            found[event.key] += took / 1e6
+            if not on_gpu:
+                found[event.key] += event.self_cpu_time_total / 1e6
+            elif event.device_type is torch.autograd.DeviceType.CUDA:  # else of a kernel's caller
+                found[event.key] += event.self_device_time_total / 1e6
         return out
 
     predictor.Predictor._run_stretch = profiled
@@ -186,7 +202,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--side", type=int, default=400, help="side of the segment in pixels")
+    parser.add_argument(
+        "--side", type=int, default=side_for_device(400, 3008),
+        help="of the segment, in pixels; default %(default)s",
+    )  # fmt: skip
     parser.add_argument("--precision", default="auto", help="as of a job")
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
