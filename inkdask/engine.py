@@ -126,9 +126,10 @@ def current_client() -> Any | None:
     from distributed import default_client
 
     try:
-        return default_client()
+        client = default_client()
     except ValueError:
         return None
+    return client if client.scheduler else None  # else it is only just being made
 
 
 def on_workers(function: Callable[[], Any]) -> list[Any]:

@@ -21,7 +21,12 @@ from inkdask import engine, storage
 from inkdask.halo import with_halo
 from inkdask.preflight import check_room_to_prepare
 from inkdask.progress import Meter
-from inkdask.reading.zarr_volume import FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE, OCCUPIED_ATTRIBUTE
+from inkdask.reading.zarr_volume import (
+    FINISHED_ATTRIBUTE,
+    LAYERS_ATTRIBUTE,
+    OCCUPIED_ATTRIBUTE,
+    PREPARED_ATTRIBUTE,
+)
 from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
 from inkdask.storage import outputs
@@ -32,7 +37,6 @@ from inkdask.types import NO_MASK, InkdaskError
 log = logging.getLogger("inkdask")
 
 SHARD, CHUNK = 1024, 128  # pixels a side
-PREPARED_ATTRIBUTE = "prepared_from"
 
 
 def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
@@ -132,6 +136,7 @@ def _begin(uri: str, done: str, segment: Segment, blocks: Tiling, source: dict[s
 
 def _source(segment: Segment, compress: bool) -> dict[str, Any]:
     return {
+        "segment": segment.name,
         "uri": segment.uri,
         "identity": segment.identity,
         "layers": list(segment.layers),

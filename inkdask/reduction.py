@@ -17,25 +17,22 @@ import numpy as np
 from inkdask import storage
 from inkdask.blending import blend
 from inkdask.clusters import connect, report
-from inkdask.models import registry
+from inkdask.grids import OF_STORAGE, Attributes, asked, description, find, has_chunks_of, window_of
 from inkdask.parts import assign
 from inkdask.pictures import exporting
-from inkdask.pictures.picture import open_picture
+from inkdask.pictures.picture import is_picture, open_picture
 from inkdask.pictures.pyramid import to_uint8, write_pyramid
 from inkdask.plan import Window
 from inkdask.preflight import check_room_for_picture
-from inkdask.provenance import absolute, provenance
-from inkdask.segment import open_segment
+from inkdask.provenance import provenance
 from inkdask.settings import Settings
 from inkdask.storage import outputs
-from inkdask.store import ENDING, GridStore, differences
-from inkdask.types import InkdaskError, SettingsError
+from inkdask.store import GridStore, differences
+from inkdask.types import InkdaskError
 
 log = logging.getLogger("inkdask")
 
 PREVIEW = "_preview"  # of a picture that is not yet final
-
-Attributes = Mapping[str, Any]  # of a stored grid: its fingerprint and its origin
 
 
 def reduce(settings: Settings) -> str:
@@ -81,7 +78,8 @@ def picture(store: GridStore, settings: Settings, origin: Attributes | None = No
     for place in (f"{target}.png", settings.result_file):
         outputs.check_writable(place)
     check_room_for_picture(window, target)
-    check_complete(store, settings)
+    check_complete(store, settings, window)
+    tell_of_replaced(f"{target}.zarr", made_of)
     write(ink, target, made_of, settings)
     for ending in (".png", ".zarr"):
         outputs.remove(target + PREVIEW + ending)
@@ -115,121 +113,8 @@ def _blended(
     return target, window, ink[window], made_of
 
 
-def find(settings: Settings) -> GridStore:
-    """The one grid under ``zarr_output_dir`` that is the settings' job.
-
-    Raises
-    ------
-    InkdaskError
-        When there is none, or more than one; saying which are there and how they differ.
-    """
-    folder, wanted = settings.zarr_output_dir, asked(settings, defaults=True)
-    found = {}
-    for entry in storage.list_folder(folder) if storage.exists(folder) else []:
-        uri = storage.join(folder, entry.name)
-        if entry.name.endswith(ENDING) and (attributes := GridStore.attributes(uri)):
-            found[uri] = attributes
-    differing = {
-        uri: differences(description(attributes), wanted) or changed_input(attributes)
-        for uri, attributes in found.items()
-        if "fingerprint" in attributes
-    }
-    matching = [uri for uri, difference in differing.items() if not difference]
-    if len(matching) == 1:
-        return GridStore.open(matching[0])
-    if matching:
-        first, *others = matching
-        apart = differences(found[first]["fingerprint"], found[others[0]]["fingerprint"])
-        raise InkdaskError(
-            f"{len(matching)} tile grids in {folder} are of this job, {', '.join(matching)}: "
-            f"{apart.replace(' there', ' in the first').replace(' here', ' in the second')}; "
-            "name one with --grid."
-        )
-    there = "; ".join(f"in {uri}, {difference}" for uri, difference in differing.items())
-    missing = ", ".join(map(str, range(settings.num_parts)))
-    raise InkdaskError(
-        f"No tile grid in {folder} is of this job: "
-        + (f"{there}; run" if there else "it has none; run")
-        + f" STEP=inference with NUM_PARTS={settings.num_parts} and PART_ID={missing} first."
-    )
-
-
-def description(attributes: Attributes) -> dict[str, Any]:
-    """What a user can ask of a stored grid, in the words of the settings."""
-    identity, origin = attributes["fingerprint"], attributes["origin"]
-    return {
-        "s3_path": origin["source"],
-        "surface_volume_zarr": origin["volume"],
-        "layers": origin["layer_range"],
-        "model_in_chans": len(identity["layers"]) // identity["averaged"],
-        "force_reverse": identity["layers"][0] > identity["layers"][-1],
-        "z_downsample_mean_factor": identity["averaged"],
-        **{name: identity[name] for name in ("model", "weights", "tile", "stride", "clip")},
-        **{name: identity[name] for name in ("divisor", "precision")},
-    }
-
-
-def asked(settings: Settings, defaults: bool = False) -> dict[str, Any]:
-    """What the settings ask of a grid: what was given, and with ``defaults`` what goes unsaid.
-
-    What is left to the model is not asked for: without its weights nobody knows it.
-    """
-    names = ("s3_path", "model_in_chans", "tile", "stride", "clip", "divisor", "precision")
-    silent = ("force_reverse", "z_downsample_mean_factor")
-    given: dict[str, Any] = {
-        name: getattr(settings, name)
-        for name in (*names, *silent)
-        if name in settings.model_fields_set or (defaults and name in silent)
-    }
-    given["s3_path"] = absolute(settings.s3_path)
-    if settings.surface_volume_zarr:
-        given["surface_volume_zarr"] = absolute(settings.surface_volume_zarr)
-    if settings.layers:
-        given["layers"] = settings.layers
-    if settings.model is not None:
-        given |= registry.known_of(settings.model)
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def changed_input(attributes: Attributes) -> str:
-    """How the segment has changed since a grid was made; empty when it has not, or is gone."""
-    origin, then = attributes["origin"], attributes["fingerprint"]["input"]
-    try:
-        now = open_segment(
-            origin["volume"],
-            tuple(origin["layer_range"]),
-            mask=origin["mask"],
-            level=origin.get("ome_zarr_level", "0"),
-        ).identity
-    except InkdaskError as error:
-        log.info("The input of the grid cannot be compared: %s", error)
-        return ""
-    return "" if now == then else "the input was another (size, ETag or modification time)"
-
-
-def window_of(settings: Settings, identity: Attributes, origin: Attributes) -> tuple[slice, slice]:
-    """Rows and columns of a stored grid's volume that are the picture.
-
-    Raises
-    ------
-    SettingsError
-        When the region of interest is not inside what the grid covers.
-    """
-    top, left = identity["corner"]
-    height, width = identity["shape"]
-    if (wanted := settings.roi_xyxy or origin["roi_xyxy"]) is None:
-        return slice(0, height), slice(0, width)
-    x0, y0, x1, y1 = wanted
-    if x0 < left or y0 < top or x1 > left + width or y1 > top + height:
-        raise SettingsError(
-            f"ROI_XYXY {x0},{y0},{x1},{y1} reaches beyond the tile grid, which covers "
-            f"{left},{top},{left + width},{top + height}."
-        )
-    return slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
-
-
-def check_complete(store: GridStore, settings: Settings) -> None:
-    """Check that a stored grid lacks nothing: a picture never has holes.
+def check_complete(store: GridStore, settings: Settings, window: Window) -> None:
+    """Check that a stored grid lacks nothing of a window: a picture never has holes.
 
     Raises
     ------
@@ -237,14 +122,37 @@ def check_complete(store: GridStore, settings: Settings) -> None:
         Naming the missing parts.
     """
     missing = store.tiles_run() < 0
+    axes = zip((store.tiling.y, store.tiling.x), window, strict=True)
+    needed = np.zeros(missing.shape, bool)
+    needed[tuple(axis.reaching_chunks(pixels.start, pixels.stop) for axis, pixels in axes)] = True
+    missing &= needed
     if missing.any():
         work = store.work()
         parts = assign(np.zeros(missing.shape) if work is None else work, settings.num_parts)
         lacking = ", ".join(map(str, np.unique(parts[missing])))
+        chunks = f"CHUNK_SIZE={store.tiling.y.step}, "
         raise InkdaskError(
-            f"{np.count_nonzero(missing)} of {missing.size} chunks are missing in {store.uri}: run "
-            f"STEP=inference with NUM_PARTS={settings.num_parts} and PART_ID={lacking} first."
+            f"{np.count_nonzero(missing)} of {np.count_nonzero(needed)} chunks are missing in "
+            f"{store.uri}: run STEP=inference with "
+            f"{'' if has_chunks_of(settings, store) else chunks}"
+            f"NUM_PARTS={settings.num_parts} and PART_ID={lacking} first."
         )
+
+
+def tell_of_replaced(uri: str, made_of: Mapping[str, Any]) -> None:
+    """Say that the picture at ``uri`` is another one than is to be, where that is so."""
+    try:
+        there = open_picture(uri).origin if is_picture(uri) else {}
+    except InkdaskError:  # damaged: no loss
+        return
+    if "fingerprint" in there:
+        words = [
+            {name: value for name, value in origin["fingerprint"].items() if name not in OF_STORAGE}
+            | {name: origin.get(name) for name in ("blend_mode", "gaussian_sigma")}
+            for origin in (there, made_of)
+        ]
+        if differing := differences(*words):
+            log.info("%s is replaced: its %s", uri, differing)
 
 
 def write(ink: da.Array, target: str, origin: dict[str, Any], settings: Settings) -> None:

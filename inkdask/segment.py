@@ -159,7 +159,7 @@ def open_segment(
     """
     uri = os.fspath(uri)
     listing = storage.list_folder(uri)
-    name = _name(uri)
+    name = name_of(uri)
     if _ZARR_FILES & {entry.name for entry in listing}:
         source, numbers, dtype, identity = _open_array(uri, layers, window, level)
         stored = 0
@@ -295,7 +295,7 @@ def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) ->
 
 def find_mask(uri: str) -> str | None:
     """Find the mask of the segment at ``uri``, or None."""
-    return _find_mask(uri, _name(uri), storage.list_folder(uri))
+    return _find_mask(uri, name_of(uri), storage.list_folder(uri))
 
 
 def _find_mask(uri: str, name: str, listing: Sequence[storage.Entry]) -> str | None:
@@ -323,7 +323,7 @@ def _digest(parts: Sequence[Any]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _name(uri: str) -> str:
+def name_of(uri: str) -> str:
     """Name a segment after its folder: ``scroll5/20240301/layers/`` is ``20240301``."""
     path = storage.filesystem(uri)[1] if storage.is_local(uri) else uri  # "." has a name too
     parts = [part for part in path.split("/") if part not in ("", "layers", "surface_volume")]

@@ -125,9 +125,7 @@ class GridStore:
         InkdaskError
             When the place cannot be written, or another job's grid is there.
         """
-        there = self.attributes(self.uri)
-        if "fingerprint" in there:
-            check_same(self.uri, there["fingerprint"], fingerprint)
+        there = self.check_place(fingerprint)
         tiling, k = self.tiling, self.k
         side = [min(axis.step, axis.length) for axis in (tiling.y, tiling.x)]
         tiles = [axis.grid_chunks[0] for axis in (tiling.y, tiling.x)]
@@ -164,6 +162,24 @@ class GridStore:
             for name, how in arrays.items():
                 with suppress(ContainsArrayError):
                     zarr.create_array(place, name=name, zarr_format=3, **how)
+
+    def check_place(self, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+        """Check that the store may be where it is to be; returns the attributes it has there.
+
+        Raises
+        ------
+        InkdaskError
+            When another job's grid is there, or something that is no grid.
+        """
+        others = {entry.name for entry in storage.list_folder(self.uri)}
+        there = self.attributes(self.uri)
+        if "fingerprint" in there:
+            check_same(self.uri, there["fingerprint"], fingerprint)
+        elif others := {name for name in others if not name.endswith(".partial")}:
+            raise InkdaskError(
+                f"{self.uri} is there, and it is no tile grid: it has {min(others)} in it."
+            )
+        return there
 
     def forget(self, chunks: np.ndarray) -> None:
         """Take back the marks of some chunks, bool (rows, columns), so that they are redone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 
@@ -12,6 +13,8 @@ from inkdask.memory import peak_memory
 from inkdask.progress import amount, clock, columns
 from inkdask.store import ChunkReport, process_name
 from inkdask.tiling import Tiling
+
+log = logging.getLogger("inkdask")
 
 
 class Summary:
@@ -109,6 +112,8 @@ class Summary:
             "result": uri,
         }
         print(columns(rows), file=sys.stderr, flush=True)
+        if self.empty and not (self.ran or self.resumed or self.failed):
+            log.warning("No tile has data: are these the right layers, and is the mask right?")
 
 
 def _named_counters() -> tuple[str, storage.Counters]:

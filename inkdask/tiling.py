@@ -124,6 +124,11 @@ class Axis:
         origins = self.origins[(self.origins < stop) & (self.origins + self.tile > start)]
         return int(origins[0]), min(int(origins[-1]) + self.tile, self.length)
 
+    def reaching_chunks(self, start: int, stop: int) -> slice:
+        """Chunks whose tiles touch pixels ``start`` to ``stop``: also of the one before."""
+        first, after = np.searchsorted(self.edges[:-1], (start, stop - 1), "right")
+        return slice(max(int(first) - 2, 0), int(after))
+
     def reading(self, index: int) -> slice:
         """Pixels that the tiles of chunk ``index`` cover: its own and its halo."""
         end = min(int(self.edges[index + 1]) + self.halo, self.length)

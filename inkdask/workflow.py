@@ -296,6 +296,7 @@ class Job:
         plan = Plan.of(str(settings.s3_path), settings)
         stored = StoredJob.of(plan, settings)
         store = stored.store
+        store.check_place(stored.fingerprint)
         target = output_stem(settings, stored.origin, plan.network.model.key)
         for file in (f"{target}.png", settings.result_file, storage.join(store.uri, "zarr.json")):
             outputs.check_writable(file)

@@ -125,6 +125,15 @@ def test_results_of_fused_tasks_come_as_they_are_done():
     assert seen[0] < 32  # and not all at the end
 
 
+def test_a_client_that_is_only_being_made_is_not_yet_used(monkeypatch):
+    """A computation in the background meets it, where a notebook makes one meanwhile."""
+    made = SimpleNamespace(scheduler=None)
+    monkeypatch.setattr("distributed.default_client", lambda: made)
+    assert engine.current_client() is None
+    made.scheduler = object()
+    assert engine.current_client() is made
+
+
 def test_threads_are_as_many_as_the_cores_up_to_a_limit(monkeypatch):
     """Each takes the memory of a chunk, and a machine with GPUs may have two hundred cores."""
     monkeypatch.setattr(engine, "CPU_COUNT", 2)

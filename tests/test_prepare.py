@@ -8,7 +8,7 @@ from PIL import Image
 
 import inkdask
 from inkdask import engine, preparation, storage
-from inkdask.types import InkdaskError
+from inkdask.types import InkdaskError, SettingsError
 from tests.files import write_segment
 from tests.oracle import depth_slope, papyrus
 
@@ -108,6 +108,16 @@ def test_a_full_disk_is_one_sentence(segment, tmp_path, monkeypatch):
     monkeypatch.setattr(zarr.Array, "__setitem__", full)
     with pytest.raises(InkdaskError, match=r"^No space is left to write .*volume\.zarr\.$"):
         inkdask.prepare(segment, surface_volume_zarr=str(tmp_path / "volume.zarr"))
+
+
+def test_an_array_of_another_segment_is_refused(segment, volume, tmp_path):
+    """Its picture would take the place of the right one."""
+    other = write_segment(tmp_path / "other", volume)
+    prepared = inkdask.prepare(other)
+    expected = r"was prepared from the segment other, and S3_PATH is .*seg, whose picture it would"
+    with pytest.raises(SettingsError, match=expected):
+        inkdask.run(segment, model=depth_slope, surface_volume_zarr=prepared)
+    assert inkdask.run(f"{other}/layers", model=depth_slope, surface_volume_zarr=prepared)
 
 
 def test_a_finished_array_is_kept_and_one_of_other_files_is_replaced(segment, volume, monkeypatch):

@@ -231,6 +231,73 @@ def test_reduce_says_which_grids_are_there_and_how_they_differ(segment, tmp_path
         inkdask.run(segment, step="reduce", stride=16, **options)
 
 
+def test_reduce_takes_the_grid_that_is_meant(segment, tmp_path, monkeypatch, caplog):
+    """Not that of a region that was tried first, nor one of other chunks that was given up."""
+    options = {"model": network, "output_path": tmp_path / "out"}
+    expected = read_picture(inkdask.run(segment, **options, zarr_output_dir=tmp_path / "other"))
+    part = read_picture(inkdask.run(segment, **options, roi_xyxy=(0, 0, 200, 300)))
+    inkdask.run(segment, **options, chunk_size=192, num_parts=2, part_id=0)
+    for number in range(2):
+        inkdask.run(segment, **options, num_parts=2, part_id=number)
+    assert len(grids(str(tmp_path / "partitions"))) == 3
+    whole = inkdask.run(segment, **options, step="reduce", num_parts=2)
+    assert np.array_equal(read_picture(whole), expected)
+    region = inkdask.run(segment, **options, step="reduce", roi_xyxy=(0, 0, 200, 300))
+    assert np.array_equal(read_picture(region), part)
+    expected = r"CHUNK_SIZE=192, NUM_PARTS=2 and PART_ID=1 first"
+    monkeypatch.setenv("CHUNK_SIZE", "192")
+    with pytest.raises(InkdaskError, match=r"in .*: run STEP=inference with NUM_PARTS=2 and PART"):
+        inkdask.run(segment, **options, step="reduce", num_parts=2)
+    (grid,) = (g for g in grids(str(tmp_path / "partitions")) if share_done_of(g) < 1)
+    monkeypatch.setenv("CHUNK_SIZE", "128")
+    with pytest.raises(InkdaskError, match=expected):
+        inkdask.run(grid=grid, step="reduce", num_parts=2)
+
+
+def share_done_of(grid):
+    return (GridStore.open(grid).tiles_run() >= 0).mean()
+
+
+def test_reduce_needs_no_more_of_a_grid_than_its_region(segment, tmp_path):
+    options = {"model": network, "zarr_output_dir": tmp_path / "parts"}
+    whole = read_picture(inkdask.run(segment, model=network))
+    inkdask.run(segment, **options, num_parts=2, part_id=1)
+    (grid,) = grids(str(tmp_path / "parts"))
+    done = GridStore.open(grid).tiles_run() >= 0
+    row, column = np.argwhere(done[1:, 1:] & done[:-1, 1:] & done[1:, :-1] & done[:-1, :-1])[0] + 1
+    x, y = 128 * column, 128 * row
+    region = inkdask.run(grid=grid, step="reduce", roi_xyxy=(x, y, x + 50, y + 40))
+    assert np.array_equal(read_picture(region), whole[y : y + 40, x : x + 50])
+    for roi in ((0, 0, 50, 40), (x, 0, x + 50, y + 40)):
+        with pytest.raises(InkdaskError, match="chunks are missing"):
+            inkdask.run(grid=grid, step="reduce", roi_xyxy=roi)
+
+
+def test_no_more_than_a_few_grids_are_named(segment, tmp_path):
+    for stride in (16, 32, 48, 64):
+        inkdask.run(segment, model=network, stride=stride, roi_xyxy=(0, 0, 70, 70))
+    with pytest.raises(InkdaskError, match="stride is 16 there and 8 .*; and 1 that differ more;"):
+        inkdask.run(segment, model=network, stride=8, step="reduce")
+
+
+def test_a_picture_of_other_words_is_replaced_with_a_word(segment, caplog):
+    options = {"model": network, "roi_xyxy": (0, 0, 100, 90)}
+    with caplog.at_level("INFO", "inkdask"):
+        inkdask.run(segment, **options)
+        inkdask.run(segment, **options)
+        assert "replaced" not in caplog.text
+        inkdask.run(segment, **options, stride=32)
+        assert "_0-0-100-90.zarr is replaced: its stride is 16 there and 32 here" in caplog.text
+        inkdask.run(segment, **options, stride=32, blend_mode="gaussian")
+    assert "is replaced: its blend_mode is hann there and gaussian here" in caplog.text
+
+
+def test_a_job_without_any_data_says_so(tmp_path, volume, caplog):
+    write_layers(tmp_path / "segment" / "layers", volume * 0)
+    inkdask.run(tmp_path / "segment", model=network)
+    assert "No tile has data: are these the right layers" in caplog.text
+
+
 def test_parts_are_cut_where_the_work_is_even(tmp_path, monkeypatch):
     """Most of the segment is empty, and no part gets more than its share of the rest."""
     volume = papyrus((LAYERS, HEIGHT, WIDTH))

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 
 from inkdask import storage
-from inkdask.segment import _name, describe, open_segment
+from inkdask.segment import describe, name_of, open_segment
 from inkdask.storage import s3 as s3_module
 from inkdask.types import InkdaskError
 from tests.files import encode, random_volume, write_layers
@@ -65,7 +65,7 @@ def test_a_slash_at_the_end_changes_nothing(home, pixels):
 def test_name(path, name, tmp_path, monkeypatch):
     (tmp_path / "20230702").mkdir()
     monkeypatch.chdir(tmp_path / "20230702")
-    assert _name(path) == name
+    assert name_of(path) == name
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "tiff", "TIF"])

@@ -113,6 +113,15 @@ def test_writers_side_by_side_lose_nothing(tmp_path, tiling):
         assert at == pytest.approx((i + j) / 10, abs=1e-5)
 
 
+def test_a_folder_of_other_things_is_no_place_for_a_grid(home, tiling):
+    """A segment, say, would be taken for a zarr group from then on."""
+    store = GridStore(storage.join(home, "segment"), tiling, 4)
+    storage.write_bytes(storage.join(store.uri, "layers", "00.tif"), b"layer")
+    with pytest.raises(InkdaskError, match=r"segment is there, and it is no tile grid: .* layers"):
+        store.create({}, {})
+    assert storage.list_files(store.uri) == ["layers/00.tif"]
+
+
 def test_creating_again_keeps_what_is_done(tmp_path, tiling):
     store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
     store.create({}, {})

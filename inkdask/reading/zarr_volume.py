@@ -21,6 +21,7 @@ from inkdask.reading.volume import WHOLE_BYTES
 from inkdask.types import InkdaskError
 
 LAYERS_ATTRIBUTE = "layers"  # of an array that inkdask prepared: the numbers of its layers
+PREPARED_ATTRIBUTE = "prepared_from"  # of such an array: the segment, and how it was read
 OCCUPIED_ATTRIBUTE = "occupied"  # of such an array: see `Occupied`
 FINISHED_ATTRIBUTE = "finished"  # of such an array: False until its last block is there
 
@@ -66,6 +67,8 @@ class ZarrSource:
         The layout as a person says it.
     occupied
         Where there are data, when the array says so.
+    prepared_from
+        Name of the segment that it was prepared from, when it says so.
     """
 
     uri: str
@@ -81,6 +84,7 @@ class ZarrSource:
     is_numbered: bool
     words: str
     occupied: Occupied | None = None
+    prepared_from: str | None = None
 
     @property
     def name(self) -> str:
@@ -179,10 +183,15 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
         unit=(unit[0], unit[1]),
         numbers=tuple(int(number) for number in numbers),
         is_numbered=bool(kept),
+        prepared_from=_prepared_from(node.attrs.get(PREPARED_ATTRIBUTE)),
         words=f"zarr {node.metadata.zarr_format}, {chunks} chunks"
         + (" in shards" if node.shards else ""),
         occupied=_occupied(node.attrs.get(OCCUPIED_ATTRIBUTE)),
     )
+
+
+def _prepared_from(kept: Any) -> str | None:
+    return str(kept["segment"]) if isinstance(kept, dict) and "segment" in kept else None
 
 
 def _occupied(kept: Any) -> Occupied | None:
