@@ -40,13 +40,19 @@ def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print(
-            "inkdask: interrupted; what is done is kept, and the same command resumes.",
-            file=sys.stderr,
-            flush=True,
-        )
+        words = sys.argv[1:] if arguments is None else arguments
+        print(f"inkdask: {_interrupted(words)}", file=sys.stderr, flush=True)
         # An exit in order would wait for the chunks that are in flight.
         os._exit(128 + (signals[0] if signals else signal.SIGINT))  # as shells say it
+
+
+def _interrupted(words: Sequence[str]) -> str:
+    """What to know when a command was stopped."""
+    if not {"run", "prepare"} & {*words}:
+        return "interrupted."
+    anew = "--overwrite" in words or os.environ.get("OVERWRITE", "").lower() in ("true", "1")
+    without = " without --overwrite" if anew else ""
+    return f"interrupted; what is done is kept, and the same command{without} resumes."
 
 
 def _fail(sentence: str, code: int) -> None:
@@ -109,6 +115,8 @@ def inkdask_(verbose: bool) -> None:
 
 def _is_for_everybody(record: logging.LogRecord) -> bool:
     """Whether it is ours or a warning: a local cluster tells of each of its connections."""
+    if record.name.startswith("huggingface_hub"):  # it has a handler of its own
+        return False
     return record.name.startswith("inkdask") or record.levelno >= logging.WARNING
 
 

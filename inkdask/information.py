@@ -68,6 +68,7 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     if found.empty_share is not None:
         rows["empty"] = f"about {found.empty_share:.0%} of the pixels, from a few samples"
         tiles += f", about {int(tiling.tiles * (1 - found.empty_share)):,} with data"
+        tiles += ", fewer by what the mask leaves out" if segment.mask_source else ""
     chunks = "{} x {}".format(*tiling.block_shape)
     rows["tiles"] = tiles
     rows["chunks"] = f"{chunks} of {tiling.y.step:,} x {tiling.x.step:,} px"

@@ -80,8 +80,12 @@ class Plan:
         if depth != network.layers:
             raise InkdaskError(
                 f"Channel mismatch: {depth} layers are given ({span(layers)}), but model "
-                f"{network.model.key} reads {network.layers}; set START_LAYER and END_LAYER, or "
-                "MODEL_IN_CHANS to crop the range about its centre."
+                f"{network.model.key} reads {network.layers}; set START_LAYER and END_LAYER"
+                + (
+                    ", or MODEL_IN_CHANS to crop the range about its centre."
+                    if depth > network.layers
+                    else "."
+                )
             )
         if 0 < len(given) - len(layers) < factor:
             log.warning(
@@ -190,6 +194,8 @@ def _open(source: Source, settings: Settings, network: Network | None) -> Segmen
         raise InkdaskError(
             f"A volume has three axes (z, y, x), but the array has the shape {array.shape}."
         )
+    if not array.size:
+        raise InkdaskError(f"A volume has voxels, but the array has the shape {array.shape}.")
     if array.dtype not in (np.uint8, np.uint16):
         raise InkdaskError(f"A volume is uint8 or uint16, but the array is {array.dtype}.")
     lazy = array if isinstance(array, da.Array) else da.from_array(array, chunks=(-1, 1024, 1024))

@@ -73,7 +73,9 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
     if not _is_begun(uri, source) or settings.overwrite:
         check_room_to_prepare(segment, uri, settings.use_zarr_compression)
         _begin(uri, done, segment, blocks, source)
-    if not storage.zarr_array(uri).attrs[FINISHED_ATTRIBUTE]:
+    if storage.zarr_array(uri).attrs[FINISHED_ATTRIBUTE]:
+        log.info("%s is there already, made of the same files", uri)
+    else:
         _fill(uri, done, segment, blocks, version=digest(source))
         share = _shares(done, digest(source)).round(4).tolist()
         with storage.explained(uri):

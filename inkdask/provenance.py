@@ -86,7 +86,7 @@ def provenance(
 # Parameters that shape a tile grid, beside those that `command` always says; and its pictures.
 OF_GRIDS = (
     "surface_volume_zarr", "ome_zarr_level", "mask_path", "z_downsample_mean_factor",
-    "force_reverse", "model_type", "model_in_chans", "precision",
+    "force_reverse", "model_type", "model_in_chans", "precision", "chunk_size",
 )  # fmt: skip
 OF_PICTURES = (
     "roi_xyxy", "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um",

@@ -19,19 +19,20 @@ import numpy as np
 
 from inkdask import showing, storage
 from inkdask.reading import images, tiff_header
-from inkdask.reading.layers import LayerFile, check_unique, choose_layers, find_layers
+from inkdask.reading.layers import LayerFile, asked_for, check_unique, choose_layers, find_layers
 from inkdask.reading.tiff import TiffImage
 from inkdask.reading.volume import DecodedStack, Source, TiffStack, lazy
 from inkdask.reading.zarr_volume import open_zarr
+from inkdask.settings import layer_range
 from inkdask.storage.parallel import for_each
-from inkdask.types import NO_MASK, InkdaskError
+from inkdask.types import NO_MASK, InkdaskError, SettingsError
 
 log = logging.getLogger(__name__)
 
 _ZARR_FILES = {"zarr.json", ".zarray", ".zgroup"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Segment:
     """A segment whose headers have been read, and nothing else; picklable.
 
@@ -118,6 +119,10 @@ class Segment:
         )
         return replace(self, window=window)
 
+    def __repr__(self) -> str:
+        depth, height, width = self.shape
+        return f"<Segment {self.uri}: {depth} layers of {height} x {width} {self.dtype}>"
+
     def show(self, **options: Any) -> Any:
         """Look at the layers in Jupyter: a `Viewer`; see `inkdask.view.show_segment`."""
         return showing.view.show_segment(self, **options)
@@ -128,7 +133,7 @@ class Segment:
 
 def open_segment(
     uri: str | os.PathLike[str],
-    layers: tuple[int, int] | None = None,
+    layers: tuple[int, int] | str | None = None,
     *,
     window: int | None = None,
     mask: str | os.PathLike[str] | None = None,
@@ -142,7 +147,7 @@ def open_segment(
         Local path or ``s3://`` URI: a folder with ``layers`` or ``surface_volume`` in it, a folder
         of layers itself (``<id>.tifs``), a zarr array, or an OME-Zarr group.
     layers
-        First layer (inclusive) and last (exclusive), as the files are numbered.
+        First layer (inclusive) and last (exclusive), as the files are numbered; or ``"0:26"``.
     window
         Without ``layers``: as many layers, centred on the middle one. Default: all.
     mask
@@ -158,12 +163,16 @@ def open_segment(
         from the others in size or type.
     """
     uri = os.fspath(uri)
+    if layers is not None:
+        layers = _in_order(layers)
     listing = storage.list_folder(uri)
     name = name_of(uri)
     if _ZARR_FILES & {entry.name for entry in listing}:
         source, numbers, dtype, identity = _open_array(uri, layers, window, level)
         stored = 0
     else:
+        if not listing:
+            raise InkdaskError(f"No layers found in {uri}{asked_for(layers)}: {_what_is_at(uri)}.")
         folder, files = find_layers(uri, listing)
         check_unique(files, layers)
         files = files[choose_layers([file.number for file in files], folder, layers, window)]
@@ -242,6 +251,16 @@ def _spread(length: int, piece: int, most: int) -> list[int]:
     return [(length - piece) * (2 * i + 1) // (2 * count) for i in range(count)]
 
 
+def _in_order(layers: Any) -> tuple[int, int]:
+    try:
+        start, end = layer_range(layers)
+    except ValueError as error:
+        raise SettingsError(f"{error}.") from None
+    if start >= end:
+        raise SettingsError(f"No layer is from {start} up to {end}, which is exclusive.")
+    return start, end
+
+
 def _open_array(
     uri: str, layers: tuple[int, int] | None, window: int | None, level: str
 ) -> tuple[Source, tuple[int, ...], np.dtype[Any], str]:
@@ -291,6 +310,13 @@ def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) ->
             raise InkdaskError(
                 f"{image.uri} has {of(image)} {what}, the other layers have {usual}."
             )
+
+
+def _what_is_at(uri: str) -> str:
+    """What there is where nothing can be listed."""
+    if not storage.exists(uri):
+        return "it does not exist"
+    return "it is a file" if not storage.entry(uri).is_folder else "it is empty"
 
 
 def find_mask(uri: str) -> str | None:

@@ -8,6 +8,7 @@ directly wins over the environment, and the environment over the default.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -33,6 +34,24 @@ from inkdask.types import Precision, SettingsError
 ModelType = Literal[
     "timesformer", "resnet3d-50", "resnet3d-101", "resnet3d-152", "resnet3d-152-3d-decoder"
 ]
+
+
+def layer_range(layers: Any) -> tuple[int, int]:
+    """First layer (inclusive) and last (exclusive) of ``"0:26"``, of a pair, or of a range.
+
+    Raises
+    ------
+    ValueError
+        In words for the user.
+    """
+    said = layers
+    if isinstance(layers, range | slice):
+        said = (layers.start, layers.stop) if layers.step in (None, 1) else None
+    try:
+        start, end = said.split(":") if isinstance(said, str) else said
+        return int(start), int(end)
+    except (ValueError, TypeError):
+        raise ValueError(f"layers must be START:END, such as 0:26, but is {layers!r}") from None
 
 
 class Environment(EnvSettingsSource):
@@ -188,7 +207,6 @@ class Settings(BaseSettings):
     # Where it runs
     cluster: str = Field(
         "threads",
-        pattern=r"^(threads|local|cuda|kubernetes|(tcp|tls|ucx|ucxx)://.+)$",
         description="Where the job runs: `threads` of this process (or the current client, in "
         "Python), `local` worker processes, `cuda` for one worker a GPU, `kubernetes`, or the "
         "address of a Dask scheduler.",
@@ -295,6 +313,10 @@ class Settings(BaseSettings):
         """
         if given.get("cluster") is not None:  # said now, it wins over an address said before
             given.setdefault("scheduler_address", None)
+        if given.get("layers") is not None:
+            for name in ("start_layer", "end_layer"):
+                if given.get(name) is not None:
+                    raise SettingsError(f"{env_name(name)}: layers says it too, give one of them.")
         try:
             return cls(**given)
         except ValidationError as error:
@@ -335,14 +357,8 @@ class Settings(BaseSettings):
         if not isinstance(given, dict) or "layers" not in given:
             return given
         rest = {k: v for k, v in given.items() if k != "layers"}
-        layers = given["layers"]
-        if layers is None:
-            return rest
-        try:
-            start, end = layers.split(":") if isinstance(layers, str) else layers
-            rest.update(start_layer=int(start), end_layer=int(end))
-        except (ValueError, TypeError):
-            raise ValueError(f"layers must be START:END, such as 0:26, but is {layers!r}") from None
+        if given["layers"] is not None:
+            rest["start_layer"], rest["end_layer"] = layer_range(given["layers"])
         return rest
 
     @model_validator(mode="after")
@@ -378,6 +394,16 @@ class Settings(BaseSettings):
         if not (0 <= x0 < x1 and 0 <= y0 < y1):
             raise ValueError("must have 0 <= x0 < x1 and 0 <= y0 < y1")
         return x0, y0, x1, y1
+
+    @field_validator("cluster")
+    @classmethod
+    def _known_or_an_address(cls, value: str) -> str:
+        if not re.fullmatch(r"threads|local|cuda|kubernetes|(tcp|tls|ucx|ucxx)://.+", value):
+            raise ValueError(
+                "must be threads, local, cuda, kubernetes, or the address of a scheduler, such as "
+                "tcp://host:8786"
+            )
+        return value
 
     @field_validator("z_downsample_mean_factor", mode="before")
     @classmethod

@@ -59,7 +59,7 @@ class StoredJob:
         self.store.create(self.fingerprint, self.origin)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class InkMap:
     """A lazy prediction: computing a part of it runs only the chunks that the part touches.
 
@@ -121,6 +121,11 @@ class InkMap:
     def network(self) -> Network:
         """The network that they go through."""
         return self.plan.network
+
+    def __repr__(self) -> str:
+        height, width = self.map.shape
+        place = self.plan.segment.uri if self.plan.segment else "array"
+        return f"<InkMap of {place}: {height} x {width}, model {self.network.model.key}>"
 
     def show(self, **options: Any) -> Any:
         """Look at it in Jupyter, over or beside the papyrus: a `Viewer`; see `view.show_ink`."""
@@ -202,7 +207,9 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     if settings.step == "prepare":
         return prepare(s3_path, **options)
     if settings.step == "reduce":
+        outputs.remove_file(settings.result_file)
         return reduce(settings)
+    outputs.remove_file(settings.result_file)  # of an earlier job
     job = Job.of(settings)
     log.info("%s", job.plan)
     with connect(settings), report(settings.report):

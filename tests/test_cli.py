@@ -45,6 +45,29 @@ def test_one_version_everywhere(capsys):
     assert inkdask.__version__ == version("inkdask")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run", "seg"], "what is done is kept, and the same command resumes"),
+        (["run", "seg", "--overwrite"], "and the same command without --overwrite resumes"),
+        (["export", "p.zarr", "--to", "p.png"], "inkdask: interrupted.\n"),
+    ],
+)
+def test_what_an_interrupted_command_leaves(capsys, monkeypatch, words, says):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli.inkdask_, "main", interrupted)
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 130
+    assert says in capsys.readouterr().err
+
+
 def test_info_says_what_is_there(segment, capsys):
     rows = said(capsys, "info", str(segment))
     assert rows["segment"] == str(segment)

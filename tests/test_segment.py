@@ -11,7 +11,7 @@ import tifffile
 from inkdask import storage
 from inkdask.segment import describe, name_of, open_segment
 from inkdask.storage import s3 as s3_module
-from inkdask.types import InkdaskError
+from inkdask.types import InkdaskError, SettingsError
 from tests.files import encode, random_volume, write_layers
 
 SHAPE = (6, 100, 130)
@@ -151,6 +151,48 @@ def test_layers_that_are_not_there(tmp_path, layers, window, message, pixels):
     write_layers(tmp_path / "layers", pixels)
     with pytest.raises(InkdaskError, match=message):
         open_segment(str(tmp_path), layers, window=window)
+
+
+@pytest.mark.parametrize("layers", [(1, 3), [1, 3], "1:3", range(1, 3), slice(1, 3)])
+def test_a_range_may_be_said_in_many_ways(tmp_path, layers, pixels):
+    write_layers(tmp_path / "layers", pixels)
+    assert open_segment(tmp_path, layers).layers == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("1-3", "^layers must be START:END, such as 0:26, but is '1-3'\\.$"),
+        ((0, 2, 1), "^layers must be START:END"),
+        (range(0, 4, 2), "^layers must be START:END"),
+        ((3, 1), "^No layer is from 3 up to 1"),
+    ],
+)
+def test_a_range_that_is_none_is_one_sentence(tmp_path, layers, message):
+    with pytest.raises(SettingsError, match=message):
+        open_segment(tmp_path, layers)
+
+
+def test_what_is_no_segment_is_said(tmp_path, pixels):
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "empty").mkdir()
+    for name, what in (
+        ("nowhere", "does not exist"),
+        ("notes.txt", "is a file"),
+        ("empty", "is emp"),
+    ):
+        with pytest.raises(InkdaskError, match=f"^No layers found in .*{name}: it {what}"):
+            open_segment(tmp_path / name)
+    write_layers(tmp_path / "gap" / "layers", pixels)
+    (tmp_path / "gap" / "layers" / "03.tif").unlink()
+    with pytest.raises(InkdaskError, match="6 layers are wanted .* it has 5, 00 to 05 without 03"):
+        open_segment(tmp_path / "gap", window=6)
+
+
+def test_a_segment_has_a_short_name_for_people(tmp_path, pixels):
+    write_layers(tmp_path / "layers", pixels)
+    segment = open_segment(tmp_path)
+    assert repr(segment) == f"<Segment {tmp_path}: 6 layers of 100 x 130 uint16>"
 
 
 def test_nothing_there(home):

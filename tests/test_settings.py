@@ -107,6 +107,18 @@ def test_cuda_is_told_of_the_devices(monkeypatch, before, given, after):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after
 
 
+def test_layers_are_said_once():
+    with pytest.raises(SettingsError, match="START_LAYER: layers says it too"):
+        Settings.of(layers="0:26", start_layer=3)
+
+
+def test_a_cluster_that_is_none_is_one_sentence():
+    with pytest.raises(
+        SettingsError, match=r"^CLUSTER: must be threads, .* address .* is 'foo'\.$"
+    ):
+        Settings.of(cluster="foo")
+
+
 def test_what_cuda_was_told_is_not_what_a_user_said(monkeypatch):
     """Else a job on threads, which takes one GPU, would leave the next job on all with that one."""
     monkeypatch.setattr(Environment, "told", None)

@@ -392,6 +392,32 @@ def test_a_bad_checkpoint_is_named_and_nothing_runs(tmp_path, how):
     assert not (tmp_path / "result.txt").exists()
 
 
+def test_the_uri_of_an_earlier_job_is_no_result(segment, tmp_path):
+    """A script that reads the file alone would take the picture of another job."""
+    inkdask.run(segment, model=depth_slope, roi_xyxy=(0, 0, 64, 64))
+    assert (tmp_path / "result.txt").exists()
+    with pytest.raises(InkdaskError, match=r"nowhere: it does not exist\.$"):
+        inkdask.run(tmp_path / "nowhere", model=depth_slope)
+    assert not (tmp_path / "result.txt").exists()
+    folder = tmp_path / "folder"
+    (folder / "precious").mkdir(parents=True)
+    with pytest.raises(InkdaskError, match="is a folder"):
+        inkdask.run(segment, model=depth_slope, result_file=folder)
+    assert (folder / "precious").exists()
+
+
+def test_a_prediction_has_a_short_name_for_people(segment):
+    ink = inkdask.predict(segment, depth_slope)
+    assert repr(ink) == f"<InkMap of {segment}: {HEIGHT} x {WIDTH}, model depth_slope>"
+
+
+def test_an_array_without_voxels_is_one_sentence():
+    with pytest.raises(
+        InkdaskError, match=r"has voxels, but the array has the shape \(26, 0, 200\)"
+    ):
+        inkdask.predict(np.zeros((26, 0, 200), np.uint8), depth_slope)
+
+
 def test_import_is_light():
     """Neither torch nor timm, nor anything that takes its time."""
     code = "import sys, inkdask, inkdask.dask_cli; print(*sys.modules)"

@@ -51,7 +51,7 @@ class ScaleBar:
         shown = length_um if length_um <= most else _round_below(most)
         if shown < length_um:
             log.warning(
-                "A scale bar of %s does not fit in %d pixels: it shows %s",
+                "A scale bar of %s does not fit in a third of %d pixels: it shows %s",
                 _words(length_um), width, _words(shown),
             )  # fmt: skip
         text = round(min(max(max(height, width) * SIZE, 12), max(height / 8, 9)))

@@ -187,7 +187,7 @@ class _Scratch:
                 path, shape=image.shape, chunks=(CHUNK, CHUNK), dtype=np.uint8, overwrite=True
             )
             array[:] = pixels
-            log.info("%s decoded into %s", image.uri, path)
+            log.debug("%s decoded into %s", image.uri, path)
             return array
 
 

@@ -98,10 +98,12 @@ def choose_layers(
     InkdaskError
         When there are no layers, or fewer than asked for, or one is missing or there twice.
     """
-    asked = f" for START_LAYER={layers[0]}, END_LAYER={layers[1]}" if layers else ""
+    asked = asked_for(layers)
     if not numbers:
         raise InkdaskError(f"No layers found in {where}{asked}.")
     held = f"it has {len(numbers)}, {numbers[0]:02d} to {numbers[-1]:02d}"
+    if gaps := sorted(set(range(numbers[0], numbers[-1])) - set(numbers)):
+        held += f" without {_some(gaps)}"
     if layers:
         inside = [i for i, number in enumerate(numbers) if layers[0] <= number < layers[1]]
         if not inside:
@@ -118,12 +120,21 @@ def choose_layers(
         wanted = range(numbers[first], numbers[first + count - 1] + 1)
     missing = sorted(set(wanted) - set(numbers[chosen]))
     if missing:
-        names = ", ".join(f"{number:02d}" for number in missing[:8])
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         raise InkdaskError(
-            f"{'Layer' if len(missing) == 1 else 'Layers'} {names}{more} missing in {where}{asked}."
+            f"{'Layer' if len(missing) == 1 else 'Layers'} {_some(missing)} missing in "
+            f"{where}{asked}."
         )
     return chosen
+
+
+def asked_for(layers: tuple[int, int] | None) -> str:
+    """How a message says which layers were asked for."""
+    return f" for START_LAYER={layers[0]}, END_LAYER={layers[1]}" if layers else ""
+
+
+def _some(numbers: Sequence[int]) -> str:
+    names = ", ".join(f"{number:02d}" for number in numbers[:8])
+    return names + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
 
 
 def check_unique(files: Sequence[LayerFile], layers: tuple[int, int] | None) -> None:

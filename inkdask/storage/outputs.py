@@ -61,6 +61,17 @@ def remove(uri: str) -> None:
             fs.rm(rest)
 
 
+def remove_file(uri: str) -> None:
+    """Remove a single file; nothing happens when none is there."""
+    fs, path = storage.filesystem(uri)
+    with storage.explained(uri):
+        if storage.is_local(uri):
+            if Path(path).is_file():
+                Path(path).unlink()
+        else:
+            fs.rm_file(path)
+
+
 def replace_tree(source: str, target: str) -> None:
     """Move a folder to ``target`` in place of what is there.
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from inkdask import showing
+from inkdask.types import InkdaskError
 
 if TYPE_CHECKING:
     from inkdask.segment import Segment
@@ -103,12 +104,12 @@ def compare(predictions: Mapping[str, InkMap], *, columns: int = 2, height: int 
     InkdaskError
         When their sizes differ, or the packages of the ``viz`` extra are missing.
     """
+    if not isinstance(predictions, Mapping) or not predictions:
+        raise InkdaskError('compare takes predictions by what to call them: {"a": ink_a, ...}.')
     return _viewer().of_several(predictions, columns=columns, height=height)
 
 
 def _viewer() -> Any:
-    from inkdask.types import InkdaskError
-
     try:
         from inkdask.view.viewer import Viewer
     except ModuleNotFoundError as error:
