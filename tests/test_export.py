@@ -25,7 +25,7 @@ from inkdask.pictures.png import write_png
 from inkdask.pictures.pyramid import halve, write_pyramid
 from inkdask.pictures.scale_bar import ScaleBar, with_scale_bar
 from inkdask.types import InkdaskError, SettingsError
-from tests.files import random_volume, write_layers
+from tests.files import random_volume, read_picture, write_layers
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
@@ -159,6 +159,15 @@ def test_colours_are_those_of_the_map(prediction, pixels, tmp_path):
     assert table[255].tolist() == [252, 255, 164]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "p.png")), table[pixels])
     assert np.array_equal(tifffile.imread(tmp_path / "p.tif"), table[pixels])
+
+
+def test_reverse_video_has_a_dark_scale_bar(prediction, tmp_path):
+    shown = []
+    for reverse in (False, True):
+        to = str(tmp_path / f"{reverse}.png")
+        inkdask.export(prediction, to, reverse_video=reverse, add_scale_bar=True)
+        shown.append(read_picture(to))
+    assert np.array_equal(shown[0], 255 - shown[1])
 
 
 def test_reverse_video_shows_dark_ink(prediction, pixels, tmp_path):

@@ -180,7 +180,10 @@ def render(
     if settings.add_scale_bar and picture.pixel_um:
         length = settings.scale_bar_length_um
         bar = ScaleBar.of(canvas.shape, picture.pixel_um * 2**level, length)
-        canvas = with_scale_bar(canvas, bar)
+        is_paper = settings.reverse_video and canvas.ndim == 2
+        canvas = (
+            255 - with_scale_bar(255 - canvas, bar) if is_paper else with_scale_bar(canvas, bar)
+        )
     return canvas
 
 
