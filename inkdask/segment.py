@@ -278,6 +278,9 @@ def _open_array(
 def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]:
     """Read the headers of all layers, and check that they agree."""
     headers = for_each(_read_header, files)
+    for image in headers:
+        if isinstance(image, images.Picture) and image.is_palette:
+            raise InkdaskError(f"{image.uri} has colours of a palette: save it in grey.")
     _check_alike(headers, "pixels", lambda image: f"{image.shape[1]} x {image.shape[0]}")
     _check_alike(headers, "values", lambda image: image.dtype.name)
     odd = [image for image in headers if image.oddity]

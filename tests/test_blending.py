@@ -71,6 +71,10 @@ def test_hann_has_no_zero_ends_and_sums_to_a_constant():
         np.testing.assert_allclose(sums, 64 / stride / 2)
 
 
+def test_a_narrow_gaussian_leaves_no_pixel_without_weight():
+    assert taper(64, "gaussian", 1.0).min() >= 1e-7
+
+
 def test_gaussian_default_width():
     np.testing.assert_allclose(taper(64, "gaussian"), taper(64, "gaussian", 64 / 2.5))
 

@@ -196,3 +196,37 @@ def test_other_workers_are_tried_first(monkeypatch):
         failed = engine.compute_each([delayed(function)(n) for n in range(9)], results.append)
     assert not failed
     assert sorted(results) == list(range(9))
+
+
+def test_failures_after_a_success_stop_nobody(monkeypatch):
+    monkeypatch.setattr(engine, "PAUSE", 0.01)
+
+    def function(number):
+        if 0 < number <= engine.HOPELESS:
+            raise InkdaskError(f"layer {number} is corrupt")
+        return number
+
+    tasks = [delayed(function)(n, dask_key_name=f"task-{n:02d}") for n in range(30)]
+    results = []
+    with dask.config.set(num_workers=1):
+        failed = engine.compute_each(tasks, results.append)
+    assert sorted(results) == [0, *range(engine.HOPELESS + 1, 30)]
+    assert len(failed) == engine.HOPELESS
+
+
+def test_one_cause_of_many_failures_stops_nobody(monkeypatch):
+    monkeypatch.setattr(engine, "PAUSE", 0.01)
+
+    def broken():
+        raise InkdaskError("a strip is corrupt")
+
+    strip = delayed(broken)(dask_key_name="a-strip")
+    bad = [
+        delayed(operator.add)(n, strip, dask_key_name=f"a-bad-{n}") for n in range(engine.HOPELESS)
+    ]
+    good = [delayed(operator.neg)(n, dask_key_name=f"z-good-{n}") for n in range(5)]
+    results = []
+    with dask.config.set(num_workers=1):
+        failed = engine.compute_each([*bad, *good], results.append)
+    assert sorted(results) == [-4, -3, -2, -1, 0]
+    assert len(failed) == engine.HOPELESS

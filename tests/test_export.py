@@ -12,6 +12,7 @@ import numpy as np
 import png
 import pytest
 import tifffile
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -349,3 +350,65 @@ def test_memory_does_not_grow_with_the_picture(tmp_path):
         [sys.executable, "-c", EXPORT, uri, *files], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 100e6  # the picture has 100 MB, what is imported about 40
+
+
+def test_another_zarr_is_not_replaced(home, prediction):
+    other = storage.join(home, "volume.zarr")
+    zarr.create_array(storage.zarr_store(other), data=np.ones((3, 4, 5), np.uint8))
+    with pytest.raises(SettingsError, match="there already"):
+        inkdask.export(prediction, other)
+    assert storage.zarr_array(other).shape == (3, 4, 5)
+
+
+def test_the_bar_of_an_overview_is_as_long_as_it_says(tmp_path):
+    uri = str(tmp_path / "p.zarr")
+    write_pyramid(da.full((1000, 2000), 90, dtype=np.uint8, chunks=500), uri, {}, 10.0)
+    to = tmp_path / "p.png"
+    inkdask.export(uri, to, max_side=1000, add_scale_bar=True, scale_bar_length_um=2000)
+    white = read_picture(to) == 255
+    lengths = (len(list(run)) for row in white for value, run in itertools.groupby(row) if value)
+    assert max(lengths) == 100
+
+
+def test_a_jpeg_is_an_overview_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr("inkdask.pictures.exporting.OVERVIEW", 300)
+    uri = str(tmp_path / "p.zarr")
+    write_pyramid(da.zeros((620, 530), dtype=np.uint8), uri, {})
+    inkdask.export(uri, [tmp_path / "p.jpg", tmp_path / "p.png"])
+    assert read_picture(tmp_path / "p.jpg").shape == (155, 133)
+    assert read_picture(tmp_path / "p.png").shape == (620, 530)
+
+
+def test_a_picture_tells_no_password(tmp_path):
+    uri = str(tmp_path / "p.zarr")
+    origin = {"volume": "s3://key:marked-secret@bucket/segment"}
+    write_pyramid(da.zeros((62, 53), dtype=np.uint8), uri, origin)
+    inkdask.export(uri, tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        assert "bucket/segment" in image.text["inkdask"]
+        assert "marked-secret" not in image.text["inkdask"]
+
+
+def test_all_targets_are_tried_before_the_first_is_written(prediction, tmp_path):
+    with pytest.raises(SettingsError, match=r"p\.gif must end"):
+        inkdask.export(prediction, [tmp_path / "p.png", tmp_path / "p.gif"])
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_the_size_of_a_pixel_that_is_said_wins(prediction, tmp_path):
+    inkdask.export(prediction, tmp_path / "p.tif", pixel_resolution_um=4)
+    with tifffile.TiffFile(tmp_path / "p.tif") as tiff:
+        found = tiff.pages.first.get_resolution(tifffile.RESUNIT.MICROMETER)
+    assert found == pytest.approx((1 / 4, 1 / 4))
+
+
+def test_half_opacity_is_the_mean(tmp_path):
+    write_layers(tmp_path / "seg" / "layers", random_volume((3, 230, 301)))
+    uri, shown = str(tmp_path / "p.zarr"), {}
+    volume = str(tmp_path / "seg")
+    write_pyramid(da.full((230, 301), 255, dtype=np.uint8), uri, {"volume": volume})
+    for opacity in (0, 0.5, 1):
+        inkdask.export(uri, tmp_path / "p.png", overlay="max", opacity=opacity)
+        shown[opacity] = read_picture(tmp_path / "p.png").astype(int)
+    assert np.abs(shown[0.5] - (shown[0] + shown[1]) / 2).max() <= 1
+    assert np.abs(shown[0] - shown[1]).max() > 100

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inkdask.blending import blend
+from inkdask.halo import with_halo
 from inkdask.inference import infer, tiles_with_data
 from inkdask.tiling import Tiling
 from tests.oracle import naive_map, network_of, papyrus, picture
@@ -127,3 +128,17 @@ def test_tiles_with_data(data):
     ys, xs = np.array([0, 5, 11, 32]), np.array([0, 7, 42])
     expected = [[seen[y : y + 8, x : x + 8].any() for x in xs] for y in ys]
     assert np.array_equal(tiles_with_data(seen, ys, xs, 8), expected)
+
+
+def test_two_tilings_of_a_volume_are_two_arrays():
+    """Computed at once, they must not take each other's blocks."""
+    volume = da.from_array(papyrus((2, 300, 300)), chunks=-1)
+    tilings = [Tiling.of((300, 300), 64, stride, 128) for stride in (16, 32)]
+    got = dask.compute(*(with_halo(volume, tiling).blocks[0, 0, 0] for tiling in tilings))
+    assert [block.shape[1] for block in got] == [128 + 48, 128 + 32]
+
+
+def test_a_large_full_tile_has_data():
+    """As many pixels as 16 bits cannot count."""
+    at = np.array([0])
+    assert tiles_with_data(np.ones((256, 256), bool), at, at, 256).all()

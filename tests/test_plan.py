@@ -7,10 +7,11 @@ from PIL import Image
 
 import inkdask
 from inkdask import cli
+from inkdask.parts import estimate
 from inkdask.plan import Plan
 from inkdask.settings import Settings
-from inkdask.types import InkdaskError
-from tests.files import ome, write_layers
+from inkdask.types import InkdaskError, SettingsError
+from tests.files import ome, write_layers, write_segment
 from tests.oracle import depth_slope, papyrus
 
 pytestmark = pytest.mark.usefixtures("own_environment")
@@ -132,3 +133,35 @@ def test_the_level_of_an_ome_zarr_is_a_setting(tmp_path):
         assert np.array_equal(plan.volume.compute(), pixels if level == "0" else scaled)
         names.add(plan.segment.identity)
     assert len(names) == 2
+
+
+def test_a_region_below_the_segment_is_refused():
+    with pytest.raises(SettingsError, match="ROI_XYXY 0,0,301,231 .* 301 x 230 pixels"):
+        inkdask.predict(papyrus((6, 230, 301)), depth_slope, roi_xyxy=(0, 0, 301, 231))
+
+
+def test_a_small_tile_has_a_stride_that_fits():
+    assert inkdask.predict(papyrus((6, 70, 70)), depth_slope, tile=8).tiling.stride == 8
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.ones((9, 70, 70), np.float32), "uint8 or uint16, but the array is float32"),
+        (np.ones((70, 70), np.uint8), "three axes"),
+    ],
+)
+def test_an_array_that_is_no_volume_is_one_sentence(array, says):
+    with pytest.raises(InkdaskError, match=says):
+        inkdask.predict(array, depth_slope)
+
+
+def test_the_estimate_of_the_work_heeds_the_mask(tmp_path):
+    """Else one part of a job would have it all."""
+    segment = write_segment(tmp_path / "seg", papyrus((6, 230, 301)))
+    mask = np.zeros((230, 301), np.uint8)
+    mask[:, :100] = 255
+    Image.fromarray(mask).save(segment / "seg_mask.png")
+    work = estimate(Plan.of(segment, Settings.of(model=depth_slope)))
+    assert (work[:, -1] == 0).all()
+    assert (work[:, 0] > 0).all()

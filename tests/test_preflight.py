@@ -145,3 +145,21 @@ def test_the_peak_is_this_process_s_own():
     assert memory.peak_memory() > held.nbytes
     assert 10**8 < memory.memory_limit() < 10**14
     memory.give_back()
+
+
+def test_what_decoding_holds_counts(segment, monkeypatch):
+    monkeypatch.setattr(preflight, "_decoding", lambda segment: 10**15)
+    with pytest.raises(InkdaskError, match="of memory in a process"):
+        inkdask.run(segment, model=depth_slope)
+
+
+def test_a_part_needs_room_for_its_share_alone(segment, monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(
+        preflight, "check_disks", lambda needs: seen.setdefault(parts, next(iter(needs)).size)
+    )
+    for parts in (1, 4):
+        inkdask.run(
+            segment, model=depth_slope, num_parts=parts, zarr_output_dir=tmp_path / str(parts)
+        )
+    assert seen[4] == pytest.approx(seen[1] / 4)

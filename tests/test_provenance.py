@@ -3,6 +3,7 @@
 import io
 import json
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import inkdask
 from inkdask import cli, storage
 from inkdask.demo import synthetic
 from inkdask.models.registry import known
-from inkdask.provenance import OF_GRIDS, OF_PICTURES, without_secrets
+from inkdask.plan import Plan
+from inkdask.provenance import OF_GRIDS, OF_PICTURES, fingerprint, origin_of, without_secrets
 from inkdask.settings import Settings
 from tests.oracle import depth_slope
 
@@ -186,3 +188,23 @@ def test_a_file_that_is_no_picture_is_one_sentence(tmp_path, capsys, name):
     error = capsys.readouterr().err
     assert str(tmp_path / name) in error
     assert len(error.splitlines()) == 1
+
+
+def test_the_digest_of_the_weights_is_in_the_fingerprint(segment):
+    """A network that was trained again, at the same place, is another job."""
+    plan = Plan.of(segment, Settings.of(model=depth_slope))
+    other = replace(plan, network=replace(plan.network, digest="other"))
+    assert fingerprint(plan) != fingerprint(other)
+
+
+def test_an_origin_has_no_password(segment):
+    settings = Settings.of(model=depth_slope)
+    plan = Plan.of(segment, settings)
+    place = replace(plan.segment, uri="s3://key:marked-secret@bucket/segment")
+    assert "marked-secret" not in str(origin_of(replace(plan, segment=place), settings))
+
+
+def test_a_region_of_a_window_is_counted_in_the_files(segment):
+    cropped = inkdask.open_segment(segment).crop(slice(20, 140), slice(30, 290))
+    settings = Settings.of(model=depth_slope, roi_xyxy=(5, 7, 100, 90))
+    assert origin_of(Plan.of(cropped, settings), settings)["roi_xyxy"] == [35, 27, 130, 110]

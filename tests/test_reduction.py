@@ -11,6 +11,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 
 import inkdask
 from inkdask import preparation
@@ -19,11 +20,12 @@ from inkdask.pictures.overlay import flatten, open_ground
 from inkdask.pictures.picture import open_picture
 from inkdask.plan import Plan
 from inkdask.provenance import fingerprint
+from inkdask.reduction import output_stem
 from inkdask.settings import Settings
 from inkdask.store import GridStore, differences, digest
-from inkdask.types import InkdaskError
+from inkdask.types import InkdaskError, SettingsError
 from tests.files import grids, ome, read_picture, write_layers
-from tests.oracle import papyrus
+from tests.oracle import depth_slope, papyrus
 from tests.test_runs import (  # noqa: F401
     HEIGHT,
     LAYERS,
@@ -329,3 +331,65 @@ def test_every_chunk_belongs_to_one_part(work, num_parts):
     cost = work.ravel() + 1
     for number in set(part):
         assert cost[part == number].sum() <= cost.sum() / num_parts + cost.max()
+
+
+@pytest.mark.parametrize("roi", [(0, 200, 400, 300), (300, 0, 400, 300)])
+def test_a_region_before_the_grid_is_refused(segment, tmp_path, roi):
+    grid = tmp_path / "mine.zarr"
+    inkdask.run(segment, model=network, roi_xyxy=(280, 190, 420, 310), grid=grid)
+    with pytest.raises(SettingsError, match="beyond the tile grid"):
+        inkdask.run(grid=grid, step="reduce", roi_xyxy=roi)
+
+
+def test_a_reversed_grid_is_not_taken_unsaid(segment):
+    inkdask.run(segment, model=network, force_reverse=True, roi_xyxy=(0, 0, 100, 100))
+    with pytest.raises(InkdaskError, match="force_reverse is True there and False here"):
+        inkdask.run(segment, model=network, step="reduce")
+
+
+def test_grids_may_lie_among_pictures(segment):
+    options = {"model": network, "zarr_output_dir": f"{segment}/predictions"}
+    first = inkdask.run(segment, **options)
+    assert inkdask.run(segment, step="reduce", **options) == first
+
+
+def test_the_result_file_is_tried_before_the_picture_is_made(segment, tmp_path):
+    grid = tmp_path / "mine.zarr"
+    inkdask.run(segment, model=network, grid=grid, roi_xyxy=(0, 0, 100, 100))
+    with pytest.raises(InkdaskError, match="is a folder"):
+        inkdask.run(grid=grid, step="reduce", output_path=tmp_path / "b", result_file=tmp_path)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_model_of_the_hub_makes_no_folder():
+    origin = {"source": "s3://b/seg", "layer_range": (0, 26), "roi_xyxy": None}
+    stem = output_stem(Settings.of(), origin, "owner/model")
+    assert stem == "s3://b/seg/predictions/prediction_owner_model_00_26"
+
+
+@pytest.mark.parametrize("options", [{}, {"z_downsample_mean_factor": 2}, {"mask": True}])
+def test_a_chunk_at_the_corner_is_tried_alone(tmp_path, options):
+    """With means of layers, and with a mask, as the chunks that are computed together."""
+    folder = tmp_path / "seg" / "layers"
+    write_layers(folder, papyrus((6, 400, 400), holes=False), tile=(64, 64), compression="deflate")
+    options = dict(options)
+    if options.pop("mask", False):
+        Image.fromarray(np.full((400, 400), 255, np.uint8)).save(tmp_path / "seg" / "seg_mask.png")
+    layer = folder / "02.tif"
+    data = layer.read_bytes()
+    with tifffile.TiffFile(layer) as file:
+        place, size = file.pages[0].dataoffsets[-1], file.pages[0].databytecounts[-1]
+    layer.write_bytes(data[:place] + bytes(size) + data[place + size :])
+    says = r"02\.tif is corrupt at row 384, column 384 .*1 of 9 chunks"
+    with pytest.raises(InkdaskError, match=says):
+        inkdask.run(tmp_path / "seg", model=depth_slope, **options)
+
+
+def test_an_overlay_over_layers_that_have_changed_says_so(segment, tmp_path, caplog):
+    uri = inkdask.run(segment, model=network, roi_xyxy=(0, 0, 300, 300)).replace(".png", ".zarr")
+    says = "is not what it was when the prediction was made"
+    inkdask.export(uri, tmp_path / "a.png", overlay="mean")
+    assert says not in caplog.text
+    os.utime(Path(segment, "layers", "03.tif"), ns=(0, 0))
+    inkdask.export(uri, tmp_path / "b.png", overlay="mean")
+    assert says in caplog.text

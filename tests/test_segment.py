@@ -1,12 +1,14 @@
 """Segments as they are in buckets and on disks: found, checked, described, and refused by name."""
 
 import logging
+import os
 import pickle
 
 import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from inkdask import storage
 from inkdask.segment import describe, name_of, open_segment
@@ -388,3 +390,59 @@ def test_describe_reads_no_whole_pictures(tmp_path, pixels):
     assert describe(segment).layout == "PNG"
     assert describe(segment).empty_share is None
     assert storage.counters() == before
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_alpha_is_no_papyrus(tmp_path, pixels, mode):
+    write_layers(tmp_path / "layers", pixels)
+    image = Image.new(mode, (130, 100), tuple([0] * (len(mode) - 1) + [255]))
+    image.paste(tuple([255] * len(mode)), (20, 10, 60, 50))
+    image.save(tmp_path / "m.png")
+    mask = open_segment(str(tmp_path), mask=tmp_path / "m.png").mask.compute()
+    assert mask[10:50, 20:60].all()
+    assert mask.sum() == 40 * 40
+
+
+def test_a_mask_that_is_written_anew_is_another(tmp_path, pixels):
+    write_layers(tmp_path / "layers", pixels)
+    Image.new("L", (130, 100), 255).save(tmp_path / "m.png")
+    found = set()
+    for time in (0, 10**9):
+        os.utime(tmp_path / "m.png", ns=(time, time))
+        found.add(open_segment(str(tmp_path), mask=tmp_path / "m.png").identity)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("name", ["03.tif.aux.xml", "03.tiff_old", "04.tif.part", "07.tif/"])
+def test_what_is_only_called_like_a_layer_is_none(tmp_path, pixels, name):
+    write_layers(tmp_path, pixels)
+    if name.endswith("/"):
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(b"no layer")
+    assert open_segment(str(tmp_path)).layers == tuple(range(6))
+
+
+def test_a_png_among_tiffs_is_a_layer_too(tmp_path, pixels):
+    write_layers(tmp_path, pixels, rowsperstrip=16)
+    (tmp_path / "02.tif").unlink()
+    (tmp_path / "02.png").write_bytes(imagecodecs.png_encode(pixels[2]))
+    assert_reads(open_segment(str(tmp_path)), pixels >> 8)
+
+
+def test_a_colour_png_gives_its_first_channel(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (100, 130, 4), dtype=np.uint8)
+    (tmp_path / "00.png").write_bytes(imagecodecs.png_encode(colours))
+    assert_reads(open_segment(str(tmp_path)), colours[None, ..., 0])
+
+
+def test_a_palette_is_refused_in_a_layer_and_no_matter_in_a_mask(tmp_path, pixels):
+    """A layer's values would be the red of its colours, and not what was scanned."""
+    write_layers(tmp_path / "layers", pixels)
+    image = Image.fromarray((pixels[0] >> 8).astype(np.uint8)).convert("P")
+    image.save(tmp_path / "m.png")
+    mask = open_segment(tmp_path, mask=tmp_path / "m.png").mask.compute()
+    assert np.array_equal(mask, pixels[0] >> 8 > 0)
+    image.save(tmp_path / "layers" / "06.png")
+    with pytest.raises(InkdaskError, match=r"06\.png has colours of a palette"):
+        open_segment(tmp_path)

@@ -199,3 +199,18 @@ def test_the_table_in_the_readme_is_the_models():
     command = "python -m inkdask.settings"
     inside = readme.split(f"<!-- {command} -->\n")[1].split(f"<!-- end of {command} -->")[0]
     assert inside.strip() == markdown_table(), f"paste what `{command}` prints"
+
+
+@pytest.mark.parametrize("roi", ["-1,0,5,5", "0,-1,5,5", "0,5,5,5", "5,0,5,5"])
+def test_a_region_that_is_none_is_refused(roi):
+    with pytest.raises(SettingsError, match="ROI_XYXY"):
+        Settings.of(roi_xyxy=roi)
+
+
+def test_a_token_is_in_no_message_and_reaches_the_hub(monkeypatch):
+    with pytest.raises(SettingsError) as caught:
+        Settings.of(hf_token=["hf_marked"])
+    assert "hf_marked" not in str(caught.value)
+    monkeypatch.setenv("HF_TOKEN", "")
+    Settings.of(hf_token="hf_secret").export_token()
+    assert os.environ["HF_TOKEN"] == "hf_secret"

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import zarr
 
 from inkdask import storage
 from inkdask.storage import s3 as s3_module
-from inkdask.types import InkdaskError, SettingsError
+from inkdask.types import InkdaskError, SettingsError, UnavailableError
 
 
 def test_join_knows_the_root_and_stray_slashes():
@@ -223,7 +225,7 @@ def test_silence_is_an_error_within_a_minute(s3, faults, monkeypatch):
     monkeypatch.setattr(s3_module, "READ_TIMEOUT", 0.3)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "new-connection")
     faults.inject(["stall"])
-    with pytest.raises(InkdaskError, match=f"^{s3}/layers does not answer at {faults.url} "):
+    with pytest.raises(UnavailableError, match=f"^{s3}/layers does not answer at {faults.url} "):
         storage.list_folder(f"{s3}/layers")
     assert faults.injected() == {"stall": s3_module.TRIES_IN_SILENCE}
 
@@ -231,10 +233,12 @@ def test_silence_is_an_error_within_a_minute(s3, faults, monkeypatch):
 def test_unreachable_endpoint_is_named(no_credentials, monkeypatch):
     monkeypatch.setattr(s3_module, "TRIES", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(InkdaskError, match=r"^s3://bucket/x cannot be reached at http://127\.0"):
+    with pytest.raises(
+        UnavailableError, match=r"^s3://bucket/x cannot be reached at http://127\.0"
+    ):
         storage.read_bytes("s3://bucket/x")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:8")  # wins
-    with pytest.raises(InkdaskError, match=r"at http://127\.0\.0\.1:8 \(AWS_ENDPOINT_URL_S3\)"):
+    with pytest.raises(UnavailableError, match=r"at http://127\.0\.0\.1:8 \(AWS_ENDPOINT_URL_S3\)"):
         storage.read_bytes("s3://bucket/x")
 
 
@@ -264,3 +268,18 @@ def test_forked_process_connects_anew(s3):
 
 def _read_into(sender, uri):
     sender.send(storage.read_bytes(uri))
+
+
+def test_a_copy_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
+    uri = str(tmp_path / "file")
+    storage.write_bytes(uri, b"old")
+    (tmp_path / "local").write_bytes(b"new")
+
+    def full(_, path):
+        Path(path).write_bytes(b"n")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(InkdaskError, match="No space is left to write"):
+        storage.put_file(tmp_path / "local", uri)
+    assert storage.read_bytes(uri) == b"old"

@@ -5,16 +5,19 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import dask.array as da
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from inkdask import storage
 from inkdask.inference import InferredChunk
+from inkdask.pictures.pyramid import write_pyramid
 from inkdask.storage import s3 as s3_module
-from inkdask.store import GridStore, decode, digest, encode
+from inkdask.store import GridStore, decode, differences, digest, encode, save_chunk
 from inkdask.tiling import Tiling
 from inkdask.types import DamagedError, InkdaskError
 
@@ -120,6 +123,19 @@ def test_a_folder_of_other_things_is_no_place_for_a_grid(home, tiling):
     with pytest.raises(InkdaskError, match=r"segment is there, and it is no tile grid: .* layers"):
         store.create({}, {})
     assert storage.list_files(store.uri) == ["layers/00.tif"]
+
+
+@pytest.mark.parametrize("kind", ["picture", "volume"])
+def test_another_zarr_is_no_place_for_a_grid(tmp_path, tiling, kind):
+    place = str(tmp_path / "precious.zarr")
+    if kind == "picture":
+        write_pyramid(da.ones((60, 70), dtype=np.uint8), place, {"volume": "elsewhere"})
+    else:
+        zarr.create_array(place, data=np.ones((3, 4, 5), np.uint8))
+    before = sorted(storage.list_files(place))
+    with pytest.raises(InkdaskError, match=r"precious\.zarr is there, and it is no tile grid"):
+        GridStore(place, tiling, 4).create({}, {})
+    assert sorted(storage.list_files(place)) == before
 
 
 def test_creating_again_keeps_what_is_done(tmp_path, tiling):
@@ -231,3 +247,50 @@ def test_a_place_below_a_file_is_one_sentence(tmp_path, tiling):
     (tmp_path / "file").write_text("")
     with pytest.raises(InkdaskError, match="file"):
         GridStore.of(str(tmp_path / "file"), "seg", {}, tiling, 4).create({}, {})
+
+
+def test_a_grid_of_an_older_format_is_not_opened(tmp_path, tiling):
+    shape = {"shape": [300, 431], "tile": 64, "stride": 16, "chunk": [128, 128], "k": 4}
+    store = GridStore.of(str(tmp_path), "seg", {"format": 1, **shape}, tiling, k=4)
+    store.create({"format": 1, **shape}, {})
+    with pytest.raises(InkdaskError, match="no tile grid that this version"):
+        GridStore.open(store.uri)
+
+
+def test_a_file_that_is_half_written_is_no_chunk(tmp_path, tiling):
+    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
+    store.create({}, {})
+    store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
+    storage.write_bytes(storage.join(store.uri, "valid", "c", "0", "1.partial"), b"")
+    assert np.argwhere(store.tiles_run() >= 0).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("name", ["grid", "valid"])
+def test_a_chunk_is_marked_when_all_of_it_is_there(tmp_path, tiling, monkeypatch, name):
+    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
+    store.create({}, {})
+    data = GridStore._data
+
+    def full(self, which):
+        if which == name:
+            raise OSError(28, "No space left on device")
+        return data(self, which)
+
+    monkeypatch.setattr(GridStore, "_data", full)
+    with pytest.raises(InkdaskError, match="No space"):
+        store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
+    assert store._read("tiles").max() == -1
+
+
+def test_a_report_counts_each_tile_once(tmp_path, tiling):
+    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
+    store.create({}, {})
+    chunk = chunk_of(tiling, 0, 0, 0.5)
+    chunk.grid[:2] = np.nan
+    report = save_chunk(chunk, store, block_id=(0, 0))
+    rows, columns = tiling.y.grid_chunks[0], tiling.x.grid_chunks[0]
+    assert (report.ran, report.empty) == ((rows - 2) * columns, 2 * columns)
+
+
+def test_what_a_fingerprint_lacks_is_a_difference():
+    assert differences({}, {"stride": 16}) == "stride is None there and 16 here"

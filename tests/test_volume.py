@@ -12,7 +12,7 @@ from inkdask import storage
 from inkdask.reading import images, volume
 from inkdask.segment import Segment, open_segment
 from inkdask.storage.parallel import THREADS
-from inkdask.types import InkdaskError
+from inkdask.types import InkdaskError, UnavailableError
 from tests.files import random_volume, write_layers
 
 SHAPE = (6, 100, 130)
@@ -177,3 +177,22 @@ def test_scratch_lies_with_the_worker(tmp_path, pixels):
         np.testing.assert_array_equal(client.compute(segment.volume).result(), pixels >> 8)
         assert list(scratch.rglob("inkdask-scratch-*/0.zarr"))
     assert not list(scratch.rglob("*.zarr"))
+
+
+def test_a_window_before_the_first_row_is_refused(tmp_path, pixels):
+    write_layers(tmp_path, pixels)
+    with pytest.raises(InkdaskError, match="are no window of"):
+        open_segment(str(tmp_path)).crop(slice(-5, 50), slice(0, 50))
+
+
+def test_a_picture_on_a_silent_server_is_not_corrupt(tmp_path, pixels, monkeypatch):
+    """What does not answer is tried again, and what is corrupt is not."""
+    (tmp_path / "00.png").write_bytes(imagecodecs.png_encode(pixels[0]))
+    segment = open_segment(str(tmp_path))
+
+    def silent(uri):
+        raise UnavailableError(f"{uri} does not answer.")
+
+    monkeypatch.setattr(storage, "read_bytes", silent)
+    with pytest.raises(UnavailableError, match=r"00\.png does not answer"):
+        segment.volume.compute()

@@ -401,3 +401,19 @@ def test_an_unknown_network(state: State, tmp_path: Path) -> None:
     spec = ModelSpec("x", "ink_nothing", str(path))
     with pytest.raises(InkdaskError, match=r"^There is no network ink_nothing: known are"):
         weights.load(Network(spec, 26, 64, 16, 200, 200, network.digest))
+
+
+def test_reading_leaves_what_the_user_trusts(tmp_path):
+    class Trusted:
+        pass
+
+    torch.save({"a": torch.ones(1)}, tmp_path / "w.pt")
+    with torch.serialization.safe_globals([Trusted]):
+        weights.read(tmp_path / "w.pt")
+        assert Trusted in torch.serialization.get_safe_globals()
+
+
+def test_an_optimizer_is_no_network(tmp_path):
+    torch.save({"state_dict": {}, "optimizer": {"m": torch.ones(1)}}, tmp_path / "w.pt")
+    with pytest.raises(InkdaskError, match="holds no weights"):
+        weights.read(tmp_path / "w.pt")

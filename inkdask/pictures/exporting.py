@@ -127,7 +127,7 @@ def export(
     each = [to] if isinstance(to, str | os.PathLike) else to
     targets = [os.fspath(target).rstrip("/") for target in each]
     for target in targets:
-        _check(target, uri, look)
+        _check(target, look)
     if look.overlay and settings.reverse_video:
         raise SettingsError("REVERSE_VIDEO is for the ink alone: over papyrus it is dark as it is.")
 
@@ -201,7 +201,7 @@ def kind_of(target: str) -> Kind:
     raise SettingsError(f"{target} must end in one of {', '.join(KINDS)}.")
 
 
-def _check(target: str, prediction: str, look: Look) -> None:
+def _check(target: str, look: Look) -> None:
     """Fail before the first file is written."""
     kind = kind_of(target)
     if kind == "zarr":
@@ -210,7 +210,7 @@ def _check(target: str, prediction: str, look: Look) -> None:
                 f"{target} would be a pyramid, which holds the ink alone: overlay and colour map "
                 "go with PNG, TIFF and JPEG."
             )
-        if target == prediction or storage.exists(target):
+        if storage.exists(target):
             raise SettingsError(f"{target} is there already: remove it, or name another.")
     if kind == "jpeg" and (look.max_side or 0) > jpeg.LARGEST:
         raise SettingsError(

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1024  # pixels: side of a chunk of the scratch zarr
 DECODING_BYTES = 2 << 30  # Layers are decoded side by side while they fit in this.
+PALETTE = 3  # among the kinds of colours of a PNG
 _HEADER_READ, _LONG_HEADER_READ = 1 << 16, 1 << 24
 
 
@@ -60,6 +61,8 @@ class Picture:
         uint8 or uint16.
     channels
         As many as are decoded; the first is read.
+    is_palette
+        Whether its values stand for colours.
     is_mask
         Whether it is decoded as 1 where it is not black, and 0 elsewhere.
     """
@@ -68,6 +71,7 @@ class Picture:
     shape: tuple[int, int]
     dtype: np.dtype[Any]
     channels: int = 1
+    is_palette: bool = False
     is_mask: bool = False
 
     @property
@@ -105,7 +109,7 @@ def read_header(uri: str, size: int) -> Picture:
     Raises
     ------
     InkdaskError
-        When it is neither, or not of 8 or 16 bits.
+        When it is neither.
     """
     try:
         return _parse(uri, storage.read_range(uri, 0, min(size, _HEADER_READ)))
@@ -117,17 +121,19 @@ def read_header(uri: str, size: int) -> Picture:
 
 
 def _parse(uri: str, head: bytes) -> Picture:
+    colours = 0
     try:
         if head[12:16] == b"IHDR":
             width, height, bits, colours = struct.unpack(">IIBB", head[16:26])
-            channels = {0: 1, 4: 2, 2: 3, 3: 3, 6: 4}[colours]
+            channels = {0: 1, 4: 2, 2: 3, PALETTE: 3, 6: 4}[colours]
         else:
             bits, height, width, channels = jpeg_shape(head)
     except Exception as error:
         raise InkdaskError(f"{uri} cannot be read as a PNG or JPEG: {error}.") from error
     if not height * width:
         raise InkdaskError(f"{uri} has no pixels.")
-    return Picture(uri, (height, width), np.dtype(np.uint16 if bits == 16 else np.uint8), channels)
+    dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)
+    return Picture(uri, (height, width), dtype, channels, colours == PALETTE)
 
 
 def decoded_bytes(image: Image) -> int:
