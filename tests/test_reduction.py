@@ -15,6 +15,7 @@ from PIL import Image
 
 import inkdask
 from inkdask import preparation
+from inkdask.grids import choose
 from inkdask.parts import assign, estimate
 from inkdask.pictures.overlay import flatten, open_ground
 from inkdask.pictures.picture import open_picture
@@ -242,8 +243,13 @@ def test_reduce_takes_the_grid_that_is_meant(segment, tmp_path, monkeypatch, cap
     for number in range(2):
         inkdask.run(segment, **options, num_parts=2, part_id=number)
     assert len(grids(str(tmp_path / "partitions"))) == 3
-    whole = inkdask.run(segment, **options, step="reduce", num_parts=2)
-    assert np.array_equal(read_picture(whole), expected)
+    for named in ("128", ""):  # by its chunks, and as the one that is complete
+        monkeypatch.setenv("CHUNK_SIZE", named)
+        whole = inkdask.run(segment, **options, step="reduce", num_parts=2)
+        assert np.array_equal(read_picture(whole), expected)
+    found = {grid: GridStore.attributes(grid) for grid in grids(str(tmp_path / "partitions"))}
+    last_first = dict(reversed(found.items()))
+    assert choose(found, Settings.of()) == choose(last_first, Settings.of())
     region = inkdask.run(segment, **options, step="reduce", roi_xyxy=(0, 0, 200, 300))
     assert np.array_equal(read_picture(region), part)
     expected = r"CHUNK_SIZE=192, NUM_PARTS=2 and PART_ID=1 first"

@@ -77,6 +77,20 @@ def test_the_reach_of_a_window_has_the_same_tiles(axis, data):
     assert np.array_equal(inside.origins + first, axis.origins[touching])
 
 
+@given(axes(), st.data())
+def test_the_chunks_of_a_window_own_all_its_tiles(axis, data):
+    start = data.draw(st.integers(0, axis.length - 1))
+    stop = data.draw(st.integers(start + 1, axis.length))
+    found = axis.reaching_chunks(start, stop)
+    touching = (axis.origins < stop) & (axis.origins + axis.tile > start)
+    owners = np.searchsorted(axis.rows, np.flatnonzero(touching), "right") - 1
+    assert found.start <= owners.min()
+    assert owners.max() < found.stop
+    last = np.searchsorted(axis.edges, stop - 1, "right") - 1
+    assert found.start >= owners.min() - 1
+    assert found.stop == last + 1
+
+
 def test_a_known_tiling():
     tiling = Tiling.of((512, 640), tile=64, stride=16, chunk=256)
     assert tiling.grid_shape == (29, 37)

@@ -23,7 +23,7 @@ from typing import Any
 from inkdask import storage
 from inkdask.models import hub
 from inkdask.models.sources import Source, sha256
-from inkdask.types import InkdaskError, ModelSpec, Network, Precision, SettingsError
+from inkdask.types import InkdaskError, ModelSpec, Network, Precision
 
 ENTRY_POINTS = "inkdask.models"
 
@@ -157,8 +157,8 @@ def resolve(
         digest = sha256(path)
         k, rest = divmod(tile or spec.tile, spec.pixels_per_logit)
         if rest or k < 1:
-            raise SettingsError(
-                f"TILE_SIZE: model {spec.key} needs tiles whose side is a multiple of "
+            raise InkdaskError(
+                f"Model {spec.key} needs tiles whose side is a multiple of "
                 f"{spec.pixels_per_logit} pixels, not {tile or spec.tile}."
             )
     return Network(
@@ -204,7 +204,7 @@ def _described(model: str, model_type: str | None) -> ModelSpec:
         return replace(spec, architecture=architecture or spec.architecture)
     place = hub.parse(model)
     if place is None:
-        raise SettingsError(
+        raise InkdaskError(
             f"There is no model {model}: known are {', '.join(sorted(known()))}; a weights file "
             "or folder, a Hugging Face repo (owner/name), an s3:// URI or a callable will do too."
         )
