@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 Window = Literal["hann", "gaussian"]
 FLOOR = 1e-6  # of a window, of which the largest weight is 1
+
+_without_cupy = threading.Event()  # it has failed in this process
 
 
 def blend(
@@ -99,7 +102,8 @@ def blend_chunk(
         try:
             return np.asarray(_blend(xp, grid, valid, row, column, tiling, window, sigma).get())
         except Exception as error:  # a driver that is too old for it, or no memory left
-            log.info("CuPy cannot blend, NumPy does: %s", error)
+            _without_cupy.set()
+            log.warning("CuPy cannot blend, NumPy does: %s", error)
     return np.asarray(_blend(np, grid, valid, row, column, tiling, window, sigma))
 
 
@@ -131,7 +135,7 @@ def _blend(
 def array_library() -> Any:
     """CuPy, where it is installed and this process has work on a GPU anyway; else NumPy."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    if torch is None or not torch.cuda.is_initialized() or _without_cupy.is_set():
         return np
     try:
         import cupy

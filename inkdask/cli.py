@@ -50,7 +50,10 @@ def _interrupted(words: Sequence[str]) -> str:
     """What to know when a command was stopped."""
     if not {"run", "prepare"} & {*words}:
         return "interrupted."
-    anew = "--overwrite" in words or os.environ.get("OVERWRITE", "").lower() in ("true", "1")
+    try:
+        anew = "--overwrite" in words or Settings.of().overwrite
+    except InkdaskError:
+        anew = False
     without = " without --overwrite" if anew else ""
     return f"interrupted; what is done is kept, and the same command{without} resumes."
 

@@ -7,7 +7,7 @@ the layers, from which the name is made.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -31,12 +31,12 @@ Attributes = Mapping[str, Any]  # of a stored grid: its fingerprint and its orig
 
 
 def find(settings: Settings) -> GridStore:
-    """The one grid under ``zarr_output_dir`` that is the settings' job.
+    """The grid under ``zarr_output_dir`` that is the settings' job.
 
     Raises
     ------
     InkdaskError
-        When there is none, or more than one; saying which are there and how they differ.
+        When there is none, or it is not clear which; saying what is there and how it differs.
     """
     folder, wanted = settings.zarr_output_dir, asked(settings, defaults=True)
     found = {}
@@ -98,21 +98,38 @@ def choose(grids: Mapping[str, Attributes], settings: Settings) -> str:
 
     left = list(grids)
     for test in (covers, has_chunks, is_complete, has_volume):
-        left = [uri for uri in left if test(uri)] or left
+        if len(left) > 1:
+            left = [uri for uri in left if _passes(test, uri)] or left
     first, *others = left
     for other in others:
-        identities = [dict(grids[uri]["fingerprint"]) for uri in (first, other)]
-        apart = differences(*identities)
-        for identity in identities:
-            for name in ("input", *OF_STORAGE):
-                del identity[name]
-        if differences(*identities):
+        if apart := _difference(grids[first], grids[other]):
             raise InkdaskError(
                 f"{len(left)} tile grids are of this job, {', '.join(left)}: "
                 f"{apart.replace(' there', ' in the first').replace(' here', ' in the second')}; "
                 "name one with --grid."
             )
     return first
+
+
+def _passes(test: Callable[[str], bool], uri: str) -> bool:
+    try:
+        return test(uri)
+    except InkdaskError:  # damaged, or of another version
+        return False
+
+
+def _difference(one: Attributes, other: Attributes) -> str:
+    """What tells the pictures of two grids apart, in words; not how their tiles are stored."""
+    # The same layers have another digest where they were prepared.
+    alike = {"input"} if one["origin"]["volume"] != other["origin"]["volume"] else set()
+    identities = [
+        {name: value for name, value in grid["fingerprint"].items() if name not in alike}
+        | {name: grid["origin"][name] for name in ("mask", "ome_zarr_level")}
+        for grid in (one, other)
+    ]
+    stored = [{name: identity.pop(name) for name in OF_STORAGE} for identity in identities]
+    apart = differences(*identities)
+    return ", ".join(filter(None, (apart, differences(*stored)))) if apart else ""
 
 
 def has_chunks_of(settings: Settings, store: GridStore) -> bool:
@@ -132,6 +149,8 @@ def description(attributes: Attributes) -> dict[str, Any]:
         "model_in_chans": len(identity["layers"]) // identity["averaged"],
         "force_reverse": identity["layers"][0] > identity["layers"][-1],
         "z_downsample_mean_factor": identity["averaged"],
+        "ome_zarr_level": origin["ome_zarr_level"],
+        "mask_path": origin["mask"],
         **{name: identity[name] for name in ("model", "weights", "tile", "stride", "clip")},
         **{name: identity[name] for name in ("divisor", "precision")},
     }
@@ -142,7 +161,10 @@ def asked(settings: Settings, defaults: bool = False) -> dict[str, Any]:
 
     What is left to the model is not asked for: without its weights nobody knows it.
     """
-    names = ("s3_path", "model_in_chans", "tile", "stride", "clip", "divisor", "precision")
+    names = (
+        "s3_path", "model_in_chans", "tile", "stride", "clip", "divisor", "precision",
+        "ome_zarr_level",
+    )  # fmt: skip
     silent = ("force_reverse", "z_downsample_mean_factor")
     given: dict[str, Any] = {
         name: getattr(settings, name)
@@ -150,8 +172,8 @@ def asked(settings: Settings, defaults: bool = False) -> dict[str, Any]:
         if name in settings.model_fields_set or (defaults and name in silent)
     }
     given["s3_path"] = absolute(settings.s3_path)
-    if settings.surface_volume_zarr:
-        given["surface_volume_zarr"] = absolute(settings.surface_volume_zarr)
+    for name in ("surface_volume_zarr", "mask_path"):
+        given[name] = absolute(getattr(settings, name))
     if settings.layers:
         given["layers"] = settings.layers
     if settings.model is not None:

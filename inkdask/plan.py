@@ -11,7 +11,7 @@ import dask.array as da
 import numpy as np
 
 from inkdask.models.registry import resolve
-from inkdask.segment import Segment, find_mask, name_of, open_segment
+from inkdask.segment import Segment, find_mask, open_segment
 from inkdask.settings import Settings
 from inkdask.tiling import Tiling
 from inkdask.types import InkdaskError, Network, SettingsError
@@ -179,16 +179,9 @@ def _open(source: Source, settings: Settings, network: Network | None) -> Segmen
         if settings.surface_volume_zarr:  # the mask stays where the segment is
             mask = mask or find_mask(place)
             place = settings.surface_volume_zarr
-        opened = open_segment(
+        return open_segment(
             place, settings.layers, window=wanted, mask=mask, level=settings.ome_zarr_level
         )
-        made_of = getattr(opened.source, "prepared_from", None)
-        if settings.surface_volume_zarr and made_of not in (None, name_of(os.fspath(source))):
-            raise SettingsError(
-                f"SURFACE_VOLUME_ZARR {place} was prepared from the segment {made_of}, and S3_PATH "
-                f"is {os.fspath(source)}, whose picture it would replace."
-            )
-        return opened
     array = source if isinstance(source, da.Array) else np.asarray(source)
     if array.ndim != 3:
         raise InkdaskError(

@@ -131,6 +131,7 @@ class Predictor:
         self._may_compile = network.compile and self.precision not in ("", "int8")
         self._tiles_done, self._pace = 0, float("inf")  # the best pace, in seconds a tile
         self._lack = ""  # of memory, as the device said it last
+        self._ahead = threading.Semaphore(2)  # blocks in hand: one that runs, one that is ready
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inkdask-predictor")
 
     def predict(
@@ -168,9 +169,10 @@ class Predictor:
         if len(origins) == 0:
             return np.empty((0, self.network.k, self.network.k), np.float32)
         voxels = torch.from_numpy(np.require(block, requirements=["C", "W"]))
-        if self.device.type == "cuda":
-            voxels = voxels.pin_memory()  # here, so that the GPU need not wait for it
-        return self._thread.submit(self._predict, voxels, origins, to_come, cores()).result()
+        with self._ahead:
+            if self.device.type == "cuda":
+                voxels = voxels.pin_memory()  # here, so that the GPU need not wait for it
+            return self._thread.submit(self._predict, voxels, origins, to_come, cores()).result()
 
     @property
     def pace(self) -> float | None:

@@ -138,7 +138,6 @@ def _begin(uri: str, done: str, segment: Segment, blocks: Tiling, source: dict[s
 
 def _source(segment: Segment, compress: bool) -> dict[str, Any]:
     return {
-        "segment": segment.name,
         "uri": segment.uri,
         "identity": segment.identity,
         "layers": list(segment.layers),

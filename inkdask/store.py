@@ -41,10 +41,11 @@ from zarr.errors import ContainsArrayError, ContainsGroupError
 from inkdask import storage
 from inkdask.inference import InferredChunk, Passes
 from inkdask.memory import give_back, peak_memory
+from inkdask.storage import outputs
 from inkdask.tiling import Tiling
 from inkdask.types import DamagedError, InkdaskError
 
-FORMAT = 2  # of the store; another number never resumes an older grid
+FORMAT = 3  # of the store; another number never resumes an older grid
 ENDING = ".zarr"
 PRECISIONS = ("", "float32", "bfloat16", "int8")
 STEPS = 65534  # of a probability in 16 bits: 30 times finer than float16 near 1, and no larger
@@ -118,7 +119,8 @@ class GridStore:
         """Make the empty store, or leave what is there for the job to go on from.
 
         Several processes may do so at once. The origin becomes this one: the same tiles may have
-        been asked for with another region, or of a segment that has moved since.
+        been asked for with another region, or of a segment that has moved since. Marks of chunks
+        whose data are gone are taken back.
 
         Raises
         ------
@@ -162,6 +164,10 @@ class GridStore:
             for name, how in arrays.items():
                 with suppress(ContainsArrayError):
                     zarr.create_array(place, name=name, zarr_format=3, **how)
+        if there:
+            with suppress(DamagedError):  # whoever reads it says so
+                if (lost := self._lost(self._read("tiles"))).any():
+                    self.forget(lost)
 
     def check_place(self, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """Check that the store may be where it is to be; returns the attributes it has there.
@@ -171,11 +177,13 @@ class GridStore:
         InkdaskError
             When another job's grid is there, or something that is no grid.
         """
-        others = {entry.name for entry in storage.list_folder(self.uri)}
+        # What others are just writing, or trying to, is not yet anything.
+        entries = {entry.name for entry in storage.list_folder(self.uri)}
+        others = {name for name in entries if not name.endswith((".partial", outputs.PROBE))}
         there = self.attributes(self.uri)
         if "fingerprint" in there:
             check_same(self.uri, there["fingerprint"], fingerprint)
-        elif others := {name for name in others if not name.endswith(".partial")}:
+        elif others:
             raise InkdaskError(
                 f"{self.uri} is there, and it is no tile grid: it has {min(others)} in it."
             )
@@ -261,7 +269,12 @@ class GridStore:
     def _marks(self) -> np.ndarray:
         """Tiles run, int32 (p, rows, columns), as ``tiles`` says; -1 where the data are gone."""
         marks = self._read("tiles")  # before the data, which others may be writing
-        return np.where(self._written("grid", 1)[..., 0, 0] & self._written("valid", 0), marks, -1)
+        return np.where(self._lost(marks), -1, marks)
+
+    def _lost(self, marks: np.ndarray) -> np.ndarray:
+        """Which chunks lack data that were written, of any pass: bool (rows, columns)."""
+        there = self._written("grid", 1)[..., 0, 0] & self._written("valid", 0)
+        return np.asarray(((marks >= 0) & ~there).any(axis=0))
 
     def _written(self, name: str, y: int) -> np.ndarray:
         """Where an array is there, whose axis ``y`` is rows: bool (..., rows, columns, ...)."""

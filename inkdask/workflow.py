@@ -24,6 +24,7 @@ from inkdask.preparation import prepare
 from inkdask.progress import Meter
 from inkdask.provenance import fingerprint, origin_of
 from inkdask.reduction import announce, output_stem, picture, preview, reduce
+from inkdask.segment import name_of
 from inkdask.settings import Settings
 from inkdask.storage import outputs
 from inkdask.store import ChunkReport, GridStore, save_chunk
@@ -206,10 +207,11 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     settings = Settings.of(**options, **_given(s3_path=s3_path))
     if settings.step == "prepare":
         return prepare(s3_path, **options)
+    alone = settings.num_parts == 1  # else STEP=reduce makes the picture of all parts
+    if alone or settings.step == "reduce":
+        outputs.remove_file(settings.result_file)  # of an earlier job
     if settings.step == "reduce":
-        outputs.remove_file(settings.result_file)
         return reduce(settings)
-    outputs.remove_file(settings.result_file)  # of an earlier job
     job = Job.of(settings)
     log.info("%s", job.plan)
     with connect(settings), report(settings.report):
@@ -223,10 +225,9 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
         passes = job.plan.tiling.passes
         for last in range(0 if settings.progressive else passes - 1, passes):
             fill(job.store, job.plan, mine, summary, last)
-            if last < passes - 1 and settings.num_parts == 1:
+            if last < passes - 1 and alone:
                 shown = preview(job.store, settings, job.stored.origin)
                 log.info("pass %d of %d: %s", last + 1, passes, shown)
-        alone = settings.num_parts == 1  # else STEP=reduce makes the picture of all parts
         uri = picture(job.store, settings, job.stored.origin) if alone else job.store.uri
         summary.say(uri)
     if alone:
@@ -301,6 +302,7 @@ class Job:
         settings.export_devices()
         settings.export_token()
         plan = Plan.of(str(settings.s3_path), settings)
+        check_prepared(plan, settings)
         stored = StoredJob.of(plan, settings)
         store = stored.store
         store.check_place(stored.fingerprint)
@@ -309,6 +311,25 @@ class Job:
             outputs.check_writable(file)
         check_room(plan, store, target, settings)
         return cls(plan, stored, target)
+
+
+def check_prepared(plan: Plan, settings: Settings) -> None:
+    """Check that a prepared array is of the segment whose picture is to be made.
+
+    Raises
+    ------
+    SettingsError
+        When it is of another, and nobody has said where the picture goes.
+    """
+    made_of = getattr(plan.segment and plan.segment.source, "prepared_from", None)
+    if made_of is None or settings.output_path or not settings.surface_volume_zarr:
+        return
+    if name_of(made_of) != name_of(str(settings.s3_path)):
+        raise SettingsError(
+            f"SURFACE_VOLUME_ZARR {settings.surface_volume_zarr} was prepared from {made_of}, and "
+            f"the picture of S3_PATH {settings.s3_path} would be replaced: set OUTPUT_PATH where "
+            "that is right."
+        )
 
 
 def check_weights(network: Network) -> None:

@@ -28,8 +28,9 @@ def logging_as_before():
 @pytest.fixture(autouse=True)
 def no_gpu_unless_marked(request, monkeypatch):
     """A test without the mark ``gpu`` means the CPU, on a machine with a GPU too."""
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available() and not request.node.get_closest_marker("gpu"):
+    import torch  # whichever test comes first
+
+    if torch.cuda.is_available() and not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

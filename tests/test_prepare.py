@@ -114,10 +114,12 @@ def test_an_array_of_another_segment_is_refused(segment, volume, tmp_path):
     """Its picture would take the place of the right one."""
     other = write_segment(tmp_path / "other", volume)
     prepared = inkdask.prepare(other)
-    expected = r"was prepared from the segment other, and S3_PATH is .*seg, whose picture it would"
+    options = {"model": depth_slope, "surface_volume_zarr": prepared}
+    expected = r"was prepared from .*other, and the picture of S3_PATH .*seg would be replaced"
     with pytest.raises(SettingsError, match=expected):
-        inkdask.run(segment, model=depth_slope, surface_volume_zarr=prepared)
-    assert inkdask.run(f"{other}/layers", model=depth_slope, surface_volume_zarr=prepared)
+        inkdask.run(segment, **options)
+    assert inkdask.run(segment, output_path=tmp_path / "out", **options)
+    assert inkdask.run(f"{other}/layers", **options)
 
 
 def test_a_finished_array_is_kept_and_one_of_other_files_is_replaced(segment, volume, monkeypatch):

@@ -14,7 +14,7 @@ from inkdask import workflow
 from inkdask.demo import auc, synthetic
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
-from tests.files import grids
+from tests.files import grids, read_picture
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
@@ -206,3 +206,17 @@ def test_a_run_takes_over_what_a_notebook_began(segment, capsys):
     capsys.readouterr()
     inkdask.run(segment, model="demo")
     assert "resumed from an earlier run" in capsys.readouterr().err
+
+
+def test_what_is_gone_of_an_early_pass_is_computed_again(tmp_path):
+    """And with it the later ones of its chunks: they hold no more than the tiles that came new."""
+    synthetic.write_segment(tmp_path / "seg", height=HEIGHT, width=WIDTH, layers=26)
+    options = {"model": "demo", "progressive": True, "compile": False}
+    expected = read_picture(inkdask.run(tmp_path / "seg", **options))
+    (grid,) = grids(str(tmp_path / "partitions"))
+    lost = Path(grid, "grid", "c", "0", "1", "1", "0", "0")
+    lost.unlink()
+    assert np.argwhere(GridStore.open(grid).tiles_run() < 0).tolist() == [[1, 1]]
+    again = inkdask.run(tmp_path / "seg", **{**options, "progressive": False})
+    assert (GridStore.open(grid).tiles_run() >= 0).all()
+    assert np.array_equal(read_picture(again), expected)

@@ -262,6 +262,44 @@ def test_reduce_takes_the_grid_that_is_meant(segment, tmp_path, monkeypatch, cap
         inkdask.run(grid=grid, step="reduce", num_parts=2)
 
 
+def test_other_masks_and_levels_are_other_jobs(segment, volume, tmp_path):
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[:, :700] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    options = {"model": network, "output_path": tmp_path / "out"}
+    plain = read_picture(inkdask.run(segment, **options, mask_path="none"))
+    masked = read_picture(inkdask.run(segment, **options, mask_path=tmp_path / "m.png"))
+    options["step"] = "reduce"
+    with pytest.raises(InkdaskError, match="tile grids are of this job.* name one with --grid"):
+        inkdask.run(segment, **options)
+    for named, expected in ("none", plain), (tmp_path / "m.png", masked):
+        assert np.array_equal(
+            read_picture(inkdask.run(segment, **options, mask_path=named)), expected
+        )
+
+    place = tmp_path / "levels.zarr"
+    group = zarr.create_group(str(place), attributes=ome("0.5"))
+    shapes = []
+    for level, pixels in enumerate((volume, volume[:, ::2, ::2])):
+        group.create_array(str(level), data=pixels, chunks=(LAYERS, 64, 64))
+        inkdask.run(place, model=network, ome_zarr_level=str(level))
+        again = inkdask.run(place, model=network, ome_zarr_level=str(level), step="reduce")
+        shapes.append(read_picture(again).shape)
+    assert shapes == [(HEIGHT, WIDTH), (HEIGHT // 2, WIDTH // 2)]
+
+
+def test_grids_of_a_segment_before_and_after_a_change_are_told_apart(segment, tmp_path):
+    """Also where the layers cannot be looked at any more."""
+    options = {"model": network, "output_path": tmp_path / "out"}
+    inkdask.run(segment, **options)
+    Path(segment, "layers", "01.tif").touch()
+    latest = read_picture(inkdask.run(segment, **options))
+    assert np.array_equal(read_picture(inkdask.run(segment, **options, step="reduce")), latest)
+    shutil.rmtree(Path(segment, "layers"))
+    with pytest.raises(InkdaskError, match="input is .* in the first and .* name one with --grid"):
+        inkdask.run(segment, **options, step="reduce")
+
+
 def share_done_of(grid):
     return (GridStore.open(grid).tiles_run() >= 0).mean()
 

@@ -16,6 +16,7 @@ from hypothesis.extra.numpy import arrays
 from inkdask import storage
 from inkdask.inference import InferredChunk
 from inkdask.pictures.pyramid import write_pyramid
+from inkdask.storage import outputs
 from inkdask.storage import s3 as s3_module
 from inkdask.store import GridStore, decode, differences, digest, encode, save_chunk
 from inkdask.tiling import Tiling
@@ -122,6 +123,9 @@ def test_a_folder_of_other_things_is_no_place_for_a_grid(home, tiling):
     storage.write_bytes(storage.join(store.uri, "layers", "00.tif"), b"layer")
     with pytest.raises(InkdaskError, match=r"segment is there, and it is no tile grid: .* layers"):
         store.create({}, {})
+    tried = GridStore(storage.join(home, "tried"), tiling, 4)  # by another part, or one killed then
+    storage.write_bytes(storage.join(tried.uri, f"zarr.json.0123abcd{outputs.PROBE}"), b"")
+    tried.create({}, {})
     assert storage.list_files(store.uri) == ["layers/00.tif"]
 
 

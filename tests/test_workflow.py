@@ -399,6 +399,9 @@ def test_the_uri_of_an_earlier_job_is_no_result(segment, tmp_path):
     with pytest.raises(InkdaskError, match=r"nowhere: it does not exist\.$"):
         inkdask.run(tmp_path / "nowhere", model=depth_slope)
     assert not (tmp_path / "result.txt").exists()
+    for step in ({"part_id": 0}, {"part_id": 1}, {"step": "reduce"}, {"part_id": 1}):
+        inkdask.run(segment, model=depth_slope, num_parts=2, **step)
+    assert (tmp_path / "result.txt").exists()  # a part has no result, and takes none away
     folder = tmp_path / "folder"
     (folder / "precious").mkdir(parents=True)
     with pytest.raises(InkdaskError, match="is a folder"):

@@ -245,11 +245,13 @@ class Compilation:
 
 
 def forget_compiled() -> None:
-    """Let go of all compiled code of this process, and of the memory that its CUDA graphs keep.
+    """Let go of the memory that the CUDA graphs of compiled code keep.
 
-    To be called in the thread that ran it. What is still in use is compiled again, from the cache.
+    To be called in the thread that ran it. All compiled code of the process goes with it, and what
+    is still in use is compiled again, from the cache.
     """
-    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.compiler.reset()
 
 
 def cache_folder() -> Path:

@@ -91,6 +91,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 _NO_MEMORY = (
     "out of memory",
+    "allocate memory",  # of a CPU
+    "not enough memory",
     "alloc_failed",  # cuBLAS and cuDNN
     "unable to find an engine",  # cuDNN, when no workspace of any algorithm fits
 )

@@ -68,7 +68,7 @@ class ZarrSource:
     occupied
         Where there are data, when the array says so.
     prepared_from
-        Name of the segment that it was prepared from, when it says so.
+        URI of the segment that it was prepared from, when it says so.
     """
 
     uri: str
@@ -191,7 +191,7 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
 
 
 def _prepared_from(kept: Any) -> str | None:
-    return str(kept["segment"]) if isinstance(kept, dict) and "segment" in kept else None
+    return str(kept["uri"]) if isinstance(kept, dict) and "uri" in kept else None
 
 
 def _occupied(kept: Any) -> Occupied | None:

@@ -11,6 +11,8 @@ from uuid import uuid4
 from inkdask import storage
 from inkdask.types import InkdaskError
 
+PROBE = ".test"  # ending of what is written to see whether it can be
+
 
 def check_writable(uri: str) -> None:
     """Fail now, not after hours, when the file ``uri`` could not be written or replaced.
@@ -21,7 +23,7 @@ def check_writable(uri: str) -> None:
         Naming the place.
     """
     if not storage.is_local(uri):
-        probe = f"{uri}.{uuid4().hex[:8]}.test"
+        probe = f"{uri}.{uuid4().hex[:8]}{PROBE}"
         storage.write_bytes(probe, b"")
         fs, key = storage.filesystem(probe)
         with storage.explained(uri):
@@ -66,8 +68,8 @@ def remove_file(uri: str) -> None:
     fs, path = storage.filesystem(uri)
     with storage.explained(uri):
         if storage.is_local(uri):
-            if Path(path).is_file():
-                Path(path).unlink()
+            if not Path(path).is_dir():
+                Path(path).unlink(missing_ok=True)
         else:
             fs.rm_file(path)
 
