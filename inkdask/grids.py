@@ -67,13 +67,14 @@ def find(settings: Settings) -> GridStore:
 def choose(grids: Mapping[str, Attributes], settings: Settings) -> str:
     """Choose the grid that is meant, of some that are all of one job.
 
-    That is one with the chunks and from the volume that were asked for, that covers the region (or
-    else the most of the segment), and that is complete; as far as there is one.
+    They may differ in what they cover, how they are cut, and whether the layers were prepared. Then
+    it is one that covers the region (or else the most of the segment), has the chunks that were
+    asked for, is complete, and comes from what was named; as far as there is one.
 
     Raises
     ------
     InkdaskError
-        When several are left that differ in more than how they were read.
+        When they differ in more.
     """
     most = max(np.prod(attributes["fingerprint"]["shape"]) for attributes in grids.values())
 
@@ -96,19 +97,19 @@ def choose(grids: Mapping[str, Attributes], settings: Settings) -> str:
     def is_complete(uri: str) -> bool:
         return bool((GridStore.open(uri).tiles_run() >= 0).all())
 
+    first, *others = grids
+    for other in others:
+        if apart := _difference(grids[first], grids[other]):
+            raise InkdaskError(
+                f"{len(grids)} tile grids are of this job, {', '.join(grids)}: "
+                f"{apart.replace(' there', ' in the first').replace(' here', ' in the second')}; "
+                "name one with --grid."
+            )
     left = list(grids)
     for test in (covers, has_chunks, is_complete, has_volume):
         if len(left) > 1:
             left = [uri for uri in left if _passes(test, uri)] or left
-    first, *others = left
-    for other in others:
-        if apart := _difference(grids[first], grids[other]):
-            raise InkdaskError(
-                f"{len(left)} tile grids are of this job, {', '.join(left)}: "
-                f"{apart.replace(' there', ' in the first').replace(' here', ' in the second')}; "
-                "name one with --grid."
-            )
-    return first
+    return left[0]
 
 
 def _passes(test: Callable[[str], bool], uri: str) -> bool:

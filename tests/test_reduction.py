@@ -262,6 +262,13 @@ def test_reduce_takes_the_grid_that_is_meant(segment, tmp_path, monkeypatch, cap
         inkdask.run(grid=grid, step="reduce", num_parts=2)
 
 
+def test_a_grid_of_other_tiles_is_not_taken_because_it_is_complete(segment):
+    inkdask.run(segment, model=network, stride=32)
+    inkdask.run(segment, model=network, num_parts=2, part_id=0)
+    with pytest.raises(InkdaskError, match="2 tile grids .* stride is .* name one with --grid"):
+        inkdask.run(segment, model=network, num_parts=2, step="reduce")
+
+
 def test_other_masks_and_levels_are_other_jobs(segment, volume, tmp_path):
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[:, :700] = 255
