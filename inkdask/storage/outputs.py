@@ -68,8 +68,8 @@ def remove_file(uri: str) -> None:
     fs, path = storage.filesystem(uri)
     with storage.explained(uri):
         if storage.is_local(uri):
-            if not Path(path).is_dir():
-                Path(path).unlink(missing_ok=True)
+            if Path(path).is_file():
+                Path(path).unlink(missing_ok=True)  # others may be removing it, too
         else:
             fs.rm_file(path)
 
