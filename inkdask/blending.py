@@ -97,31 +97,21 @@ def blend_chunk(
     row, column
         Where the chunk lies, int (1,).
     """
+    y = matrices(tiling.y, int(row[0]), grid.shape[-1], window, sigma)
+    x = matrices(tiling.x, int(column[0]), grid.shape[-1], window, sigma)
     xp = array_library()
     if xp is not np:
         try:
-            return np.asarray(_blend(xp, grid, valid, row, column, tiling, window, sigma).get())
+            return np.asarray(_products(xp, grid, valid, *y, *x).get())
         except Exception as error:  # a driver that is too old for it, or no memory left
             _without_cupy.set()
             log.warning("CuPy cannot blend, NumPy does: %s", error)
-    return np.asarray(_blend(np, grid, valid, row, column, tiling, window, sigma))
+    return np.asarray(_products(np, grid, valid, *y, *x))
 
 
-def _blend(
-    xp: Any,
-    grid: np.ndarray,
-    valid: np.ndarray,
-    row: np.ndarray,
-    column: np.ndarray,
-    tiling: Tiling,
-    window: Window,
-    sigma: float,
-) -> Any:
-    """Do the same with NumPy or with CuPy, and return an array of theirs."""
-    grid, valid = xp.asarray(grid), xp.asarray(valid)
-    k = grid.shape[-1]
-    By, wy = (xp.asarray(m) for m in matrices(tiling.y, int(row[0]), k, window, sigma))
-    Bx, wx = (xp.asarray(m) for m in matrices(tiling.x, int(column[0]), k, window, sigma))
+def _products(xp: Any, *arrays: np.ndarray) -> Any:
+    """Multiply grid, valid and the matrices of both axes with NumPy or CuPy: an array of theirs."""
+    grid, valid, By, wy, Bx, wx = (xp.asarray(array) for array in arrays)
     ran = ~xp.isnan(grid[:, :, 0, 0])  # (gy, gx)
     # In float64 the picture is the same whatever threads, processor or library multiply.
     P = xp.where(ran[:, :, None, None], grid, 0).astype(xp.float64)

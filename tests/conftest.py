@@ -13,6 +13,7 @@ import pytest
 from inkdask import storage
 from inkdask.settings import Environment, parameters
 from tests.faultproxy import FaultProxy
+from tests.files import SHAPE, random_volume
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,12 @@ def no_gpu_unless_marked(request, monkeypatch):
 
     if torch.cuda.is_available() and not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def pixels():
+    """A small volume uint16 (z, y, x)."""
+    return random_volume(SHAPE)
 
 
 @pytest.fixture

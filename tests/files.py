@@ -10,6 +10,8 @@ from PIL import Image
 
 from inkdask import storage
 
+SHAPE = (6, 100, 130)  # of a small volume
+
 
 def random_volume(shape, dtype="<u2", seed=0):
     """Make a volume (z, y, x) of smooth noise, as compressible as a scan, with zeros at the top."""
@@ -20,6 +22,12 @@ def random_volume(shape, dtype="<u2", seed=0):
     if np.dtype(dtype).itemsize == 1:
         volume >>= 8
     return volume.astype(dtype)
+
+
+def assert_reads(segment, expected):
+    """Check that a segment's volume is uint8 (z, y, x) as expected."""
+    assert segment.shape == expected.shape
+    np.testing.assert_array_equal(segment.volume.compute(scheduler="synchronous"), expected)
 
 
 def encode(layer, **options):

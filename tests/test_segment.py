@@ -14,20 +14,7 @@ from inkdask import storage
 from inkdask.segment import describe, name_of, open_segment
 from inkdask.storage import s3 as s3_module
 from inkdask.types import InkdaskError, SettingsError
-from tests.files import encode, random_volume, write_layers
-
-SHAPE = (6, 100, 130)
-
-
-@pytest.fixture
-def pixels():
-    return random_volume(SHAPE)
-
-
-def assert_reads(segment, expected):
-    assert segment.shape == expected.shape
-    np.testing.assert_array_equal(segment.volume.compute(scheduler="synchronous"), expected)
-
+from tests.files import SHAPE, assert_reads, encode, random_volume, write_layers
 
 # Where layers are.
 

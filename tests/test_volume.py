@@ -13,19 +13,7 @@ from inkdask.reading import images, volume
 from inkdask.segment import Segment, open_segment
 from inkdask.storage.parallel import THREADS
 from inkdask.types import InkdaskError, UnavailableError
-from tests.files import random_volume, write_layers
-
-SHAPE = (6, 100, 130)
-
-
-@pytest.fixture
-def pixels():
-    return random_volume(SHAPE)
-
-
-def assert_reads(segment, expected):
-    assert segment.shape == expected.shape
-    np.testing.assert_array_equal(segment.volume.compute(scheduler="synchronous"), expected)
+from tests.files import SHAPE, assert_reads, random_volume, write_layers
 
 
 def test_nothing_is_read_when_it_is_built(tmp_path, pixels):

@@ -12,19 +12,7 @@ import zarr
 from inkdask import storage
 from inkdask.segment import describe, open_segment
 from inkdask.types import InkdaskError
-from tests.files import ome, random_volume
-
-SHAPE = (6, 100, 130)
-
-
-@pytest.fixture
-def pixels():
-    return random_volume(SHAPE)
-
-
-def assert_reads(segment, expected):
-    assert segment.shape == expected.shape
-    np.testing.assert_array_equal(segment.volume.compute(scheduler="synchronous"), expected)
+from tests.files import SHAPE, assert_reads, ome, random_volume
 
 
 def create(uri, data, **options):
