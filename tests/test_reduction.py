@@ -39,6 +39,8 @@ from tests.test_runs import (  # noqa: F401
     volume,
 )
 
+FEW = {"stride": 64, "chunk_size": 512}  # tiles and chunks, where their number does not matter
+
 
 def test_one_unreadable_tile_stops_no_other_chunk(segment, tmp_path, capsys):
     """And when the file is as it was, the rest is computed and nothing else."""
@@ -158,11 +160,11 @@ def test_the_picture_goes_to_the_segment_that_was_asked_about(segment, tmp_path,
 
 
 def test_a_copy_of_a_grid_that_broke_off_has_no_picture_until_it_is_whole(segment, tmp_path):
-    options = {"model": network, "layers": (0, LAYERS)}
+    options = {"model": network, "layers": (0, LAYERS), "stride": 32, "chunk_size": 256}
     whole = read_picture(inkdask.run(segment, **options))
     (grid,) = grids(str(tmp_path / "partitions"))
-    before, lost = count_tiles(tmp_path), GridStore.open(grid).tiles_run()[2, 3]
-    Path(grid, "grid", "c", "2", "2", "3", "0", "0").unlink()
+    before, lost = count_tiles(tmp_path), GridStore.open(grid).tiles_run()[1, 2]
+    Path(grid, "grid", "c", "1", "1", "2", "0", "0").unlink()
     Path(segment, "predictions", "prediction_network_00_05.png").unlink()
     with pytest.raises(InkdaskError, match=r"^1 of \d+ chunks are missing in .*: run STEP=inf"):
         inkdask.run(segment, step="reduce", **options)
@@ -236,7 +238,7 @@ def test_reduce_says_which_grids_are_there_and_how_they_differ(segment, tmp_path
 
 def test_reduce_takes_the_grid_that_is_meant(segment, tmp_path, monkeypatch, caplog):
     """Not that of a region that was tried first, nor one of other chunks that was given up."""
-    options = {"model": network, "output_path": tmp_path / "out"}
+    options = {"model": network, "output_path": tmp_path / "out", "stride": 64}
     expected = read_picture(inkdask.run(segment, **options, zarr_output_dir=tmp_path / "other"))
     part = read_picture(inkdask.run(segment, **options, roi_xyxy=(0, 0, 200, 300)))
     inkdask.run(segment, **options, chunk_size=192, num_parts=2, part_id=0)
@@ -263,17 +265,18 @@ def test_reduce_takes_the_grid_that_is_meant(segment, tmp_path, monkeypatch, cap
 
 
 def test_a_grid_of_other_tiles_is_not_taken_because_it_is_complete(segment):
-    inkdask.run(segment, model=network, stride=32)
-    inkdask.run(segment, model=network, num_parts=2, part_id=0)
+    options = {"model": network, "chunk_size": 512}
+    inkdask.run(segment, **options, stride=64)
+    inkdask.run(segment, **options, stride=32, num_parts=2, part_id=0)
     with pytest.raises(InkdaskError, match="2 tile grids .* stride is .* name one with --grid"):
-        inkdask.run(segment, model=network, num_parts=2, step="reduce")
+        inkdask.run(segment, **options, num_parts=2, step="reduce")
 
 
 def test_other_masks_and_levels_are_other_jobs(segment, volume, tmp_path):
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[:, :700] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
-    options = {"model": network, "output_path": tmp_path / "out"}
+    options = {"model": network, "output_path": tmp_path / "out", **FEW}
     plain = read_picture(inkdask.run(segment, **options, mask_path="none"))
     masked = read_picture(inkdask.run(segment, **options, mask_path=tmp_path / "m.png"))
     options["step"] = "reduce"
@@ -289,15 +292,16 @@ def test_other_masks_and_levels_are_other_jobs(segment, volume, tmp_path):
     shapes = []
     for level, pixels in enumerate((volume, volume[:, ::2, ::2])):
         group.create_array(str(level), data=pixels, chunks=(LAYERS, 64, 64))
-        inkdask.run(place, model=network, ome_zarr_level=str(level))
-        again = inkdask.run(place, model=network, ome_zarr_level=str(level), step="reduce")
+        asked = {"model": network, "ome_zarr_level": str(level), **FEW}
+        inkdask.run(place, **asked)
+        again = inkdask.run(place, **asked, step="reduce")
         shapes.append(read_picture(again).shape)
     assert shapes == [(HEIGHT, WIDTH), (HEIGHT // 2, WIDTH // 2)]
 
 
 def test_grids_of_a_segment_before_and_after_a_change_are_told_apart(segment, tmp_path):
     """Also where the layers cannot be looked at any more."""
-    options = {"model": network, "output_path": tmp_path / "out"}
+    options = {"model": network, "output_path": tmp_path / "out", **FEW}
     inkdask.run(segment, **options)
     Path(segment, "layers", "01.tif").touch()
     latest = read_picture(inkdask.run(segment, **options))
@@ -399,7 +403,7 @@ def test_a_reversed_grid_is_not_taken_unsaid(segment):
 
 
 def test_grids_may_lie_among_pictures(segment):
-    options = {"model": network, "zarr_output_dir": f"{segment}/predictions"}
+    options = {"model": network, "zarr_output_dir": f"{segment}/predictions", **FEW}
     first = inkdask.run(segment, **options)
     assert inkdask.run(segment, step="reduce", **options) == first
 
