@@ -164,7 +164,10 @@ def open_segment(
     """
     uri = os.fspath(uri)
     if layers is not None:
-        layers = _in_order(layers)
+        try:
+            layers = layer_range(layers)
+        except ValueError as error:
+            raise SettingsError(f"{error}.") from None
     listing = storage.list_folder(uri)
     name = name_of(uri)
     if _ZARR_FILES & {entry.name for entry in listing}:
@@ -249,16 +252,6 @@ def _spread(length: int, piece: int, most: int) -> list[int]:
     """Spread the starts of some pieces over a length, of at most every second piece."""
     count = max(1, min(most, length // piece // 2))
     return [(length - piece) * (2 * i + 1) // (2 * count) for i in range(count)]
-
-
-def _in_order(layers: Any) -> tuple[int, int]:
-    try:
-        start, end = layer_range(layers)
-    except ValueError as error:
-        raise SettingsError(f"{error}.") from None
-    if start >= end:
-        raise SettingsError(f"No layer is from {start} up to {end}, which is exclusive.")
-    return start, end
 
 
 def _open_array(

@@ -48,10 +48,18 @@ def layer_range(layers: Any) -> tuple[int, int]:
     if isinstance(layers, range | slice):
         said = (layers.start, layers.stop) if layers.step in (None, 1) else None
     try:
-        start, end = said.split(":") if isinstance(said, str) else said
-        return int(start), int(end)
+        start, end = map(int, said.split(":") if isinstance(said, str) else said)
     except (ValueError, TypeError):
         raise ValueError(f"layers must be START:END, such as 0:26, but is {layers!r}") from None
+    return _in_order(start, end)
+
+
+def _in_order(start: int, end: int) -> tuple[int, int]:
+    if start >= end:
+        raise ValueError(
+            f"START_LAYER ({start}) must be less than END_LAYER ({end}): the range is empty"
+        )
+    return start, end
 
 
 class Environment(EnvSettingsSource):
@@ -374,11 +382,8 @@ class Settings(BaseSettings):
         if (self.start_layer is None) != (self.end_layer is None):
             missing = "END_LAYER" if self.end_layer is None else "START_LAYER"
             raise ValueError(f"{missing} is not set: give both ends of the layer range or neither")
-        if self.layers and self.layers[0] >= self.layers[1]:
-            raise ValueError(
-                f"START_LAYER ({self.start_layer}) must be less than END_LAYER ({self.end_layer}): "
-                "the range is empty"
-            )
+        if self.layers:
+            _in_order(*self.layers)
         return self
 
     @field_validator("roi_xyxy", mode="before")

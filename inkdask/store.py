@@ -164,10 +164,8 @@ class GridStore:
             for name, how in arrays.items():
                 with suppress(ContainsArrayError):
                     zarr.create_array(place, name=name, zarr_format=3, **how)
-        if there:
-            with suppress(DamagedError):  # whoever reads it says so
-                if (lost := self._lost(self._read("tiles"))).any():
-                    self.forget(lost)
+        if there and (lost := self._lost()).any():
+            self.forget(lost)
 
     def check_place(self, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """Check that the store may be where it is to be; returns the attributes it has there.
@@ -269,12 +267,16 @@ class GridStore:
     def _marks(self) -> np.ndarray:
         """Tiles run, int32 (p, rows, columns), as ``tiles`` says; -1 where the data are gone."""
         marks = self._read("tiles")  # before the data, which others may be writing
-        return np.where(self._lost(marks), -1, marks)
+        return np.where(self._lost(), -1, marks)
 
-    def _lost(self, marks: np.ndarray) -> np.ndarray:
-        """Which chunks lack data that were written, of any pass: bool (rows, columns)."""
+    def _lost(self) -> np.ndarray:
+        """Which chunks lack data that were written, of any pass: bool (rows, columns).
+
+        Listings tell, without reading: of marks, too, because one that is taken back is not kept.
+        """
+        marked = self._written("tiles", 1)
         there = self._written("grid", 1)[..., 0, 0] & self._written("valid", 0)
-        return np.asarray(((marks >= 0) & ~there).any(axis=0))
+        return np.asarray((marked & ~there).any(axis=0))
 
     def _written(self, name: str, y: int) -> np.ndarray:
         """Where an array is there, whose axis ``y`` is rows: bool (..., rows, columns, ...)."""

@@ -1,5 +1,6 @@
 """The command line as a person meets it."""
 
+import logging
 import subprocess
 import sys
 from importlib.metadata import version
@@ -8,6 +9,7 @@ import dask.array as da
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 import inkdask
 from inkdask import cli
@@ -78,6 +80,24 @@ def test_info_says_what_is_there(segment, capsys):
     assert rows["tiles"].startswith("352 of 64 px at stride 16")
     assert "chunks" in rows
     assert "MB" in rows["memory"]
+
+
+def test_info_does_not_count_what_a_mask_leaves_out(segment, capsys):
+    assert "mask" not in said(capsys, "info", str(segment))["tiles"]
+    Image.new("L", (300, 400), 255).save(segment / f"{segment.name}_mask.png")
+    rows = said(capsys, "info", str(segment))
+    assert rows["mask"].endswith("_mask.png")
+    assert rows["tiles"].endswith("fewer by what the mask leaves out")
+
+
+def test_what_the_hub_says_itself_is_not_said_twice():
+    def shown(name, level):
+        return cli._is_for_everybody(logging.LogRecord(name, level, "", 0, "", None, None))
+
+    assert shown("inkdask.store", logging.INFO)
+    assert shown("distributed.worker", logging.WARNING)
+    assert not shown("distributed.worker", logging.INFO)
+    assert not shown("huggingface_hub.file_download", logging.WARNING)
 
 
 def test_info_counts_the_tiles_that_are_asked_about(segment, capsys):

@@ -122,10 +122,14 @@ def test_an_array_of_another_segment_is_refused(segment, volume, tmp_path):
     assert inkdask.run(f"{other}/layers", **options)
 
 
-def test_a_finished_array_is_kept_and_one_of_other_files_is_replaced(segment, volume, monkeypatch):
+def test_a_finished_array_is_kept_and_one_of_other_files_is_replaced(
+    segment, volume, monkeypatch, caplog
+):
     uri = inkdask.prepare(segment)
     monkeypatch.setattr(preparation, "_copy_block", None)
-    assert inkdask.prepare(segment) == uri
+    with caplog.at_level("INFO", "inkdask"):
+        assert inkdask.prepare(segment) == uri
+    assert f"{uri} is there already" in caplog.text
     monkeypatch.undo()
     place = uri + "-2"
     inkdask.prepare(segment, surface_volume_zarr=place)

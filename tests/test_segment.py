@@ -154,7 +154,7 @@ def test_a_range_may_be_said_in_many_ways(tmp_path, layers, pixels):
         ("1-3", "^layers must be START:END, such as 0:26, but is '1-3'\\.$"),
         ((0, 2, 1), "^layers must be START:END"),
         (range(0, 4, 2), "^layers must be START:END"),
-        ((3, 1), "^No layer is from 3 up to 1"),
+        ((3, 1), r"^START_LAYER \(3\) must be less than END_LAYER \(1\): the range is empty\.$"),
     ],
 )
 def test_a_range_that_is_none_is_one_sentence(tmp_path, layers, message):
