@@ -18,7 +18,7 @@ from inkdask.models import registry
 from inkdask.provenance import absolute
 from inkdask.segment import open_segment
 from inkdask.settings import Settings
-from inkdask.store import ENDING, GridStore, differences
+from inkdask.store import ENDING, FORMAT, GridStore, differences
 from inkdask.tiling import Tiling
 from inkdask.types import InkdaskError, SettingsError
 
@@ -47,7 +47,7 @@ def find(settings: Settings) -> GridStore:
     differing = {
         uri: differences(description(attributes), wanted) or changed_input(attributes)
         for uri, attributes in found.items()
-        if "fingerprint" in attributes
+        if attributes.get("fingerprint", {}).get("format") == FORMAT  # others say other things
     }
     matching = {uri: found[uri] for uri, difference in differing.items() if not difference}
     if matching:
@@ -190,7 +190,7 @@ def changed_input(attributes: Attributes) -> str:
             origin["volume"],
             tuple(origin["layer_range"]),
             mask=origin["mask"],
-            level=origin.get("ome_zarr_level", "0"),
+            level=origin["ome_zarr_level"],
         ).identity
     except InkdaskError as error:
         log.info("The input of the grid cannot be compared: %s", error)

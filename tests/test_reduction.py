@@ -1,5 +1,6 @@
 """What is stored of a run: grids of this job and of others, pictures made of them, parts."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -400,6 +401,20 @@ def test_a_reversed_grid_is_not_taken_unsaid(segment):
     inkdask.run(segment, model=network, force_reverse=True, roi_xyxy=(0, 0, 100, 100))
     with pytest.raises(InkdaskError, match="force_reverse is True there and False here"):
         inkdask.run(segment, model=network, step="reduce")
+
+
+def test_grids_of_earlier_versions_are_passed_over(segment, tmp_path):
+    """They may lack what is said of a grid now, and their tiles cannot be read."""
+    options = {"model": network, **FEW}
+    expected = inkdask.run(segment, **options)
+    (grid,) = grids(str(tmp_path / "partitions"))
+    older = Path(grid).with_name("segment-older.zarr")
+    shutil.copytree(grid, older)
+    metadata = json.loads((older / "zarr.json").read_text())
+    metadata["attributes"]["fingerprint"]["format"] -= 1
+    del metadata["attributes"]["origin"]["ome_zarr_level"]
+    (older / "zarr.json").write_text(json.dumps(metadata))
+    assert inkdask.run(segment, **options, step="reduce") == expected
 
 
 def test_grids_may_lie_among_pictures(segment):
