@@ -17,17 +17,18 @@ from inkdask import view
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from inkdask.errors import InkdaskError
     from inkdask.pictures.exporting import export
     from inkdask.preparation import prepare
     from inkdask.segment import Segment, open_segment
     from inkdask.settings import Settings
-    from inkdask.types import InkdaskError, ModelSpec
+    from inkdask.specs import ModelSpec
     from inkdask.workflow import InkMap, check, predict, run
 
 _HOME = {
     "InkMap": "workflow",
-    "InkdaskError": "types",
-    "ModelSpec": "types",
+    "InkdaskError": "errors",
+    "ModelSpec": "specs",
     "Segment": "segment",
     "Settings": "settings",
     "check": "workflow",

@@ -16,8 +16,8 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 import inkdask
+from inkdask.errors import InkdaskError
 from inkdask.settings import Settings, parameters
-from inkdask.types import InkdaskError
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:

@@ -24,7 +24,7 @@ from dask.callbacks import Callback
 from dask.delayed import Delayed
 from dask.system import CPU_COUNT
 
-from inkdask.types import InkdaskError, UnavailableError
+from inkdask.errors import InkdaskError, UnavailableError
 
 log = logging.getLogger("inkdask")
 

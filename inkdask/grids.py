@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from inkdask import storage
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.models import registry
 from inkdask.provenance import absolute
 from inkdask.segment import open_segment
 from inkdask.settings import Settings
 from inkdask.store import ENDING, FORMAT, GridStore, differences
 from inkdask.tiling import Tiling
-from inkdask.types import InkdaskError, SettingsError
 
 log = logging.getLogger("inkdask")
 

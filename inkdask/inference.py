@@ -17,33 +17,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
 
 import dask.array as da
 import numpy as np
 
 from inkdask.halo import with_halo
+from inkdask.specs import InferredChunk, Network, Passes
 from inkdask.tiling import Tiling
-from inkdask.types import Network
-
-
-class InferredChunk(NamedTuple):
-    """What one chunk gives: its share of the grid, which of its pixels have data, and how it ran.
-
-    Attributes
-    ----------
-    grid
-        Probabilities, float32 (gy, gx, k, k); NaN where a tile is empty and did not run.
-    valid
-        Bool (y, x): any layer is non-zero.
-    precision
-        Of the arithmetic, ``float32``, ``bfloat16`` or ``int8``; empty where no tile ran, and
-        where a function ran that has its own.
-    """
-
-    grid: np.ndarray
-    valid: np.ndarray
-    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,22 +44,6 @@ class Inference:
     chunks: da.Array
     grid: da.Array
     valid: da.Array
-
-
-@dataclass(frozen=True, eq=False)
-class Passes:
-    """Which tiles are to run: those after the passes that are done, up to a last one.
-
-    Attributes
-    ----------
-    done
-        Last pass that each chunk has, int (rows, columns); -1 for none.
-    last
-        Last pass to run; the tiling says how many there are.
-    """
-
-    done: np.ndarray
-    last: int
 
 
 def infer(

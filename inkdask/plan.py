@@ -10,11 +10,12 @@ from typing import TypeAlias
 import dask.array as da
 import numpy as np
 
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.models.registry import resolve
 from inkdask.segment import Segment, find_mask, open_segment
 from inkdask.settings import Settings
+from inkdask.specs import Network
 from inkdask.tiling import Tiling
-from inkdask.types import InkdaskError, Network, SettingsError
 
 log = logging.getLogger("inkdask")
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inkdask.errors import InkdaskError
 from inkdask.memory import give_back
 from inkdask.models.fast import (
     CORE_VOXELS,
@@ -45,8 +46,8 @@ from inkdask.models.hardware import (
     native_dtype,
     precision_for,
 )
+from inkdask.specs import Network
 from inkdask.storage.counting import count
-from inkdask.types import InkdaskError, Network
 
 # Voxels in a batch when the user names no batch size: as many as fill a GPU; for each core of a CPU
 # what it takes in some turns, or a single tile that all cores share. With 26 layers of 64 x 64

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from inkdask import engine, storage
+from inkdask.errors import InkdaskError
 from inkdask.memory import expected_memory, memory_limit
 from inkdask.plan import Plan, Window
 from inkdask.progress import amount
@@ -25,7 +26,6 @@ from inkdask.segment import Segment
 from inkdask.settings import Settings
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
-from inkdask.types import InkdaskError
 
 PICTURE = 0.5  # bytes of a pixel, of the stored picture or of the PNG, with some of it empty
 CODE = 1.0  # bytes of a probability in the tile grid, the same

@@ -18,6 +18,7 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from inkdask import engine, storage
+from inkdask.errors import InkdaskError
 from inkdask.halo import with_halo
 from inkdask.preflight import check_room_to_prepare
 from inkdask.progress import Meter
@@ -29,10 +30,10 @@ from inkdask.reading.zarr_volume import (
 )
 from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
+from inkdask.specs import NO_MASK
 from inkdask.storage import outputs
 from inkdask.store import digest, open_array
 from inkdask.tiling import Tiling
-from inkdask.types import NO_MASK, InkdaskError
 
 log = logging.getLogger("inkdask")
 

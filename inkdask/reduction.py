@@ -17,6 +17,7 @@ import numpy as np
 from inkdask import storage
 from inkdask.blending import blend
 from inkdask.clusters import connect, report
+from inkdask.errors import InkdaskError
 from inkdask.grids import OF_STORAGE, Attributes, asked, description, find, has_chunks_of, window_of
 from inkdask.parts import assign
 from inkdask.pictures import exporting
@@ -28,7 +29,6 @@ from inkdask.provenance import provenance
 from inkdask.settings import Settings
 from inkdask.storage import outputs
 from inkdask.store import GridStore, differences
-from inkdask.types import InkdaskError
 
 log = logging.getLogger("inkdask")
 

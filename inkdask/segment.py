@@ -18,14 +18,15 @@ import dask.array as da
 import numpy as np
 
 from inkdask import showing, storage
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.reading import images, tiff_header
 from inkdask.reading.layers import LayerFile, asked_for, check_unique, choose_layers, find_layers
 from inkdask.reading.tiff import TiffImage
 from inkdask.reading.volume import DecodedStack, Source, TiffStack, lazy
 from inkdask.reading.zarr_volume import open_zarr
 from inkdask.settings import layer_range
+from inkdask.specs import NO_MASK
 from inkdask.storage.parallel import for_each
-from inkdask.types import NO_MASK, InkdaskError, SettingsError
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from inkdask.types import Precision, SettingsError
+from inkdask.errors import SettingsError
+from inkdask.specs import Precision
 
 ModelType = Literal[
     "timesformer", "resnet3d-50", "resnet3d-101", "resnet3d-152", "resnet3d-152-3d-decoder"

@@ -39,11 +39,11 @@ import zarr
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from inkdask import storage
-from inkdask.inference import InferredChunk, Passes
+from inkdask.errors import DamagedError, InkdaskError
 from inkdask.memory import give_back, peak_memory
+from inkdask.specs import InferredChunk, Passes
 from inkdask.storage import outputs
 from inkdask.tiling import Tiling
-from inkdask.types import DamagedError, InkdaskError
 
 FORMAT = 3  # of the store; another number never resumes an older grid
 ENDING = ".zarr"

@@ -22,7 +22,7 @@ from functools import cached_property
 
 import numpy as np
 
-from inkdask.types import SettingsError
+from inkdask.errors import SettingsError
 
 
 @dataclass(frozen=True)

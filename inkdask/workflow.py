@@ -16,7 +16,8 @@ from dask.delayed import Delayed
 from inkdask import engine, showing, storage
 from inkdask.blending import Window, blend
 from inkdask.clusters import connect, report
-from inkdask.inference import Passes, infer, infer_chunk
+from inkdask.errors import InkdaskError, SettingsError
+from inkdask.inference import infer, infer_chunk
 from inkdask.parts import agreed_work, assign
 from inkdask.plan import Plan, Source
 from inkdask.preflight import check_memory, check_room
@@ -26,11 +27,11 @@ from inkdask.provenance import fingerprint, origin_of
 from inkdask.reduction import announce, output_stem, picture, preview, reduce
 from inkdask.segment import name_of
 from inkdask.settings import Settings
+from inkdask.specs import Network, Passes
 from inkdask.storage import outputs
 from inkdask.store import ChunkReport, GridStore, save_chunk
 from inkdask.summary import Summary
 from inkdask.tiling import Tiling
-from inkdask.types import InkdaskError, Network, SettingsError
 
 log = logging.getLogger("inkdask")
 

@@ -14,8 +14,8 @@ import imagecodecs
 import numpy as np
 import tifffile
 
+from inkdask.errors import InkdaskError
 from inkdask.reading import images, tiff_header
-from inkdask.types import InkdaskError
 
 ROWS, COLUMNS = 40, 50
 KINDS = ["lzw", "zlib", "packbits", "zstd", "lzma", "jpeg", "png", "jpg"]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from inkdask.types import ModelSpec, Network
+from inkdask.specs import ModelSpec, Network
 
 
 def naive_map(volume, function, tile=64, stride=16, clip=200.0, divisor=200.0, window=None):

@@ -20,8 +20,8 @@ import torch
 import inkdask
 from inkdask import cli, engine, storage
 from inkdask.clusters import connection
+from inkdask.errors import InkdaskError
 from inkdask.models import hardware
-from inkdask.types import InkdaskError
 from tests.conftest import free_port, start_server
 from tests.files import read_picture, write_layers
 from tests.oracle import assert_same_picture, naive_map, papyrus, picture

@@ -7,9 +7,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from inkdask.demo import job as demo
+from inkdask.errors import InkdaskError
 from inkdask.models import hub, registry, weights
 from inkdask.models.depth_cnn import DepthCNN
-from inkdask.types import InkdaskError
 
 
 def test_auc_is_the_share_of_pairs_in_order():

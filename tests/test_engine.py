@@ -13,7 +13,7 @@ from dask import delayed
 from distributed import Client, KilledWorker
 
 from inkdask import engine
-from inkdask.types import InkdaskError, UnavailableError
+from inkdask.errors import InkdaskError, UnavailableError
 
 
 @pytest.fixture(params=["threads", "one thread", "cluster"])

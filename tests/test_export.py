@@ -19,13 +19,13 @@ from PIL import Image
 
 import inkdask
 from inkdask import cli, storage
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.pictures.bands import BAND, bands, in_order
 from inkdask.pictures.colour import colour_table
 from inkdask.pictures.picture import open_picture
 from inkdask.pictures.png import write_png
 from inkdask.pictures.pyramid import halve, write_pyramid
 from inkdask.pictures.scale_bar import ScaleBar, with_scale_bar
-from inkdask.types import InkdaskError, SettingsError
 from tests.files import random_volume, read_picture, write_layers
 
 pytestmark = pytest.mark.usefixtures("own_environment")

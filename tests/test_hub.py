@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from inkdask import storage
+from inkdask.errors import InkdaskError
 from inkdask.models import hub, registry, sources
-from inkdask.types import InkdaskError, ModelSpec
+from inkdask.specs import ModelSpec
 from tests.hub_server import FakeRepo, HubServer
 
 WEIGHTS = os.urandom(300_000)
@@ -26,7 +27,8 @@ if "IMPATIENT" in os.environ:
     time.sleep = lambda seconds: None
 from inkdask import storage
 from inkdask.models import hub
-from inkdask.types import InkdaskError, ModelSpec
+from inkdask.errors import InkdaskError
+from inkdask.specs import ModelSpec
 for model in sys.argv[1:]:
     try:
         spec, path = hub.settle(ModelSpec(model, "", **hub.parse(model)))

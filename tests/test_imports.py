@@ -33,4 +33,4 @@ def test_no_import_goes_in_a_circle():
     assert len(graph) > 50
     assert sum(map(len, graph.values())) > 200
     order = list(TopologicalSorter(graph).static_order())  # raises a CycleError that names it
-    assert order.index("inkdask.types") < order.index("inkdask.workflow")
+    assert order.index("inkdask.specs") < order.index("inkdask.workflow")

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from inkdask.errors import InkdaskError
 from inkdask.models import hardware, int8, registry, weights
 from inkdask.models.int8 import ZERO, Int8Linear, convert, quantise_
 from inkdask.models.timesformer import TimeSformer
 from inkdask.predictor import Predictor
-from inkdask.types import InkdaskError, ModelSpec, Network
+from inkdask.specs import ModelSpec, Network
 from tests.marks import needs_vnni
 
 LAYERS, TILE = 5, 16

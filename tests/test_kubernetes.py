@@ -19,8 +19,8 @@ import yaml
 from PIL import Image
 
 from inkdask.clusters.kubernetes import cluster_manifest, kubernetes, pods_of, summary
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.settings import Settings
-from inkdask.types import InkdaskError, SettingsError
 from tests.kubernetes.world import kubeconfig
 from tests.manifests import CLUSTER, only, problems, render
 

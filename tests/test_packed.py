@@ -11,7 +11,7 @@ from inkdask.models.fast import Compilation, prepare
 from inkdask.models.packed import PackedLinear, pack_if_it_can
 from inkdask.models.timesformer import TimeSformer
 from inkdask.predictor import Predictor
-from inkdask.types import ModelSpec, Network
+from inkdask.specs import ModelSpec, Network
 from tests.marks import needs_packing
 
 LAYERS, TILE = 5, 16

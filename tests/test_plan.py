@@ -7,10 +7,10 @@ from PIL import Image
 
 import inkdask
 from inkdask import cli
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.parts import estimate
 from inkdask.plan import Plan
 from inkdask.settings import Settings
-from inkdask.types import InkdaskError, SettingsError
 from tests.files import ome, write_layers, write_segment
 from tests.oracle import depth_slope, papyrus
 

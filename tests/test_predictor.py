@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 import inkdask.predictor
+from inkdask.errors import InkdaskError
 from inkdask.models import fast, hardware, weights
 from inkdask.models.fast import Compilation, Experience, is_prepared, prepare
 from inkdask.models.networks import BUILDERS
 from inkdask.predictor import Predictor, predictor
-from inkdask.types import InkdaskError, ModelSpec, Network
+from inkdask.specs import ModelSpec, Network
 
 LAYERS, TILE, K = 3, 16, 4
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

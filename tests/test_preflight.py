@@ -10,8 +10,8 @@ from PIL import Image
 
 import inkdask
 from inkdask import memory, preflight
+from inkdask.errors import InkdaskError
 from inkdask.reading import volume
-from inkdask.types import InkdaskError
 from tests.files import write_segment
 from tests.oracle import depth_slope, papyrus
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 import inkdask
 from inkdask import engine, preparation, storage
-from inkdask.types import InkdaskError, SettingsError
+from inkdask.errors import InkdaskError, SettingsError
 from tests.files import write_segment
 from tests.oracle import depth_slope, papyrus
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from ome_zarr_models.v05 import Image as OmeImage
 
 from inkdask import storage
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.information import describe
 from inkdask.pictures import pyramid
 from inkdask.pictures.picture import halved, is_picture, open_picture
 from inkdask.pictures.pyramid import halve, level_shapes, to_uint8, write_pyramid
 from inkdask.storage import outputs
-from inkdask.types import InkdaskError, SettingsError
 from tests.files import bound_by_rights
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 import inkdask
 from inkdask import preparation
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.grids import choose
 from inkdask.parts import assign, estimate
 from inkdask.pictures.overlay import flatten, open_ground
@@ -25,7 +26,6 @@ from inkdask.provenance import fingerprint
 from inkdask.reduction import output_stem
 from inkdask.settings import Settings
 from inkdask.store import GridStore, differences, digest
-from inkdask.types import InkdaskError, SettingsError
 from tests.files import grids, ome, read_picture, write_layers
 from tests.oracle import depth_slope, papyrus
 from tests.test_runs import (  # noqa: F401

@@ -21,8 +21,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inkdask.errors import InkdaskError
 from inkdask.models import registry
-from inkdask.types import InkdaskError, ModelSpec
+from inkdask.specs import ModelSpec
 from tests.files import bound_by_rights
 
 

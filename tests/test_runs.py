@@ -22,8 +22,8 @@ import torch
 
 import inkdask
 from inkdask import engine, storage
+from inkdask.errors import InkdaskError
 from inkdask.store import GridStore
-from inkdask.types import InkdaskError
 from tests.files import grids, read_picture, write_layers
 from tests.oracle import papyrus
 

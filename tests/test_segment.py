@@ -11,9 +11,9 @@ import tifffile
 from PIL import Image
 
 from inkdask import storage
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.segment import describe, name_of, open_segment
 from inkdask.storage import s3 as s3_module
-from inkdask.types import InkdaskError, SettingsError
 from tests.files import SHAPE, assert_reads, encode, random_volume, write_layers
 
 # Where layers are.

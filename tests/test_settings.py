@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from inkdask.cli import inkdask_
+from inkdask.errors import SettingsError
 from inkdask.settings import Environment, Settings, env_name, markdown_table, parameters
-from inkdask.types import SettingsError
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import pytest
 import zarr
 
 from inkdask import storage
+from inkdask.errors import InkdaskError, SettingsError, UnavailableError
 from inkdask.storage import s3 as s3_module
-from inkdask.types import InkdaskError, SettingsError, UnavailableError
 
 
 def test_join_knows_the_root_and_stray_slashes():

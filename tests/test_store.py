@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from inkdask import storage
-from inkdask.inference import InferredChunk
+from inkdask.errors import DamagedError, InkdaskError
 from inkdask.pictures.pyramid import write_pyramid
+from inkdask.specs import InferredChunk
 from inkdask.storage import outputs
 from inkdask.storage import s3 as s3_module
 from inkdask.store import GridStore, decode, differences, digest, encode, save_chunk
 from inkdask.tiling import Tiling
-from inkdask.types import DamagedError, InkdaskError
 
 probabilities = st.floats(0, 1, width=32)
 

@@ -6,7 +6,7 @@ import tifffile
 from PIL import Image
 
 from inkdask.demo import auc, letters, synthetic
-from inkdask.types import InkdaskError
+from inkdask.errors import InkdaskError
 
 SMALL = {"height": 160, "width": 352}
 TEXT = ("ΝΗΔΥΜΟΣ", "ΥΠΝΟΣ")

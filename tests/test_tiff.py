@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from inkdask import storage
+from inkdask.errors import InkdaskError
 from inkdask.reading import tiff, tiff_header, volume
 from inkdask.reading.volume import TiffStack, lazy
 from inkdask.segment import open_segment
 from inkdask.storage.parallel import THREADS
-from inkdask.types import InkdaskError
 from tests import damage
 from tests.files import encode, random_volume, write_layers
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inkdask.errors import SettingsError
 from inkdask.tiling import Axis, Tiling
-from inkdask.types import SettingsError
 
 
 @st.composite

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
+from inkdask.errors import InkdaskError
 from inkdask.models import unpickle, weights
-from inkdask.types import InkdaskError
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 import inkdask
 from inkdask import storage
-from inkdask.types import InkdaskError
+from inkdask.errors import InkdaskError
 from inkdask.view import html as html_module
 from inkdask.view import lazy, tiles
 from inkdask.view.kept import Kept

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from inkdask import storage
+from inkdask.errors import InkdaskError, UnavailableError
 from inkdask.reading import images, volume
 from inkdask.segment import Segment, open_segment
 from inkdask.storage.parallel import THREADS
-from inkdask.types import InkdaskError, UnavailableError
 from tests.files import SHAPE, assert_reads, random_volume, write_layers
 
 

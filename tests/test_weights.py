@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from timesformer_pytorch import TimeSformer
 from torch import Tensor, nn
 
+from inkdask.errors import InkdaskError
 from inkdask.models import registry, weights
 from inkdask.models.depth_cnn import DepthCNN
-from inkdask.types import InkdaskError, ModelSpec, Network
+from inkdask.specs import ModelSpec, Network
 
 State = dict[str, Tensor]
 

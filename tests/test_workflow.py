@@ -17,7 +17,7 @@ from PIL import Image
 import inkdask
 from inkdask import storage
 from inkdask.demo import synthetic
-from inkdask.types import InkdaskError, SettingsError
+from inkdask.errors import InkdaskError, SettingsError
 from tests.files import read_picture, write_segment
 from tests.oracle import assert_same_picture, depth_slope, naive_map, papyrus, picture
 

@@ -10,8 +10,8 @@ import pytest
 import zarr
 
 from inkdask import storage
+from inkdask.errors import InkdaskError
 from inkdask.segment import describe, open_segment
-from inkdask.types import InkdaskError
 from tests.files import SHAPE, assert_reads, ome, random_volume
 
 

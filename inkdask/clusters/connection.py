@@ -11,8 +11,8 @@ from inkdask import engine
 from inkdask.clusters.cuda import cuda
 from inkdask.clusters.kubernetes import kubernetes
 from inkdask.clusters.local import local
+from inkdask.errors import UnavailableError
 from inkdask.settings import Settings
-from inkdask.types import UnavailableError
 
 if TYPE_CHECKING:
     from distributed import Client

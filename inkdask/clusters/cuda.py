@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from inkdask.clusters.local import DASHBOARD
+from inkdask.errors import InkdaskError
 from inkdask.settings import Settings
-from inkdask.types import InkdaskError
 
 if TYPE_CHECKING:
     from distributed import Client

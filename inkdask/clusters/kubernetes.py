@@ -24,8 +24,9 @@ from rich.text import Text
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from inkdask import storage
+from inkdask.errors import SettingsError, UnavailableError
 from inkdask.settings import Settings, env_name
-from inkdask.types import NO_MASK, SettingsError, UnavailableError
+from inkdask.specs import NO_MASK
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from inkdask.demo import synthetic
-from inkdask.types import InkdaskError
+from inkdask.errors import InkdaskError
 
 LAYERS = 26
 

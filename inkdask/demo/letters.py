@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from inkdask.types import InkdaskError
+from inkdask.errors import InkdaskError
 
 Point = tuple[float, float]
 Stroke = tuple[Point, ...]

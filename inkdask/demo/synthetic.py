@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from inkdask.demo import letters
-from inkdask.types import InkdaskError
+from inkdask.errors import InkdaskError
 
 #: Philodemus' "fourfold cure", PHerc. 1005: nothing to fear in god, nothing to suspect in death;
 #: the good is easily won, the terrible easily borne.

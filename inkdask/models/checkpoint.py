@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from inkdask.errors import InkdaskError
 from inkdask.models.unpickle import Inert, look_for_harm, tensors_only
-from inkdask.types import InkdaskError
 
 # Lightning and other trainers put the weights under one of these.
 _NESTS = ("state_dict", "model_state_dict")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from inkdask.types import Network
+from inkdask.specs import Network
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 from dask.system import CPU_COUNT
 
-from inkdask.types import InkdaskError, Network
+from inkdask.errors import InkdaskError
+from inkdask.specs import Network
 
 
 def device_for(network: Network) -> torch.device:

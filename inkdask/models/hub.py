@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from inkdask import storage
+from inkdask.errors import InkdaskError
 from inkdask.models.sources import Bucket, Folder, Repo, Source
-from inkdask.types import InkdaskError, ModelSpec
+from inkdask.specs import ModelSpec
 
 PREFERENCE = (".safetensors", ".ckpt", ".pt", ".bin")
 PACKAGE = "package://"  # package://NAME/FILE is a file inside an installed Python package

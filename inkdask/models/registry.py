@@ -21,9 +21,10 @@ from types import FunctionType
 from typing import Any
 
 from inkdask import storage
+from inkdask.errors import InkdaskError
 from inkdask.models import hub
 from inkdask.models.sources import Source, sha256
-from inkdask.types import InkdaskError, ModelSpec, Network, Precision
+from inkdask.specs import ModelSpec, Network, Precision
 
 ENTRY_POINTS = "inkdask.models"
 

@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hf
 
 from inkdask import storage
-from inkdask.types import InkdaskError
+from inkdask.errors import InkdaskError
 
 _IS_MD5 = re.compile(r"[0-9a-f]{32}")
 _IS_SHA256 = re.compile(r"[0-9a-f]{64}")

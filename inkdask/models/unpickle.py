@@ -26,7 +26,7 @@ from typing import IO, Any, ClassVar
 import torch
 from torch import Tensor
 
-from inkdask.types import InkdaskError
+from inkdask.errors import InkdaskError
 
 # What opens a door out of the file. The lists decide between refusing the file aloud and ignoring
 # what it names: neither runs anything.

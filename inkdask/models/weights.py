@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from inkdask.errors import InkdaskError
 from inkdask.models import hub, registry
 from inkdask.models.checkpoint import Checkpoint, read
 from inkdask.models.networks import BUILDERS
 from inkdask.models.sources import sha256
-from inkdask.types import InkdaskError, Network
+from inkdask.specs import Network
 
 __all__ = ["Checkpoint", "build", "fit", "load", "read", "recognise"]
 

@@ -8,7 +8,7 @@ import cmap
 import dask.array as da
 import numpy as np
 
-from inkdask.types import SettingsError
+from inkdask.errors import SettingsError
 
 
 @lru_cache(maxsize=8)

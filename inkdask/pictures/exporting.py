@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import dask.array as da
 
 from inkdask import storage
+from inkdask.errors import SettingsError
 from inkdask.pictures import jpeg
 from inkdask.pictures.colour import colour_table, coloured
 from inkdask.pictures.jpeg import write_jpeg
@@ -23,7 +24,6 @@ from inkdask.pictures.tiff import Compression, write_tiff
 from inkdask.provenance import absolute, without_secrets
 from inkdask.settings import Settings
 from inkdask.storage import outputs
-from inkdask.types import SettingsError
 
 Kind = Literal["png", "tiff", "jpeg", "zarr"]
 KINDS: dict[str, Kind] = {

@@ -10,9 +10,10 @@ from typing import Literal
 import dask.array as da
 import numpy as np
 
+from inkdask.errors import InkdaskError
 from inkdask.pictures.picture import Picture, halved
 from inkdask.segment import Segment, open_segment
-from inkdask.types import NO_MASK, InkdaskError
+from inkdask.specs import NO_MASK
 
 log = logging.getLogger("inkdask")
 

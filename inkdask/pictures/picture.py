@@ -10,8 +10,8 @@ import numpy as np
 import zarr
 
 from inkdask import storage
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.pictures.pyramid import ORIGIN, halve
-from inkdask.types import InkdaskError, SettingsError
 
 CHUNK = 1024  # pixels: side of the chunks of levels that are not stored
 

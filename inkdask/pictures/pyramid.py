@@ -30,10 +30,10 @@ from tenacity import (
 )
 
 from inkdask import engine, storage
+from inkdask.errors import InkdaskError
 from inkdask.progress import Meter
 from inkdask.storage import outputs
 from inkdask.store import open_array
-from inkdask.types import InkdaskError
 
 SMALLEST = 512  # pixels: a level that is no larger has no coarser one
 ORIGIN = "inkdask"  # the attribute that says where a picture comes from

@@ -12,10 +12,10 @@ import tifffile
 from PIL import Image
 
 from inkdask import storage
+from inkdask.errors import InkdaskError
 from inkdask.pictures.exporting import KINDS
 from inkdask.pictures.picture import open_picture
 from inkdask.pictures.pyramid import ORIGIN
-from inkdask.types import InkdaskError
 
 READ_AHEAD = 1 << 18  # bytes
 

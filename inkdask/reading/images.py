@@ -22,8 +22,8 @@ import zarr
 from tifffile.tifffile import jpeg_shape
 
 from inkdask import storage
+from inkdask.errors import InkdaskError
 from inkdask.storage.parallel import for_each
-from inkdask.types import InkdaskError
 
 log = logging.getLogger(__name__)
 

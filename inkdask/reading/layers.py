@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from inkdask import storage
-from inkdask.types import InkdaskError
+from inkdask.errors import InkdaskError
 
 _LAYER = re.compile(r"(\d+)\.(tiff?|png|jpe?g)", re.IGNORECASE)
 _FOLDERS = ("layers", "surface_volume")

@@ -16,10 +16,10 @@ import numpy as np
 import tifffile
 
 from inkdask import storage
+from inkdask.errors import InkdaskError
 from inkdask.memory import pages
 from inkdask.reading import lzw
 from inkdask.storage.parallel import for_each
-from inkdask.types import InkdaskError
 
 MERGE_GAP = 256  # bytes between two pieces that are still fetched as one range
 RUN_BYTES = 8 << 20  # of a range: an S3 request costs milliseconds of CPU, however short it is

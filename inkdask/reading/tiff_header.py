@@ -13,8 +13,8 @@ import numpy as np
 import tifffile
 
 from inkdask import storage
+from inkdask.errors import InkdaskError
 from inkdask.reading.tiff import Layout, TiffImage
-from inkdask.types import InkdaskError
 
 HEADER_READ = 4096  # bytes: covers the tags of most files, and little of the pixels
 CUT_BYTES, CUT_ROWS = 1 << 20, 64  # most of a piece, where the pieces can be chosen

@@ -17,8 +17,8 @@ import numpy as np
 import zarr
 
 from inkdask import storage
+from inkdask.errors import InkdaskError
 from inkdask.reading.volume import WHOLE_BYTES
-from inkdask.types import InkdaskError
 
 LAYERS_ATTRIBUTE = "layers"  # of an array that inkdask prepared: the numbers of its layers
 PREPARED_ATTRIBUTE = "prepared_from"  # of such an array: the segment, and how it was read

@@ -20,8 +20,8 @@ from uuid import uuid4
 from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 
+from inkdask.errors import DamagedError, InkdaskError, UnavailableError
 from inkdask.storage.counting import count
-from inkdask.types import DamagedError, InkdaskError, UnavailableError
 
 if TYPE_CHECKING:
     from zarr import Array, Group

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from inkdask import storage
-from inkdask.types import InkdaskError
+from inkdask.errors import InkdaskError
 
 PROBE = ".test"  # ending of what is written to see whether it can be
 

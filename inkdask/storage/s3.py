@@ -26,8 +26,8 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from inkdask.errors import SettingsError
 from inkdask.storage.counting import count
-from inkdask.types import SettingsError
 
 log = logging.getLogger(__name__)
 

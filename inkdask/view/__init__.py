@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from inkdask import showing
-from inkdask.types import InkdaskError
+from inkdask.errors import InkdaskError
 
 if TYPE_CHECKING:
     from inkdask.segment import Segment

@@ -21,10 +21,11 @@ import numpy as np
 
 from inkdask import engine
 from inkdask.blending import blend, blend_chunk
-from inkdask.inference import InferredChunk, Passes, infer
+from inkdask.errors import InkdaskError
+from inkdask.inference import infer
+from inkdask.specs import InferredChunk, Passes
 from inkdask.store import GridStore
 from inkdask.tiling import Axis
-from inkdask.types import InkdaskError
 from inkdask.view.tiles import Ink, Window
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import ipywidgets as widgets
 import traitlets
 from IPython.display import HTML, display
 
-from inkdask.types import InkdaskError
+from inkdask.errors import InkdaskError
 from inkdask.view import html
 from inkdask.view.tiles import SIDE, Ink, Papyrus, Window
 

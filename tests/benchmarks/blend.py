@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from inkdask.blending import blend, taper
-from inkdask.inference import InferredChunk
 from inkdask.pictures.exporting import export
 from inkdask.pictures.pyramid import to_uint8, write_pyramid
+from inkdask.specs import InferredChunk
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
 from tests.benchmarks._common import STRIDE, TILE, measure, scratch, size, stored, table, tell

@@ -33,7 +33,7 @@ from inkdask.models.networks import BUILDERS
 from inkdask.models.packed import pack_if_it_can
 from inkdask.models.registry import ARCHITECTURES
 from inkdask.predictor import Predictor
-from inkdask.types import ModelSpec, Network
+from inkdask.specs import ModelSpec, Network
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}

@@ -1,4 +1,4 @@
-"""The words of the project: frozen specs that travel in graphs, and the errors a user sees.
+"""Frozen values that travel in graphs: what to run, and what came of it.
 
 This file imports nothing of inkdask, and nothing heavy: the Dask scheduler deserialises graphs
 too, and must not need torch for it.
@@ -8,34 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
 NO_MASK = "none"  # in the place of a mask's path
-
-
-class InkdaskError(Exception):
-    """A mistake or a misfortune the user can act on.
-
-    ``str(error)`` is one clear sentence that names the file or the variable; the command line
-    prints it without a traceback and exits with ``exit_code``.
-    """
-
-    exit_code = 1
-
-
-class UnavailableError(InkdaskError):
-    """A place does not answer now: the same work may succeed later, or on another machine."""
-
-
-class DamagedError(InkdaskError):
-    """What lies at a place cannot be decoded: it is damaged, or something else altogether."""
-
-
-class SettingsError(InkdaskError):
-    """A setting is missing or out of its bounds."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -124,3 +103,38 @@ class Network:
     compile: bool = True
     compile_mode: str = "reduce-overhead"
     function: Callable[[Any], Any] | None = None
+
+
+class InferredChunk(NamedTuple):
+    """Result of one chunk.
+
+    Attributes
+    ----------
+    grid
+        Probabilities, float32 (gy, gx, k, k); NaN where a tile is empty and did not run.
+    valid
+        Bool (y, x): any layer is non-zero.
+    precision
+        Arithmetic of the network: ``float32``, ``bfloat16`` or ``int8``. Empty where no tile ran,
+        and for a callable.
+    """
+
+    grid: np.ndarray
+    valid: np.ndarray
+    precision: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """Tiles to run: those of the passes after ``done``, up to ``last``.
+
+    Attributes
+    ----------
+    done
+        Last pass that each chunk has, int (rows, columns); -1 for none.
+    last
+        Last pass to run.
+    """
+
+    done: np.ndarray
+    last: int
