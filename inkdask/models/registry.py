@@ -178,18 +178,6 @@ def resolve(
     )
 
 
-def known_of(model: str | Callable[[Any], Any]) -> dict[str, str]:
-    """Key of a model, and the digest of its weights where they are a local file.
-
-    Nothing is downloaded; a stored grid is found by it when the weights are gone.
-    """
-    if callable(model):
-        return {"model": _name(model)}
-    path = Path(model)
-    with storage.explained(model):
-        return {"model": model, **({"weights": sha256(path)} if path.is_file() else {})}
-
-
 def _described(model: str, model_type: str | None) -> ModelSpec:
     """Return the spec of a model given by name; its architecture may be the user's."""
     architecture = None if model_type is None else ARCHITECTURES.get(model_type, model_type)
@@ -269,7 +257,7 @@ def _try_function(
     import cloudpickle  # type: ignore[import-untyped]
     import torch
 
-    name = _name(function)
+    name = name_of(function)
     if getattr(function, "training", False):
         raise InkdaskError(f"The model {name} is in training mode: call its eval() first.")
     parameters: Callable[[], Iterable[Any]] = getattr(function, "parameters", tuple)
@@ -299,7 +287,8 @@ def _try_function(
     return replace(spec, pixels_per_logit=spec.tile // k), digest, k
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
+    """Name of a callable, for files and messages."""
     return str(getattr(function, "__name__", type(function).__name__)).strip("<>")
 
 

@@ -1,0 +1,32 @@
+"""Recipes, origins and words of jobs that nobody ran, for tests of values."""
+
+from inkdask.identity import Origin, Provenance, Recipe, Said
+from inkdask.store import GridStore
+
+RECIPE = Recipe(
+    input="0123456789abcdef", mask=None, layers=(0, 1, 2), direction="forward", averaged=1,
+    corner=(0, 0), shape=(300, 431), model="demo", architecture="ink_depth_cnn", weights="ab" * 32,
+    clip=200.0, divisor=200.0, precision="auto", tile=64, stride=16, k=4, chunk=(128, 128),
+)  # fmt: skip
+ORIGIN = Origin(
+    segment="seg", source="s3://bucket/seg", volume="s3://bucket/seg", ome_zarr_level="0",
+    mask=None, layer_range=(0, 3), opened=(0, 3), weights_from="somewhere", roi_xyxy=None,
+    software={"inkdask": "0.1.0"}, command=("inkdask", "run", "s3://bucket/seg"),
+)  # fmt: skip
+SAID = Said(
+    s3_path="s3://bucket/seg", surface_volume_zarr=None, ome_zarr_level="0", mask_path=None,
+    layers=(0, 3), force_reverse=False, z_downsample_mean_factor=1, model="demo",
+    model_in_chans=3, clip=200.0, divisor=200.0, precision="auto", tile=64, stride=16,
+    roi_xyxy=None, chunk_size=128,
+)  # fmt: skip
+PROVENANCE = Provenance(
+    recipe=RECIPE, origin=ORIGIN, blend_mode="hann", gaussian_sigma=0.0, ran_in=("float32",),
+    created="2026-11-27T12:00:00+00:00",
+)  # fmt: skip
+
+
+def store_in(folder, recipe=RECIPE):
+    """An empty store of a recipe in a folder, made."""
+    store = GridStore.of(str(folder), "seg", recipe)
+    store.create(recipe, ORIGIN)
+    return store
