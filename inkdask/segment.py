@@ -48,7 +48,7 @@ class Segment:
     dtype
         Type of the values on disk, uint8 or uint16; `volume` is always uint8.
     identity
-        Changes when an input file does: made of sizes, ETags and modification times.
+        Digest of the layer files: where they are, sizes, ETags or times, and 4 KiB of each.
     source
         The files, and how they can be cut.
     stored_bytes
@@ -58,6 +58,8 @@ class Segment:
         none was wanted.
     mask_source
         The same, and how it can be cut.
+    mask_identity
+        The same digest of the mask; None without one.
     window
         Rows and columns that are kept, in pixels of the files; None for all (see `crop`).
     """
@@ -71,6 +73,7 @@ class Segment:
     stored_bytes: int
     mask_uri: str | None = None
     mask_source: DecodedStack | None = None
+    mask_identity: str | None = None
     window: tuple[slice, slice] | None = None
 
     @property
@@ -84,14 +87,14 @@ class Segment:
     @property
     def volume(self) -> da.Array:
         """The layers as dask uint8 (z, y, x); chunks follow the files, and nothing is read."""
-        return lazy(self.source, f"{self.uri} {self.identity} {self.layers}", self.window)
+        return lazy(self.source, f"{self.identity} {self.layers}", self.window)
 
     @property
     def mask(self) -> da.Array | None:
         """Dask bool (y, x), True where there is papyrus; None without a mask."""
-        if self.mask_source is None:
+        if self.mask_source is None or self.mask_identity is None:
             return None
-        return lazy(self.mask_source, f"{self.mask_uri} {self.identity}", self.window)[0] > 0
+        return lazy(self.mask_source, self.mask_identity, self.window)[0] > 0
 
     def take(self, layers: slice) -> Segment:
         """Keep some layers, in the order of the slice; the others are not read."""
@@ -184,12 +187,10 @@ def open_segment(
         numbers = tuple(file.number for file in files)
         stored = sum(file.size for file in files)
     mask_uri = os.fspath(mask) if mask else _find_mask(uri, name, listing)
-    mask_source = None
+    segment = Segment(uri, name, numbers, dtype, identity, source, stored, mask_uri)
     if mask_uri and mask_uri != NO_MASK:
         mask_source = _open_mask(mask_uri, source.shape[1:])
-    if mask_source:
-        identity = _digest([identity, mask_source.identity])
-    segment = Segment(uri, name, numbers, dtype, identity, source, stored, mask_uri, mask_source)
+        segment = replace(segment, mask_source=mask_source, mask_identity=mask_source.identity)
     log.debug("%s: layers %s are read, in this order", uri, " ".join(map(str, numbers)))
     return segment
 
@@ -271,7 +272,7 @@ def _open_array(
 
 def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]:
     """Read the headers of all layers, and check that they agree."""
-    headers = for_each(_read_header, files)
+    headers, traits = zip(*for_each(_open_file, files), strict=True)
     for image in headers:
         if isinstance(image, images.Picture) and image.is_palette:
             raise InkdaskError(f"{image.uri} has colours of a palette: save it in grey.")
@@ -280,7 +281,7 @@ def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]
     odd = [image for image in headers if image.oddity]
     if odd:
         log.warning("%s has %s (%d such layers)", odd[0].uri, odd[0].oddity, len(odd))
-    identity = _digest([(file.number, file.size, file.mark) for file in files])
+    identity = _digest(traits)
     tiffs = tuple(image for image in headers if isinstance(image, TiffImage))
     if len(tiffs) == len(headers) and TiffStack(tiffs).can_be_cut:
         return TiffStack(tiffs), tiffs[0].dtype, identity
@@ -294,9 +295,12 @@ def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]
     return DecodedStack(tuple(headers), identity, words), headers[0].dtype, identity
 
 
-def _read_header(file: LayerFile) -> TiffImage | images.Picture:
+def _open_file(file: LayerFile) -> tuple[TiffImage | images.Picture, tuple[Any, ...]]:
+    """Read the header of a file, and what tells it from others."""
     read = tiff_header.read_header if file.is_tiff else images.read_header
-    return read(file.uri, file.size)
+    image = read(file.uri, file.size, file.etag)
+    middle = storage.read_middle(file.uri, file.size, file.etag)
+    return image, (storage.absolute(file.uri), file.size, file.mark, middle)
 
 
 def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) -> None:
@@ -328,8 +332,7 @@ def _find_mask(uri: str, name: str, listing: Sequence[storage.Entry]) -> str | N
 
 
 def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
-    entry = storage.entry(uri)
-    image = _read_header(LayerFile(0, uri, entry.size, entry.mark))
+    image, traits = _open_file(LayerFile.of(0, uri, storage.entry(uri)))
     if isinstance(image, images.Picture):
         image = replace(image, is_mask=True)
     elif image.dtype != np.uint8:  # its high bytes alone might all be zero
@@ -339,7 +342,7 @@ def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
             f"The mask {uri} has {image.shape[1]} x {image.shape[0]} pixels, "
             f"the layers have {shape[1]} x {shape[0]}; MASK_PATH=none reads them without a mask."
         )
-    return DecodedStack((image,), _digest([entry.size, entry.mark]), image.words)
+    return DecodedStack((image,), _digest(traits), image.words)
 
 
 def _digest(parts: Sequence[Any]) -> str:

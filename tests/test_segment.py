@@ -12,6 +12,7 @@ from PIL import Image
 
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError
+from inkdask.reading import volume
 from inkdask.segment import describe, name_of, open_segment
 from inkdask.storage import s3 as s3_module
 from tests.files import SHAPE, assert_reads, encode, random_volume, write_layers
@@ -281,6 +282,72 @@ def test_a_server_that_falls_silent_after_the_listing(s3, faults, monkeypatch, p
         open_segment(s3)
 
 
+# Which segment it is.
+
+
+def test_identity_of_unpacked_copies_differs_by_place(tmp_path, pixels):
+    identities = set()
+    for folder in ("a", "b"):
+        write_layers(tmp_path / folder / "segment", pixels)
+        for file in (tmp_path / folder / "segment").iterdir():
+            os.utime(file, ns=(10**18, 10**18))
+        identities.add(open_segment(tmp_path / folder / "segment").identity)
+    assert len(identities) == 2
+
+
+def test_identity_is_the_same_however_the_path_is_written(tmp_path, pixels, monkeypatch):
+    write_layers(tmp_path / "layers", pixels)
+    monkeypatch.chdir(tmp_path)
+    paths = [tmp_path, ".", f"{tmp_path}/", f"file://{tmp_path}", "../" + tmp_path.name]
+    assert len({open_segment(path).identity for path in paths}) == 1
+
+
+def test_identity_changes_with_bytes_in_the_middle_of_a_file(tmp_path):
+    write_layers(tmp_path, random_volume((2, 200, 200)))
+    path = tmp_path / "01.tif"
+    before, times = open_segment(tmp_path).identity, path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert open_segment(tmp_path).identity != before
+
+
+def test_identity_of_links_changes_with_their_targets(tmp_path, pixels):
+    write_layers(tmp_path / "kept", pixels)
+    (tmp_path / "layers").mkdir()
+    for file in (tmp_path / "kept").iterdir():
+        (tmp_path / "layers" / file.name).symlink_to(file)
+    before = open_segment(tmp_path).identity
+    time = (tmp_path / "kept" / "00.tif").stat().st_mtime + 5
+    os.utime(tmp_path / "kept" / "00.tif", (time, time))
+    assert open_segment(tmp_path).identity != before
+
+
+def test_linked_folder_of_layers_is_read(tmp_path, pixels):
+    write_layers(tmp_path / "elsewhere", pixels)
+    (tmp_path / "segment").mkdir()
+    (tmp_path / "segment" / "layers").symlink_to(tmp_path / "elsewhere")
+    assert_reads(open_segment(tmp_path / "segment"), pixels >> 8)
+
+
+@pytest.mark.parametrize("codec", [None, "lzw"])
+def test_layer_rewritten_on_s3_after_opening_is_refused(s3, pixels, monkeypatch, codec):
+    monkeypatch.setattr(volume, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(volume, "BLOCK_SIDE", 10)  # compressed layers are decoded as a whole
+    write_layers(f"{s3}/layers", pixels, compression=codec)
+    write_mask(f"{s3}/m.png", pixels[0] > 0)
+    segment = open_segment(s3, mask=f"{s3}/m.png")
+    write_layers(f"{s3}/layers", pixels[:1] + 256, compression=codec)
+    write_mask(f"{s3}/m.png", pixels[0] == 0)
+    for array, name in ((segment.volume, "layers/00.tif"), (segment.mask, "m.png")):
+        with pytest.raises(InkdaskError) as caught:
+            array.compute()
+        assert str(caught.value) == (
+            f"{s3}/{name} has changed since it was opened: run the job again."
+        )
+
+
 # Masks.
 
 
@@ -303,9 +370,9 @@ def test_mask_beside_the_layers(home, pixels, mask):
     segment = pickle.loads(pickle.dumps(open_segment(uri)))
     assert segment.mask_uri == storage.join(uri, "20230702_mask.png")
     assert segment.mask.dtype == bool
-    assert segment.identity != plain
+    assert segment.identity == plain
     assert open_segment(uri, mask="none").mask is None
-    assert open_segment(uri, mask="none").identity == plain
+    assert open_segment(uri, mask="none").mask_identity is None
     np.testing.assert_array_equal(segment.mask.compute(), mask)
     cropped = segment.crop(slice(10, 60), slice(70, 120))
     np.testing.assert_array_equal(cropped.mask.compute(), mask[10:60, 70:120])
@@ -396,8 +463,11 @@ def test_a_mask_that_is_written_anew_is_another(tmp_path, pixels):
     found = set()
     for time in (0, 10**9):
         os.utime(tmp_path / "m.png", ns=(time, time))
-        found.add(open_segment(str(tmp_path), mask=tmp_path / "m.png").identity)
+        segment = open_segment(str(tmp_path), mask=tmp_path / "m.png")
+        found.add((segment.identity, segment.mask_identity, segment.mask.name))
     assert len(found) == 2
+    assert len({identity for identity, *_ in found}) == 1
+    assert len({name for *_, name in found}) == 2
 
 
 @pytest.mark.parametrize("name", ["03.tif.aux.xml", "03.tiff_old", "04.tif.part", "07.tif/"])

@@ -12,6 +12,7 @@ import zarr
 
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError, UnavailableError
+from inkdask.storage import outputs
 from inkdask.storage import s3 as s3_module
 
 
@@ -37,6 +38,40 @@ def test_write_list_and_read(home):
     assert storage.list_files(home) == ["a/b.bin"]
     for listed in (storage.list_folder, storage.list_files):
         assert listed(storage.join(home, "nothing")) == []
+
+
+def test_entry_of_link_is_that_of_its_target(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"12345")
+    os.utime(tmp_path / "file", (50, 50))
+    for name, target in (("a", "folder"), ("b", "file"), ("c", "nothing")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    a, b, c, *_ = storage.list_folder(str(tmp_path))
+    assert (a.is_folder, b.is_folder, c.is_folder) == (True, False, False)
+    assert (b.size, b.mark, c.size) == (5, "50.0", 0)
+    assert [a, b] == [storage.entry(str(tmp_path / name)) for name in "ab"]
+
+
+def test_remove_of_link_keeps_its_target(tmp_path):
+    (tmp_path / "array.zarr").mkdir()
+    (tmp_path / "array.zarr" / "zarr.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "array.zarr")
+    outputs.remove(str(tmp_path / "link"))
+    assert storage.list_files(str(tmp_path)) == ["array.zarr/zarr.json"]
+
+
+def test_read_of_rewritten_object_is_refused(s3):
+    storage.write_bytes(f"{s3}/x", b"before")
+    etag = storage.entry(f"{s3}/x").etag
+    assert storage.read_range(f"{s3}/x", 1, 3, etag) == b"ef"
+    assert storage.read_bytes(f"{s3}/x", etag) == b"before"
+    storage.write_bytes(f"{s3}/x", b"after!")
+    before = storage.counters()
+    for read in (storage.read_bytes, lambda uri, etag: storage.read_range(uri, 1, 3, etag)):
+        with pytest.raises(InkdaskError) as caught:
+            read(f"{s3}/x", etag)
+        assert str(caught.value) == f"{s3}/x has changed since it was opened: run the job again."
+    assert storage.counters().retries == before.retries
 
 
 def test_mark_changes_with_the_file(home):

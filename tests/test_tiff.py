@@ -252,9 +252,9 @@ def ranges(monkeypatch):
     """All ranges that are read, as (uri, start, stop)."""
     read, real = [], storage.read_range
 
-    def read_range(uri, start, stop):
+    def read_range(uri, start, stop, etag=""):
         read.append((uri, start, stop))
-        return real(uri, start, stop)
+        return real(uri, start, stop, etag)
 
     monkeypatch.setattr(storage, "read_range", read_range)
     return read

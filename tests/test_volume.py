@@ -178,7 +178,7 @@ def test_a_picture_on_a_silent_server_is_not_corrupt(tmp_path, pixels, monkeypat
     (tmp_path / "00.png").write_bytes(imagecodecs.png_encode(pixels[0]))
     segment = open_segment(str(tmp_path))
 
-    def silent(uri):
+    def silent(uri, etag):
         raise UnavailableError(f"{uri} does not answer.")
 
     monkeypatch.setattr(storage, "read_bytes", silent)

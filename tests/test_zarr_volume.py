@@ -56,6 +56,27 @@ def test_an_array_that_is_written_anew_is_another(home, zarr_format):
     assert identities[0] != identities[2]
 
 
+def test_identity_of_two_arrays_of_one_group_differs(home):
+    data = random_volume(SHAPE, "|u1")
+    uri = storage.join(home, "x.zarr")
+    group = zarr.create_group(storage.zarr_store(uri), zarr_format=2, attributes=ome("0.4"))
+    for level in "01":
+        group.create_array(level, data=data, chunks=(3, 32, 32))
+    assert open_segment(uri).identity != open_segment(uri, level="1").identity
+    assert open_segment(uri).identity == open_segment(storage.join(uri, "0")).identity
+
+
+@pytest.mark.parametrize("shards", [None, (6, 64, 64)])
+def test_identity_of_an_array_changes_with_its_middle_chunk(tmp_path, shards):
+    uri = str(tmp_path / "x.zarr")
+    identities = []
+    array = create(uri, np.zeros(SHAPE, "|u1"), chunks=(6, 32, 32), shards=shards)
+    for value in (0, 1, 2):
+        array[:, 64:96, 64:96] = value
+        identities.append(open_segment(uri).identity)
+    assert len(set(identities)) == 3
+
+
 def test_sharded_zarr(home):
     data = random_volume((4, 200, 300), "|u1")
     uri = storage.join(home, "volume.zarr")

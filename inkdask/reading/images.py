@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import imagecodecs
@@ -65,6 +65,8 @@ class Picture:
         Whether its values stand for colours.
     is_mask
         Whether it is decoded as 1 where it is not black, and 0 elsewhere.
+    etag
+        ETag of the file on S3, elsewhere empty.
     """
 
     uri: str
@@ -73,6 +75,7 @@ class Picture:
     channels: int = 1
     is_palette: bool = False
     is_mask: bool = False
+    etag: str = ""
 
     @property
     def oddity(self) -> str:
@@ -87,7 +90,8 @@ class Picture:
     def decode(self) -> np.ndarray:
         """Read the whole picture as uint8 (y, x), its first channel."""
         try:
-            pixels = imagecodecs.imread(storage.read_bytes(self.uri), codec=["png", "jpeg"])
+            data = storage.read_bytes(self.uri, self.etag)
+            pixels = imagecodecs.imread(data, codec=["png", "jpeg"])
         except InkdaskError:
             raise
         except Exception as error:
@@ -103,7 +107,7 @@ class Picture:
         return pixels.astype(np.uint8, copy=False)
 
 
-def read_header(uri: str, size: int) -> Picture:
+def read_header(uri: str, size: int, etag: str = "") -> Picture:
     """Parse the header of a PNG or JPEG file of ``size`` bytes.
 
     Raises
@@ -112,12 +116,14 @@ def read_header(uri: str, size: int) -> Picture:
         When it is neither.
     """
     try:
-        return _parse(uri, storage.read_range(uri, 0, min(size, _HEADER_READ)))
+        head = storage.read_range(uri, 0, min(size, _HEADER_READ), etag)
+        return replace(_parse(uri, head), etag=etag)
     except InkdaskError:
         if size <= _HEADER_READ:
             raise
     # What programs add to a JPEG, such as previews, may come before the size of the picture.
-    return _parse(uri, storage.read_range(uri, 0, min(size, _LONG_HEADER_READ)))
+    head = storage.read_range(uri, 0, min(size, _LONG_HEADER_READ), etag)
+    return replace(_parse(uri, head), etag=etag)
 
 
 def _parse(uri: str, head: bytes) -> Picture:

@@ -28,12 +28,20 @@ class LayerFile:
         Its bytes.
     mark
         ETag or modification time: changes when the file does.
+    etag
+        ETag on S3, elsewhere empty.
     """
 
     number: int
     uri: str
     size: int
     mark: str
+    etag: str
+
+    @classmethod
+    def of(cls, number: int, uri: str, entry: storage.Entry) -> LayerFile:
+        """Layer ``number``, whose file is listed as ``entry``."""
+        return cls(number, uri, entry.size, entry.mark, entry.etag)
 
     @property
     def is_tiff(self) -> bool:
@@ -62,7 +70,7 @@ def find_layers(uri: str, listing: Sequence[storage.Entry]) -> tuple[str, list[L
     inner += [name for name in folders if name.endswith(".tifs")]
     folder = storage.join(uri, inner[0]) if inner else uri.rstrip("/")
     files = [
-        LayerFile(int(match[1]), storage.join(folder, entry.name), entry.size, entry.mark)
+        LayerFile.of(int(match[1]), storage.join(folder, entry.name), entry)
         for entry in (storage.list_folder(folder) if inner else listing)
         if not entry.is_folder and (match := _LAYER.fullmatch(entry.name))
     ]

@@ -119,6 +119,8 @@ class TiffImage:
         bytes is all zero.
     oddity
         What is left unread of the file, for a warning; empty as a rule.
+    etag
+        ETag of the file on S3, elsewhere empty.
     """
 
     uri: str
@@ -126,6 +128,7 @@ class TiffImage:
     offsets: np.ndarray
     counts: np.ndarray
     oddity: str = ""
+    etag: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -159,8 +162,8 @@ class TiffBlock:
 
     Attributes
     ----------
-    uris, layouts
-        File and layout of each layer.
+    uris, etags, layouts
+        File of each layer, its ETag, and its layout.
     rows, columns
         The window, in pixels.
     offsets, counts
@@ -168,6 +171,7 @@ class TiffBlock:
     """
 
     uris: tuple[str, ...]
+    etags: tuple[str, ...]
     layouts: tuple[Layout, ...]
     rows: slice
     columns: slice
@@ -184,6 +188,7 @@ class TiffBlock:
             counts.append(image.counts[window].ravel())
         return cls(
             tuple(image.uri for image in images),
+            tuple(image.etag for image in images),
             tuple(image.layout for image in images),
             rows,
             columns,
@@ -246,9 +251,9 @@ class _Run:
 
     def read_into(self, out: np.ndarray) -> None:
         """Fetch the pieces, and decode them into the block ``out``, uint8 (z, y, x)."""
-        uri, start = self.block.uris[self.z], int(self.offsets[0])
-        stop = int(self.offsets[-1] + self.counts[-1])
-        data = memoryview(storage.read_range(uri, start, stop) if stop > start else b"")
+        uri, etag = self.block.uris[self.z], self.block.etags[self.z]
+        start, stop = int(self.offsets[0]), int(self.offsets[-1] + self.counts[-1])
+        data = memoryview(storage.read_range(uri, start, stop, etag) if stop > start else b"")
         spans = zip((self.offsets - start).tolist(), self.counts.tolist(), strict=True)
         for (row, column), (offset, count) in zip(self.places, spans, strict=True):
             rows = self.layout.piece[0]

@@ -24,7 +24,7 @@ _MEANINGS = {0: "of white that is 0, upside down; save it as MinIsBlack", 3: "co
 _BYTES = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, zstd
 
 
-def read_header(uri: str, size: int) -> TiffImage:
+def read_header(uri: str, size: int, etag: str = "") -> TiffImage:
     """Parse the header of a TIFF of ``size`` bytes by small range reads.
 
     Raises
@@ -32,8 +32,9 @@ def read_header(uri: str, size: int) -> TiffImage:
     InkdaskError
         When it is no TIFF, is cut short, or stores pixels in a way that cannot be read.
     """
+    file = cast("IO[bytes]", _RangeFile(uri, size, etag))
     try:
-        with tifffile.TiffFile(cast("IO[bytes]", _RangeFile(uri, size)), _multifile=False) as tif:
+        with tifffile.TiffFile(file, _multifile=False) as tif:
             page = tif.pages.first
             more_pages = tif.pages.is_multipage
             image = _describe(uri, page)
@@ -49,7 +50,7 @@ def read_header(uri: str, size: int) -> TiffImage:
         )
     if more_pages:
         image = replace(image, oddity="several pages, of which the first is read")
-    return image
+    return replace(image, etag=etag)
 
 
 def _describe(uri: str, page: Any) -> TiffImage:
@@ -133,9 +134,10 @@ def _words(page: Any, piece: tuple[int, int], grid: tuple[int, int]) -> str:
 class _RangeFile(io.RawIOBase):
     """A file that fetches what is read of it, a little ahead, and keeps it: for headers."""
 
-    def __init__(self, uri: str, size: int) -> None:
+    def __init__(self, uri: str, size: int, etag: str) -> None:
         self.name = uri
         self._size = size
+        self._etag = etag
         self._position = 0
         self._held: list[tuple[int, bytes]] = []
 
@@ -160,7 +162,8 @@ class _RangeFile(io.RawIOBase):
         for held, data in self._held:
             if held <= start and stop <= held + len(data):
                 return data[start - held : stop - held]
-        data = storage.read_range(self.name, start, min(max(stop, start + HEADER_READ), self._size))
+        stop_read = min(max(stop, start + HEADER_READ), self._size)
+        data = storage.read_range(self.name, start, stop_read, self._etag)
         self._held.append((start, data))
         return data[: stop - start]
 

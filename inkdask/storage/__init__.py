@@ -3,6 +3,7 @@
 from inkdask.storage.counting import Counters, counters
 from inkdask.storage.files import (
     Entry,
+    absolute,
     decoded,
     entry,
     exists,
@@ -15,6 +16,7 @@ from inkdask.storage.files import (
     list_folder,
     put_file,
     read_bytes,
+    read_middle,
     read_range,
     s3_filesystem,
     write_bytes,
@@ -27,6 +29,7 @@ from inkdask.storage.files import (
 __all__ = [
     "Counters",
     "Entry",
+    "absolute",
     "counters",
     "decoded",
     "entry",
@@ -40,6 +43,7 @@ __all__ = [
     "list_folder",
     "put_file",
     "read_bytes",
+    "read_middle",
     "read_range",
     "s3_filesystem",
     "write_bytes",

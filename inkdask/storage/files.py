@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,20 +30,37 @@ if TYPE_CHECKING:
 
     from inkdask.storage.s3 import S3FileSystem
 
+SAMPLE_BYTES = 4096  # of a file, to tell it from another of the same name, size and time
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or folder in a listing.
+    """A file or folder in a listing; of a link, the file or folder that it leads to.
 
-    ``mark`` (ETag or modification time) changes when the file does; ``modified`` (time) also when
-    the same bytes are written anew; ``size`` is in bytes.
+    Attributes
+    ----------
+    name
+        Last part of the path.
+    size
+        Bytes.
+    etag
+        What S3 calls these bytes; empty on disks and for folders.
+    modified
+        Time of the last write.
+    is_folder
+        Whether it is one.
     """
 
     name: str
     size: int
-    mark: str
+    etag: str
     modified: str
     is_folder: bool
+
+    @property
+    def mark(self) -> str:
+        """ETag, or time of the last write: changes when the file does."""
+        return self.etag or self.modified
 
 
 def s3_filesystem(asynchronous: bool = False) -> S3FileSystem:
@@ -83,6 +101,12 @@ def filesystem(uri: str) -> tuple[Any, str]:
 def join(uri: str, *names: str) -> str:
     """Join names below ``uri`` with single slashes."""
     return "/".join([uri.rstrip("/"), *names])
+
+
+def absolute(uri: str) -> str:
+    """Return the one name of a place, however it was written; links are not followed."""
+    path: str = filesystem(uri)[1]
+    return os.path.normpath(path) if is_local(uri) else f"s3://{path}"
 
 
 def exists(uri: str) -> bool:
@@ -140,46 +164,52 @@ def entry(uri: str) -> Entry:
 
 
 def _entry(info: dict[str, Any]) -> Entry:
-    modified = str(info.get("LastModified") or info.get("mtime") or "")
+    name = info["name"].rstrip("/").rsplit("/", 1)[-1]
+    if info.get("islink"):  # fsspec gives the time and the type of the link itself
+        with suppress(OSError):  # a link to nothing is a file of no bytes
+            there = Path(info["name"]).stat()
+            is_folder = stat.S_ISDIR(there.st_mode)
+            return Entry(name, there.st_size, "", str(there.st_mtime), is_folder)
     return Entry(
-        name=info["name"].rstrip("/").rsplit("/", 1)[-1],
+        name=name,
         size=info["size"] or 0,
-        mark=str(info.get("ETag") or modified),
-        modified=modified,
+        etag=str(info.get("ETag") or ""),
+        modified=str(info.get("LastModified") or info.get("mtime") or ""),
         is_folder=info["type"] == "directory",
     )
 
 
-def read_bytes(uri: str) -> bytes:
-    """Read a whole file."""
+def read_bytes(uri: str, etag: str = "") -> bytes:
+    """Read a whole file; on S3, only while it has the ``etag`` that a listing gave."""
     fs, path = filesystem(uri)
     with explained(uri):
+        if not is_local(uri):
+            return bytes(fs.cat_file(path, etag=etag))
         data: bytes = fs.cat_file(path)
-        if is_local(uri):
-            count(requests=1, bytes_read=len(data))
+        count(requests=1, bytes_read=len(data))
         return data
 
 
-def read_range(uri: str, start: int, stop: int) -> bytes:
-    """Read bytes ``start`` to ``stop``, exactly.
-
-    Raises
-    ------
-    InkdaskError
-        When the file ends before ``stop``, and for all that `explain` knows.
-    """
+def read_range(uri: str, start: int, stop: int, etag: str = "") -> bytes:
+    """Read bytes ``start`` to ``stop``, exactly; on S3, only while the file has the ``etag``."""
     fs, path = filesystem(uri)
     with explained(uri):
         data = (
             _read_local(path, start, stop)
             if is_local(uri)
-            else fs.cat_file(path, start=start, end=stop)
+            else fs.cat_file(path, start=start, end=stop, etag=etag)
         )
     if len(data) != stop - start:
         raise InkdaskError(
             f"{uri} is truncated: bytes {start} to {stop} were asked for, {len(data)} are there."
         )
     return data
+
+
+def read_middle(uri: str, size: int, etag: str = "") -> bytes:
+    """Read up to `SAMPLE_BYTES` from the middle of a file of ``size`` bytes."""
+    start = max(0, size - SAMPLE_BYTES) // 2
+    return read_range(uri, start, min(start + SAMPLE_BYTES, size), etag) if size else b""
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -281,6 +311,8 @@ def explain(error: BaseException, uri: str) -> InkdaskError:
         return InkdaskError(f"Access to {uri} is denied: {who.rstrip('.')}.")
     if _code(error) == "NoSuchBucket":
         return InkdaskError(f"The bucket of {uri} does not exist.")
+    if _code(error) == "PreconditionFailed":
+        return InkdaskError(f"{uri} has changed since it was opened: run the job again.")
     if isinstance(error, FileNotFoundError):
         return InkdaskError(f"{uri} does not exist.")
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:

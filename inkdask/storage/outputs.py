@@ -54,6 +54,9 @@ def remove(uri: str) -> None:
     """
     fs, path = storage.filesystem(uri)
     with storage.explained(uri):
+        if storage.is_local(uri) and Path(path).is_symlink():  # what it leads to is not ours
+            Path(path).unlink()
+            return
         metadata, rest = _files(fs, path)
         for file in metadata:
             fs.rm_file(file)

@@ -79,10 +79,13 @@ class S3FileSystem(s3fs.S3FileSystem):
         version_id: str | None = None,
         start: int | None = None,
         end: int | None = None,
+        etag: str = "",
         **_: Any,
     ) -> bytes:
         bucket, key, _version = self.split_path(path)
         request: dict[str, Any] = {"Bucket": bucket, "Key": key}
+        if etag:
+            request["IfMatch"] = etag
         if start is not None or end is not None:
             request["Range"] = await self._process_limits(path, start, end)
 
