@@ -69,8 +69,8 @@ class Job:
         if settings.grid:
             grid, label = GridStore.open(settings.grid)
             said = settings.model_fields_set
-            given = {k: v for k, v in asked.items() if k not in UNSAID or k in said}
-            given.pop("roi_xyxy", None)  # it may be any part of the grid
+            anywhere = {*UNSAID} - said | {"roi_xyxy"}  # the region may be any part of the grid
+            given = {name: value for name, value in asked.items() if name not in anywhere}
             if label.said and (differing := differences(label.said, given)):
                 raise InkdaskError(f"The tile grid {grid.uri} is another job's: {differing}.")
         else:

@@ -192,6 +192,5 @@ def _copy_block(
     rows, columns = blocks.y.edges[row : row + 2], blocks.x.edges[column : column + 2]
     with storage.explained(uri):
         storage.open_array(uri, version)[:, slice(*rows), slice(*columns)] = block
-        storage.open_array(done, version)[row, column] = (
-            np.count_nonzero(block.any(axis=0)) / block[0].size
-        )
+        share = np.count_nonzero(block.any(axis=0)) / block[0].size
+        storage.open_array(done, version)[row, column] = share
