@@ -25,7 +25,7 @@ from inkdask.memory import expected_memory, memory_limit
 from inkdask.plan import Plan
 from inkdask.progress import amount
 from inkdask.provenance import absolute
-from inkdask.reading.volume import DecodedStack
+from inkdask.reading.volume import Source
 from inkdask.segment import Segment, name_of, open_segment
 from inkdask.settings import Settings
 from inkdask.specs import NO_MASK
@@ -142,8 +142,13 @@ def _processes() -> tuple[str, int, int | None, int]:
 
 def _decoding(segment: Segment | None) -> float:
     """Bytes held while what cannot be cut is decoded: layers of such files, and a mask."""
-    sources = (segment.source, segment.mask_source) if segment else ()
-    return max((s.decoding_bytes for s in sources if isinstance(s, DecodedStack)), default=0)
+    return max((source.decoding_bytes for source in _sources(segment)), default=0)
+
+
+def _sources(segment: Segment | None) -> list[Source]:
+    """Layers and mask of a segment, those that are there."""
+    found = (segment.source, segment.mask_source) if segment else ()
+    return [source for source in found if source]
 
 
 def _grid_bytes(grid: GridStore) -> float:
@@ -163,12 +168,7 @@ def _picture(region: Box, target: str) -> list[Need]:
 
 def _scratch(segment: Segment | None) -> list[Need]:
     """What a process without a cluster decodes into; workers have folders of their own."""
-    sources = (segment.source, segment.mask_source) if segment else ()
-    size = sum(
-        float(np.prod(source.shape, dtype=float)) * COMPRESSED
-        for source in sources
-        if isinstance(source, DecodedStack)
-    )
+    size = sum(source.scratch_bytes for source in _sources(segment)) * COMPRESSED
     if not size or engine.current_client():
         return []
     return [Need("decoded layers", "TMPDIR", tempfile.gettempdir(), size)]

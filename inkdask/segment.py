@@ -72,7 +72,7 @@ class Segment:
     source: Source
     stored_bytes: int
     mask_uri: str | None = None
-    mask_source: DecodedStack | None = None
+    mask_source: Source | None = None
     mask_identity: str | None = None
     window: tuple[slice, slice] | None = None
 
@@ -235,7 +235,7 @@ def describe(segment: Segment) -> Description:
 
 
 def _empty_share(source: Source) -> float | None:
-    if isinstance(source, DecodedStack):
+    if not source.can_be_sampled:
         return None
     layers, height, width = source.shape
     middle = source.take(slice(layers // 2, layers // 2 + 1))

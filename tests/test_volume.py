@@ -73,6 +73,30 @@ def test_blocks_follow_the_files(shape, options, steps):
     assert volume.block_step(shape, unit) == steps
 
 
+@pytest.mark.parametrize("options", [{"tile": (32, 32)}, {"rowsperstrip": 16}])
+def test_cost_of_tiffs_is_what_a_read_fetches(tmp_path, options):
+    write_layers(tmp_path, random_volume((3, 200, 300)), compression="lzw", **options)
+    segment = open_segment(tmp_path)
+    for source in (segment.source, segment.source.take(slice(1, 2))):
+        for window in ((slice(0, 200), slice(0, 300)), (slice(30, 70), slice(0, 32))):
+            before = storage.counters().bytes_read
+            source.block(*window).read()
+            assert source.cost(*window) == storage.counters().bytes_read - before
+    assert segment.source.can_be_sampled
+    assert not segment.source.reads_all_layers
+    assert segment.source.decoding_bytes == segment.source.scratch_bytes == 0
+
+
+def test_decoded_layers_say_what_they_take_in_memory_and_on_disk(tmp_path, pixels):
+    for number, layer in enumerate(pixels):
+        (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
+    source = open_segment(tmp_path).source
+    assert source.scratch_bytes == pixels.size
+    assert source.decoding_bytes == 2 * pixels.nbytes
+    assert source.cost(slice(0, 10), slice(0, 10)) == pixels.size  # one chunk of the copy
+    assert not source.can_be_sampled
+
+
 def test_crop(tmp_path, pixels):
     write_layers(tmp_path, pixels)
     segment = open_segment(str(tmp_path)).crop(slice(10, 90), slice(20, 130))

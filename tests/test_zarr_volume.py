@@ -11,13 +11,14 @@ import zarr
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
+from inkdask.reading.volume import MadeOf, Occupied
 from inkdask.segment import describe, open_segment
 from tests.files import SHAPE, assert_reads, ome, random_volume
 
 
 def create(uri, data, **options):
     array = zarr.create_array(
-        storage.zarr_store(uri), shape=data.shape, dtype=data.dtype, **options
+        storage.zarr_store(str(uri)), shape=data.shape, dtype=data.dtype, **options
     )
     array[:] = data
     return array
@@ -75,6 +76,35 @@ def test_identity_of_an_array_changes_with_its_middle_chunk(tmp_path, shards):
         array[:, 64:96, 64:96] = value
         identities.append(open_segment(uri).identity)
     assert len(set(identities)) == 3
+
+
+@pytest.mark.parametrize(("thickness", "reads_all"), [(2, False), (4, True), (8, True)])
+def test_cost_of_an_array_is_what_a_read_fetches(tmp_path, thickness, reads_all):
+    data = random_volume((8, 64, 96), "<u2")
+    create(tmp_path / "x.zarr", data, chunks=(thickness, 32, 32), compressors=None)
+    source = open_segment(tmp_path / "x.zarr", (4, 8)).take(slice(None, None, -1)).source
+    assert source.reads_all_layers is reads_all
+    assert source.can_be_sampled
+    for part in (source, source.take(slice(1, 2))):
+        for window in ((slice(0, 64), slice(0, 96)), (slice(31, 33), slice(0, 32))):
+            part.block(*window).read()  # opens the array
+            before = storage.counters().bytes_read
+            part.block(*window).read()
+            assert part.cost(*window) == storage.counters().bytes_read - before
+
+
+def test_prepared_array_says_what_it_is_made_of_and_where_data_are(tmp_path):
+    said = {"uri": "/data/seg", "identity": "abc", "layers": [3, 4], "compressed": False}
+    occupied = {"side": 16, "share": [[0, 0.5], [1, 0]]}
+    create(
+        tmp_path / "x.zarr",
+        random_volume((2, 30, 20), "|u1"),
+        chunks=(2, 8, 8),
+        attributes={"prepared_from": said, "occupied": occupied},
+    )
+    source = open_segment(tmp_path / "x.zarr").source
+    assert source.made_of == MadeOf("/data/seg", "abc", (3, 4))
+    assert source.occupancy == Occupied(16, ((0, 0.5), (1, 0)))
 
 
 def test_sharded_zarr(home):

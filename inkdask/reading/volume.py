@@ -9,6 +9,7 @@ decode straight into their uint8 output.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +27,26 @@ from inkdask.reading.tiff import TiffBlock, TiffImage
 BLOCK_BYTES = 32 << 20
 WHOLE_BYTES = 64 << 20  # of what may be read in one piece where cutting it costs more
 BLOCK_SIDE = 1024  # pixels: no block is taller, because the chunks with the tiles are about this
+
+
+@dataclass(frozen=True)
+class Occupied:
+    """Where a volume has data: the share of such pixels in squares of ``side`` pixels.
+
+    The last square of a row or column reaches to the end.
+    """
+
+    side: int
+    share: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class MadeOf:
+    """The segment that an array was prepared from: its URI, identity, and layers read."""
+
+    uri: str
+    identity: str
+    layers: tuple[int, ...]
 
 
 class Block(Protocol):
@@ -51,7 +72,41 @@ class Source(Protocol):
 
     @property
     def words(self) -> str:
-        """The layout as a person says it."""
+        """Human-readable layout."""
+        ...
+
+    @property
+    def can_be_sampled(self) -> bool:
+        """Whether a piece can be read without decoding whole layers."""
+        ...
+
+    @property
+    def reads_all_layers(self) -> bool:
+        """Whether reading one layer fetches the others too."""
+        ...
+
+    @property
+    def decoding_bytes(self) -> float:
+        """Bytes held in memory while whole layers are decoded; 0 where pieces can be read."""
+        ...
+
+    @property
+    def scratch_bytes(self) -> float:
+        """Bytes of layers that a process decodes to its own disk, before compression."""
+        ...
+
+    @property
+    def occupancy(self) -> Occupied | None:
+        """Where there are data, when the files say so."""
+        ...
+
+    @property
+    def made_of(self) -> MadeOf | None:
+        """Segment that a prepared array is a copy of."""
+        ...
+
+    def cost(self, rows: slice, columns: slice) -> float:
+        """Bytes fetched to read that part of all layers, estimated; reads nothing."""
         ...
 
     def block(self, rows: slice, columns: slice) -> Block:
@@ -63,11 +118,22 @@ class Source(Protocol):
         ...
 
 
+class _Files:
+    """Answers that are the same for all layer files."""
+
+    reads_all_layers = False
+    occupancy: Occupied | None = None
+    made_of: MadeOf | None = None
+
+
 @dataclass(frozen=True, eq=False)
-class TiffStack:
+class TiffStack(_Files):
     """TIFF layers that can be read in parts."""
 
     images: tuple[TiffImage, ...]
+
+    can_be_sampled = True
+    decoding_bytes = scratch_bytes = 0.0
 
     @property
     def shape(self) -> tuple[int, int, int]:  # noqa: D102
@@ -90,6 +156,10 @@ class TiffStack:
         one_piece = any(image.offsets.size == 1 for image in self.images)
         return is_small or (self.images[0].layout.is_tiled and not one_piece)
 
+    def cost(self, rows: slice, columns: slice) -> float:  # noqa: D102
+        pieces = (image.counts[image.layout.pieces(rows, columns)] for image in self.images)
+        return float(sum(counts.sum() for counts in pieces))
+
     def block(self, rows: slice, columns: slice) -> TiffBlock:  # noqa: D102
         return TiffBlock.of(self.images, rows, columns)
 
@@ -98,12 +168,14 @@ class TiffStack:
 
 
 @dataclass(frozen=True, eq=False)
-class DecodedStack:
+class DecodedStack(_Files):
     """Layers that are decoded as a whole (`reading.images`); ``identity`` changes with them."""
 
     images: tuple[Image, ...]
     identity: str
     words: str
+
+    can_be_sampled = False
 
     @property
     def shape(self) -> tuple[int, int, int]:  # noqa: D102
@@ -114,16 +186,34 @@ class DecodedStack:
         return CHUNK, CHUNK
 
     @property
-    def decoding_bytes(self) -> int:
+    def decoding_bytes(self) -> float:
         """Bytes held while layers are decoded side by side: their values, and those narrowed."""
         layers, layer = len(self.images), decoded_bytes(self.images[0])
-        return 2 * max(layer, min(DECODING_BYTES, layers * layer))
+        return 2.0 * max(layer, min(DECODING_BYTES, layers * layer))
+
+    @property
+    def scratch_bytes(self) -> float:  # noqa: D102
+        return float(math.prod(self.shape))
+
+    def cost(self, rows: slice, columns: slice) -> float:
+        """Bytes fetched from the decoded copy, once it is there."""
+        return float(len(self.images) * whole_units(rows, columns, self.unit, self.shape))
 
     def block(self, rows: slice, columns: slice) -> DecodedBlock:  # noqa: D102
         return DecodedBlock(self.images, self.identity, rows, columns)
 
     def take(self, layers: slice) -> DecodedStack:  # noqa: D102
         return DecodedStack(self.images[layers], self.identity, self.words)
+
+
+def whole_units(
+    rows: slice, columns: slice, unit: tuple[int, int], shape: tuple[int, int, int]
+) -> int:
+    """Pixels of one layer in all units that meet a window."""
+    pixels = 1
+    for span, step, side in zip((rows, columns), unit, shape[1:], strict=True):
+        pixels *= min(-(-span.stop // step) * step, side) - span.start // step * step
+    return pixels
 
 
 def block_step(shape: tuple[int, int, int], unit: tuple[int, int]) -> tuple[int, int]:

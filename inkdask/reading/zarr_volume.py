@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,23 +19,12 @@ import zarr
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
-from inkdask.reading.volume import WHOLE_BYTES
+from inkdask.reading.volume import WHOLE_BYTES, MadeOf, Occupied, whole_units
 
 LAYERS_ATTRIBUTE = "layers"  # of an array that inkdask prepared: the numbers of its layers
 PREPARED_ATTRIBUTE = "prepared_from"  # of such an array: the segment, and how it was read
 OCCUPIED_ATTRIBUTE = "occupied"  # of such an array: see `Occupied`
 FINISHED_ATTRIBUTE = "finished"  # of such an array: False until its last block is there
-
-
-@dataclass(frozen=True)
-class Occupied:
-    """Where a volume has data: the share of such pixels in squares of ``side`` pixels.
-
-    The last square of a row or column reaches to the end.
-    """
-
-    side: int
-    share: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -59,16 +49,18 @@ class ZarrSource:
         The axis of the layers; axes of length one before the last three do not count.
     unit
         Height and width of the chunks (or shards) that are read in one piece.
+    thickness
+        Layers of such a piece.
     numbers
         The numbers of all layers.
     is_numbered
         Whether the array itself says these numbers; otherwise they count from 0.
     words
-        The layout as a person says it.
-    occupied
+        Human-readable layout.
+    occupancy
         Where there are data, when the array says so.
-    prepared_from
-        URI of the segment that it was prepared from, when it says so.
+    made_of
+        Segment that it was prepared from, when it says so.
     """
 
     uri: str
@@ -80,16 +72,43 @@ class ZarrSource:
     stride: int
     depth: int
     unit: tuple[int, int]
+    thickness: int
     numbers: tuple[int, ...]
     is_numbered: bool
     words: str
-    occupied: Occupied | None = None
-    prepared_from: str | None = None
+    occupancy: Occupied | None = None
+    made_of: MadeOf | None = None
+
+    can_be_sampled = True
+    decoding_bytes = scratch_bytes = 0.0
+
+    @property
+    def reads_all_layers(self) -> bool:
+        """Whether one chunk holds as many layers as are read."""
+        return self.thickness >= self.shape[0]
+
+    @property
+    def prepared_from(self) -> str | None:
+        """URI of the segment that it was prepared from."""
+        return self.made_of.uri if self.made_of else None
 
     @property
     def name(self) -> str:
         """URI of the array."""
         return storage.join(self.uri, self.path) if self.path else self.uri
+
+    def cost(self, rows: slice, columns: slice) -> float:
+        """Bytes of the chunks that are fetched, before compression."""
+        first, last = self.span.start // self.thickness, (self.span.stop - 1) // self.thickness
+        layers = (last + 1 - first) * self.thickness
+        pixels = whole_units(rows, columns, self.unit, self.shape)
+        return float(layers * pixels * self.dtype.itemsize)
+
+    @property
+    def span(self) -> slice:
+        """Indices of the layers that are read, ascending."""
+        ends = (self.first, self.first + self.stride * (self.shape[0] - 1))
+        return slice(min(ends), max(ends) + 1)
 
     def block(self, rows: slice, columns: slice) -> ZarrBlock:
         """Cut out a window; reads nothing."""
@@ -120,10 +139,8 @@ class ZarrBlock:
         """Read the window: uint8 (z, y, x)."""
         source = self.source
         array = _array(os.getpid(), source.uri, source.path, source.identity)
-        ends = (source.first, source.first + source.stride * (source.shape[0] - 1))
-        layers = slice(min(ends), max(ends) + 1)
         window = [self.rows, self.columns]
-        window.insert(source.depth, layers)
+        window.insert(source.depth, source.span)
         index = (0,) * (array.ndim - 3) + tuple(window)
         try:
             pixels = np.asarray(array[index])
@@ -164,9 +181,9 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
     axes = axes or getattr(node.metadata, "dimension_names", None)
     depth = _depth(shape, axes)
     pieces = (node.shards or node.chunks)[-3:]
+    if shape[depth] * math.prod(pieces) // pieces[depth] > WHOLE_BYTES:  # shards are cut, too
+        pieces = node.chunks[-3:]
     unit = [length for axis, length in enumerate(pieces) if axis != depth]
-    if shape[depth] * unit[0] * unit[1] > WHOLE_BYTES:  # shards too large to be read whole
-        unit = [length for axis, length in enumerate(node.chunks[-3:]) if axis != depth]
     kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
     numbers = kept or range(shape[depth])
     plane = [length for axis, length in enumerate(shape) if axis != depth]
@@ -181,17 +198,20 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
         stride=1,
         depth=depth,
         unit=(unit[0], unit[1]),
+        thickness=min(pieces[depth], shape[depth]),
         numbers=tuple(int(number) for number in numbers),
         is_numbered=bool(kept),
-        prepared_from=_prepared_from(node.attrs.get(PREPARED_ATTRIBUTE)),
         words=f"zarr {node.metadata.zarr_format}, {chunks} chunks"
         + (" in shards" if node.shards else ""),
-        occupied=_occupied(node.attrs.get(OCCUPIED_ATTRIBUTE)),
+        occupancy=_occupied(node.attrs.get(OCCUPIED_ATTRIBUTE)),
+        made_of=_made_of(node.attrs.get(PREPARED_ATTRIBUTE)),
     )
 
 
-def _prepared_from(kept: Any) -> str | None:
-    return str(kept["uri"]) if isinstance(kept, dict) and "uri" in kept else None
+def _made_of(kept: Any) -> MadeOf | None:
+    if not isinstance(kept, dict) or not {"uri", "identity", "layers"} <= kept.keys():
+        return None
+    return MadeOf(str(kept["uri"]), str(kept["identity"]), tuple(map(int, kept["layers"])))
 
 
 def _occupied(kept: Any) -> Occupied | None:

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 
-from inkdask.reading.volume import DecodedStack, TiffStack
-from inkdask.reading.zarr_volume import ZarrSource
 from inkdask.segment import Segment
 from inkdask.storage.parallel import for_each
 
@@ -58,14 +56,13 @@ class Layer:
         source = segment.source.take(slice(index, index + 1))
         height, width = source.shape[1:]
         unit = min(source.unit[0], height), min(source.unit[1], width)
-        cost = float(unit[0] * unit[1])
-        if isinstance(source, TiffStack):
-            cost = float(source.images[0].counts.mean())
-        elif isinstance(source, ZarrSource):  # a chunk holds all layers, as a rule
-            cost *= segment.dtype.itemsize * segment.source.shape[0]
-        is_cheap = not isinstance(source, DecodedStack)
+        units = -(-height // unit[0]) * -(-width // unit[1])
         return cls(
-            (height, width), unit, cost, is_cheap, lambda rows, xs: source.block(rows, xs).read()[0]
+            (height, width),
+            unit,
+            source.cost(slice(0, height), slice(0, width)) / units,
+            source.can_be_sampled,
+            lambda rows, columns: source.block(rows, columns).read()[0],
         )
 
     @classmethod
