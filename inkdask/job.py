@@ -69,8 +69,9 @@ class Job:
         if settings.grid:
             grid, label = GridStore.open(settings.grid)
             said = settings.model_fields_set
-            anywhere = {*UNSAID} - said | {"roi_xyxy"}  # the region may be any part of the grid
-            given = {name: value for name, value in asked.items() if name not in anywhere}
+            # The region may be any part of the grid, and its chunks do not show in a picture.
+            open_to = {*UNSAID} - said | {"roi_xyxy", "chunk_size"}
+            given = {name: value for name, value in asked.items() if name not in open_to}
             if label.said and (differing := differences(label.said, given)):
                 raise InkdaskError(f"The tile grid {grid.uri} is another job's: {differing}.")
         else:

@@ -57,8 +57,8 @@ def check_places(job: Job, settings: Settings) -> None:
         outputs.check_writable(file)
     variable = "GRID" if settings.grid else "ZARR_OUTPUT_DIR"
     missing = 1.0
-    if not settings.overwrite:
-        with suppress(InkdaskError):  # it is not there yet, or `run` says what is wrong
+    if not settings.overwrite and GridStore.label(job.grid.uri):
+        with suppress(InkdaskError):  # another part is just making it, or `run` says what is wrong
             missing = float(np.mean(~job.grid.chunks_done()))
     size = missing * _grid_bytes(job.grid) / settings.num_parts
     needs = [Need("tile grid", variable, job.grid.uri, size)]

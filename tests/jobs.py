@@ -1,4 +1,10 @@
-"""Recipes, origins and words of jobs that nobody ran, for tests of values."""
+"""Values of jobs that nobody ran, and a network that counts its tiles, for jobs that run."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
 
 from inkdask.identity import Origin, Provenance, Recipe, Said
 from inkdask.store import GridStore
@@ -30,3 +36,16 @@ def store_in(folder, recipe=RECIPE):
     store = GridStore.of(str(folder), "seg", recipe)
     store.create(recipe, ORIGIN)
     return store
+
+
+def network(x):
+    """Logits from the first and last layer: (b, 1, 4, 4); counts its tiles, and can be slow."""
+    with Path(os.environ["TILES_LOG"]).open("a") as log:
+        log.write(f"{len(x)}\n")
+    time.sleep(len(x) * float(os.environ.get("SECONDS_A_TILE", 0)))
+    return 300 * torch.nn.functional.adaptive_avg_pool2d(x[:, :, -1] - x[:, :, 0], 4)
+
+
+def count_tiles(tmp_path):
+    """Tiles that `network` has run, in all processes, with the fixture ``own_tiles``."""
+    return sum(map(int, (tmp_path / "tiles.log").read_text().split()))
