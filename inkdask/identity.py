@@ -73,8 +73,9 @@ class Recipe(_Value):
         The order that was asked for; a single layer shows none.
     averaged
         Neighbouring layers that are averaged to one.
-    corner, shape
-        First row and column of the volume, in pixels of the segment's files, and its (y, x) shape.
+    corner, size
+        First row and column of the volume, in pixels of the segment's files; its height and width.
+        (No field is a ``shape``: tifffile takes a description that has one for its own.)
     model, architecture, weights
         Key, architecture, and SHA-256 of the weights.
     clip, divisor, precision
@@ -91,7 +92,7 @@ class Recipe(_Value):
     direction: Direction
     averaged: int
     corner: tuple[int, int]
-    shape: tuple[int, int]
+    size: tuple[int, int]
     model: str
     architecture: str
     weights: str

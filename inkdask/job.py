@@ -114,7 +114,7 @@ class Job:
     @property
     def region(self) -> Box:
         """Pixels of the grid's volume that are the picture."""
-        covered = Box.at(self.recipe.corner, self.recipe.shape)
+        covered = Box.at(self.recipe.corner, self.recipe.size)
         region = Box.of_xyxy(self.roi) if self.roi else covered
         if not covered.holds(region):
             raise SettingsError(

@@ -42,7 +42,7 @@ def recipe_of(plan: Plan) -> Recipe:
         direction="reverse" if plan.is_reversed else "forward",
         averaged=plan.averaged,
         corner=plan.corner,
-        shape=tiling.shape,
+        size=tiling.shape,
         model=network.model.key,
         architecture=network.model.architecture,
         weights=network.digest,
@@ -182,8 +182,8 @@ def absolute(value: Any) -> Any:
 
 def without_secrets(value: Any) -> Any:
     """Return the same value without the user and password of any URI."""
-    if isinstance(value, Origin):
-        return Origin.from_json(without_secrets(value.to_json()), value.segment)
+    if isinstance(value, Origin | Provenance):
+        return type(value).from_json(without_secrets(value.to_json()), "it")
     if isinstance(value, Mapping):
         return {key: without_secrets(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

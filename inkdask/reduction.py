@@ -94,7 +94,7 @@ def tell_of_replaced(uri: str, made_of: Provenance) -> None:
             there.recipe,
             chunk=made_of.recipe.chunk,
             corner=made_of.recipe.corner,
-            shape=made_of.recipe.shape,
+            size=made_of.recipe.size,
         )
         apart = (
             differences(alike, made_of.recipe),

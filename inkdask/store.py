@@ -97,7 +97,7 @@ class GridStore:
     def at(cls, uri: str, recipe: Recipe) -> GridStore:
         """Return the store of a recipe at a place, in the generation that is there."""
         label = cls.label(uri)
-        tiling = Tiling.of(recipe.shape, recipe.tile, recipe.stride, recipe.chunk)
+        tiling = Tiling.of(recipe.size, recipe.tile, recipe.stride, recipe.chunk)
         return cls(uri, tiling, recipe.k, label.generation if label else 1)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from inkdask.store import GridStore
 
 RECIPE = Recipe(
     input="0123456789abcdef", mask=None, layers=(0, 1, 2), direction="forward", averaged=1,
-    corner=(0, 0), shape=(300, 431), model="demo", architecture="ink_depth_cnn", weights="ab" * 32,
+    corner=(0, 0), size=(300, 431), model="demo", architecture="ink_depth_cnn", weights="ab" * 32,
     clip=200.0, divisor=200.0, precision="auto", tile=64, stride=16, k=4, chunk=(128, 128),
 )  # fmt: skip
 ORIGIN = Origin(
@@ -49,3 +50,10 @@ def network(x):
 def count_tiles(tmp_path):
     """Tiles that `network` has run, in all processes, with the fixture ``own_tiles``."""
     return sum(map(int, (tmp_path / "tiles.log").read_text().split()))
+
+
+def made_of(volume, layers=3):
+    """Provenance of a picture that was made of all layers of a volume."""
+    origin = replace(ORIGIN, source=volume, volume=volume, layer_range=(0, layers))
+    recipe = replace(RECIPE, layers=tuple(range(layers)))
+    return replace(PROVENANCE, recipe=recipe, origin=replace(origin, opened=(0, layers)))

@@ -45,7 +45,7 @@ def test_something_else_is_refused(told):
 
 CHANGES = {
     "input": "other", "mask": "other", "layers": (0, 1, 3), "direction": "reverse", "averaged": 2,
-    "corner": (1, 0), "shape": (300, 430), "model": "x", "architecture": "x", "weights": "cd" * 32,
+    "corner": (1, 0), "size": (300, 430), "model": "x", "architecture": "x", "weights": "cd" * 32,
     "clip": 100.0, "divisor": 255.0, "precision": "float32", "tile": 32, "stride": 32, "k": 8,
     "chunk": (256, 128),
 }  # fmt: skip
@@ -125,7 +125,7 @@ def test_damaged_record_blocks_no_other(tmp_path, text, caplog):
 def test_only_identity_reads_fields_by_their_text():
     """A recipe, an origin and what was said are values, whose fields have types."""
     names = {f.name for kind in (Recipe, Origin, Said, Provenance) for f in fields(kind)}
-    names -= {"shape", "chunk", "input", "chunk_size"}  # words of arrays, of zarr, of settings
+    names -= {"size", "chunk", "input", "chunk_size"}  # words of arrays, of zarr, of settings
     names |= {"fingerprint", "recipe", "origin"}
     house = Path(inkdask.__file__).parent
     found = [

@@ -49,6 +49,7 @@ def test_every_kind_of_file_says_the_same(prediction, segment, tmp_path, capsys)
     inkdask.export(stored, exports)
     told = [info(capsys, path) for path in (prediction, stored, *exports)]
     kinds = [rows.pop("type").split(",")[0] for rows in told]
+    assert tifffile.imread(tmp_path / "p.tif").shape == (142, 174)  # takes no text for its own
     assert kinds == ["PNG", "OME-Zarr", "PNG", "BigTIFF", "JPEG", "OME-Zarr"]
     for rows in told:
         rows.pop("picture")

@@ -54,7 +54,7 @@ def fill(store, value=0.5):
 
 @pytest.fixture
 def tiling():
-    return Tiling.of(RECIPE.shape, RECIPE.tile, RECIPE.stride, RECIPE.chunk)
+    return Tiling.of(RECIPE.size, RECIPE.tile, RECIPE.stride, RECIPE.chunk)
 
 
 def test_written_chunk_is_read_and_the_rest_is_missing(tmp_path, tiling):
@@ -198,7 +198,7 @@ def test_grid_at_the_place_of_an_earlier_one_meets_no_stale_handle(tmp_path):
     """In one process, and in workers that live on."""
     place = str(tmp_path / "mine.zarr")
     for shape in ((300, 431), (190, 250)):
-        recipe = replace(RECIPE, shape=shape)
+        recipe = replace(RECIPE, size=shape)
         store = GridStore.at(place, recipe)
         store.create(recipe, ORIGIN)
         fill(store)

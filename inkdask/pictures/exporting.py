@@ -157,7 +157,9 @@ def export(
     ground = open_ground(picture, look.overlay, look.segment) if look.overlay else None
     if picture.provenance:
         words = _command(picture, look, settings)
-        picture = replace(picture, provenance=replace(picture.provenance, export=words))
+        picture = replace(
+            picture, provenance=replace(without_secrets(picture.provenance), export=words)
+        )
     for target in targets:
         write(picture, target, look, ground)
     return targets
