@@ -220,6 +220,17 @@ def test_zarr_store(home):
     assert (storage.counters() - before).bytes_read > 4 * 20
 
 
+def test_open_array_is_opened_anew_for_another_version(tmp_path):
+    uri = str(tmp_path / "x.zarr")
+    zarr.create_array(uri, shape=(4,), chunks=(2,), dtype="u1")
+    array = storage.open_array(uri, "1")
+    array[1] = 7
+    assert storage.open_array(uri, "1") is array
+    zarr.create_array(uri, shape=(5,), chunks=(5,), dtype="u1", overwrite=True)
+    assert storage.open_array(uri, "1").shape == (4,)
+    assert storage.open_array(uri, "2").shape == (5,)
+
+
 @pytest.mark.parametrize("kind", ["503", "500", "reset", "truncate"])
 def test_passing_faults_are_retried_and_counted(s3, faults, kind):
     data = np.random.default_rng(0).bytes(100_000)

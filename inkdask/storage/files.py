@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -295,6 +296,14 @@ def zarr_array(uri: str) -> Array[Any]:
     if isinstance(node, zarr.Group):
         raise InkdaskError(f"{uri} is a zarr group, not an array: name that group itself.")
     return node
+
+
+@lru_cache(maxsize=32)
+def open_array(uri: str, version: str = "") -> Array[Any]:
+    """Open the zarr array at ``uri`` to read and write, once in a process for each ``version``."""
+    import zarr
+
+    return zarr.open_array(zarr_store(uri), mode="r+")
 
 
 def explain(error: BaseException, uri: str) -> InkdaskError:
