@@ -18,11 +18,12 @@ import dask.array as da
 import numpy as np
 
 from inkdask import showing, storage
+from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.reading import images, tiff_header
 from inkdask.reading.layers import LayerFile, asked_for, check_unique, choose_layers, find_layers
 from inkdask.reading.tiff import TiffImage
-from inkdask.reading.volume import DecodedStack, Source, TiffStack, lazy
+from inkdask.reading.volume import DecodedStack, Reading, Source, TiffStack, lazy, read_block
 from inkdask.reading.zarr_volume import open_zarr
 from inkdask.settings import layer_range
 from inkdask.specs import NO_MASK
@@ -60,8 +61,8 @@ class Segment:
         The same, and how it can be cut.
     mask_identity
         The same digest of the mask; None without one.
-    window
-        Rows and columns that are kept, in pixels of the files; None for all (see `crop`).
+    box
+        Pixels of the files that are kept; None for all (see `crop`).
     """
 
     uri: str
@@ -74,54 +75,52 @@ class Segment:
     mask_uri: str | None = None
     mask_source: Source | None = None
     mask_identity: str | None = None
-    window: tuple[slice, slice] | None = None
+    box: Box | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Layers, height and width."""
-        if self.window is None:
-            return self.source.shape
-        rows, columns = self.window
-        return len(self.layers), rows.stop - rows.start, columns.stop - columns.start
+        height, width = self.box.shape if self.box else self.source.shape[1:]
+        return len(self.layers), height, width
+
+    @property
+    def window(self) -> tuple[slice, slice] | None:
+        """The box as rows and columns."""
+        return self.box.slices if self.box else None
 
     @property
     def volume(self) -> da.Array:
-        """The layers as dask uint8 (z, y, x); chunks follow the files, and nothing is read."""
-        return lazy(self.source, f"{self.identity} {self.layers}", self.window)
+        """Layers as dask uint8 (z, y, x); chunks follow the files, and nothing is read."""
+        return lazy(self.source, f"{self.identity} {self.layers}", self.box)
 
     @property
     def mask(self) -> da.Array | None:
         """Dask bool (y, x), True where there is papyrus; None without a mask."""
+        return self.lazy()[1]
+
+    def lazy(self, read: Reading = read_block) -> tuple[da.Array, da.Array | None]:
+        """Return `volume` and `mask`, whose tasks call ``read`` with their `Block`."""
+        volume = lazy(self.source, f"{self.identity} {self.layers}", self.box, read)
         if self.mask_source is None or self.mask_identity is None:
-            return None
-        return lazy(self.mask_source, self.mask_identity, self.window)[0] > 0
+            return volume, None
+        return volume, lazy(self.mask_source, self.mask_identity, self.box, read, is_mask=True)
 
     def take(self, layers: slice) -> Segment:
         """Keep some layers, in the order of the slice; the others are not read."""
         return replace(self, source=self.source.take(layers), layers=self.layers[layers])
 
     def crop(self, rows: slice, columns: slice) -> Segment:
-        """Keep a window in pixels; unlike slices of `volume`, it reads only pieces that meet it.
+        """Keep rows and columns, in pixels of what is kept already.
 
-        Raises
-        ------
-        InkdaskError
-            When the window is empty or reaches beyond the segment.
+        Slices of `volume` read whole blocks; this reads only the pieces that meet the box.
         """
-        top, left = (span.start for span in self.window) if self.window else (0, 0)
-        _, height, width = self.shape
-        if not (
-            0 <= rows.start < rows.stop <= height and 0 <= columns.start < columns.stop <= width
-        ):
+        whole, box = Box.at((0, 0), self.shape[1:]), Box.of(rows, columns)
+        if box.is_empty or not whole.holds(box):
             raise InkdaskError(
-                f"Rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop} are "
-                f"no window of {self.uri}, which has {height} x {width} pixels."
+                f"Rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop} do "
+                f"not lie in {self.uri}, which has {whole.bottom} x {whole.right} pixels."
             )
-        window = (
-            slice(top + rows.start, top + rows.stop),
-            slice(left + columns.start, left + columns.stop),
-        )
-        return replace(self, window=window)
+        return replace(self, box=box.shift(*self.box.corner) if self.box else box)
 
     def __repr__(self) -> str:
         depth, height, width = self.shape
@@ -139,7 +138,7 @@ def open_segment(
     uri: str | os.PathLike[str],
     layers: tuple[int, int] | str | None = None,
     *,
-    window: int | None = None,
+    count: int | None = None,
     mask: str | os.PathLike[str] | None = None,
     level: str = "0",
 ) -> Segment:
@@ -152,7 +151,7 @@ def open_segment(
         of layers itself (``<id>.tifs``), a zarr array, or an OME-Zarr group.
     layers
         First layer (inclusive) and last (exclusive), as the files are numbered; or ``"0:26"``.
-    window
+    count
         Without ``layers``: as many layers, centred on the middle one. Default: all.
     mask
         Picture that is non-zero where there is papyrus, or ``none``. Default: ``<id>_mask.png``
@@ -175,14 +174,14 @@ def open_segment(
     listing = storage.list_folder(uri)
     name = name_of(uri)
     if _ZARR_FILES & {entry.name for entry in listing}:
-        source, numbers, dtype, identity = _open_array(uri, layers, window, level)
+        source, numbers, dtype, identity = _open_array(uri, layers, count, level)
         stored = 0
     else:
         if not listing:
             raise InkdaskError(f"No layers found in {uri}{asked_for(layers)}: {_what_is_at(uri)}.")
         folder, files = find_layers(uri, listing)
         check_unique(files, layers)
-        files = files[choose_layers([file.number for file in files], folder, layers, window)]
+        files = files[choose_layers([file.number for file in files], folder, layers, count)]
         source, dtype, identity = _open_files(files)
         numbers = tuple(file.number for file in files)
         stored = sum(file.size for file in files)
@@ -257,7 +256,7 @@ def _spread(length: int, piece: int, most: int) -> list[int]:
 
 
 def _open_array(
-    uri: str, layers: tuple[int, int] | None, window: int | None, level: str
+    uri: str, layers: tuple[int, int] | None, count: int | None, level: str
 ) -> tuple[Source, tuple[int, ...], np.dtype[Any], str]:
     """Open a zarr array, and choose its layers."""
     source = open_zarr(uri, level)
@@ -266,7 +265,7 @@ def _open_array(
     is_of_one_range = not (source.path or source.is_numbered) and source.depth == 2
     if layers and is_of_one_range and layers[1] - layers[0] == len(numbers):
         numbers = tuple(range(*layers))
-    chosen = choose_layers(numbers, uri, layers, window)
+    chosen = choose_layers(numbers, uri, layers, count)
     return source.take(chosen), numbers[chosen], source.dtype, source.identity
 
 

@@ -110,9 +110,9 @@ def test_sixteen_bit_png(tmp_path, pixels):
         (0, {}, range(6)),
         (0, {"layers": (2, 5)}, range(2, 5)),
         (3, {"layers": (5, 9)}, range(5, 9)),
-        (0, {"window": 4}, range(1, 5)),
-        (10, {"window": 3}, range(11, 14)),
-        (0, {"layers": (1, 3), "window": 4}, range(1, 3)),
+        (0, {"count": 4}, range(1, 5)),
+        (10, {"count": 3}, range(11, 14)),
+        (0, {"layers": (1, 3), "count": 4}, range(1, 3)),
     ],
 )
 def test_choice_of_layers(tmp_path, first, options, layers, pixels, caplog):
@@ -125,7 +125,7 @@ def test_choice_of_layers(tmp_path, first, options, layers, pixels, caplog):
 
 
 @pytest.mark.parametrize(
-    ("layers", "window", "message"),
+    ("layers", "count", "message"),
     [
         (
             (6, 9),
@@ -137,10 +137,10 @@ def test_choice_of_layers(tmp_path, first, options, layers, pixels, caplog):
         (None, 26, "^Channel mismatch: 26 layers are wanted of .*/layers, but it has 6, 00 to 05"),
     ],
 )
-def test_layers_that_are_not_there(tmp_path, layers, window, message, pixels):
+def test_layers_that_are_not_there(tmp_path, layers, count, message, pixels):
     write_layers(tmp_path / "layers", pixels)
     with pytest.raises(InkdaskError, match=message):
-        open_segment(str(tmp_path), layers, window=window)
+        open_segment(str(tmp_path), layers, count=count)
 
 
 @pytest.mark.parametrize("layers", [(1, 3), [1, 3], "1:3", range(1, 3), slice(1, 3)])
@@ -176,7 +176,7 @@ def test_what_is_no_segment_is_said(tmp_path, pixels):
     write_layers(tmp_path / "gap" / "layers", pixels)
     (tmp_path / "gap" / "layers" / "03.tif").unlink()
     with pytest.raises(InkdaskError, match="6 layers are wanted .* it has 5, 00 to 05 without 03"):
-        open_segment(tmp_path / "gap", window=6)
+        open_segment(tmp_path / "gap", count=6)
 
 
 def test_a_segment_has_a_short_name_for_people(tmp_path, pixels):
@@ -197,7 +197,7 @@ def test_nothing_there(home):
 def test_a_gap_is_named_when_it_is_inside(tmp_path, pixels):
     write_layers(tmp_path, pixels)
     (tmp_path / "03.tif").unlink()
-    for options in ({}, {"window": 4}, {"layers": (2, 6)}):
+    for options in ({}, {"count": 4}, {"layers": (2, 6)}):
         with pytest.raises(InkdaskError, match="^Layer 03 missing in"):
             open_segment(str(tmp_path), **options)
     assert open_segment(str(tmp_path), (4, 6)).layers == (4, 5)

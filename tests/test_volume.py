@@ -97,6 +97,23 @@ def test_decoded_layers_say_what_they_take_in_memory_and_on_disk(tmp_path, pixel
     assert not source.can_be_sampled
 
 
+def test_blocks_are_read_by_the_function_given(tmp_path, pixels):
+    write_layers(tmp_path / "layers", pixels, tile=(32, 32))
+    imagecodecs.imwrite(tmp_path / "m.png", (pixels[0] > 0).astype(np.uint8))
+    segment = open_segment(tmp_path, mask=tmp_path / "m.png").crop(slice(10, 60), slice(0, 130))
+    volume, mask = segment.lazy(inverted)
+    assert volume.name != segment.volume.name
+    assert (volume.dtype, mask.dtype) == (np.uint8, bool)
+    np.testing.assert_array_equal(volume, 255 - (pixels[:, 10:60] >> 8))
+    np.testing.assert_array_equal(mask, pixels[0, 10:60] == 0)
+    assert len(mask.dask) == mask.npartitions  # nothing is mapped over what was read
+
+
+def inverted(block):
+    """Read a block, and turn light to dark."""
+    return ~block.read()
+
+
 def test_crop(tmp_path, pixels):
     write_layers(tmp_path, pixels)
     segment = open_segment(str(tmp_path)).crop(slice(10, 90), slice(20, 130))
@@ -108,7 +125,7 @@ def test_crop(tmp_path, pixels):
         ((0, 1), (-1, 4)),
         ((0, 1), (9, 111)),
     ]:
-        with pytest.raises(InkdaskError, match="are no window of .* 80 x 110 pixels"):
+        with pytest.raises(InkdaskError, match="do not lie in .* 80 x 110 pixels"):
             segment.crop(slice(*rows), slice(*columns))
 
 
@@ -193,7 +210,7 @@ def test_scratch_lies_with_the_worker(tmp_path, pixels):
 
 def test_a_window_before_the_first_row_is_refused(tmp_path, pixels):
     write_layers(tmp_path, pixels)
-    with pytest.raises(InkdaskError, match="are no window of"):
+    with pytest.raises(InkdaskError, match="do not lie in"):
         open_segment(str(tmp_path)).crop(slice(-5, 50), slice(0, 50))
 
 

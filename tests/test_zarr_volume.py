@@ -169,7 +169,7 @@ def test_ome_zarr(home, version, zarr_format):
     for level, pixels in enumerate([data, data[::2, ::2, ::2]]):
         array = group.create_array(str(level), shape=pixels.shape, chunks=(10, 16, 16), dtype="u1")
         array[:] = pixels
-    assert_reads(open_segment(uri, window=4), data[3:7])
+    assert_reads(open_segment(uri, count=4), data[3:7])
     assert_reads(open_segment(uri, level="1"), data[::2, ::2, ::2])
     assert_reads(open_segment(storage.join(uri, "1")), data[::2, ::2, ::2])
     with pytest.raises(InkdaskError, match=r"segment\.zarr has no level '7'; it has 0, 1"):

@@ -81,7 +81,7 @@ def choose_layers(
     numbers: Sequence[int],
     where: str,
     layers: tuple[int, int] | None,
-    window: int | None,
+    count: int | None,
 ) -> slice:
     """Choose the layers that a job reads.
 
@@ -93,7 +93,7 @@ def choose_layers(
         The folder or array, for messages.
     layers
         First number (inclusive) and last (exclusive).
-    window
+    count
         Without ``layers``: as many, centred on the middle one; None for all.
 
     Returns
@@ -118,7 +118,7 @@ def choose_layers(
             raise InkdaskError(f"No layers found in {where}{asked}: {held}.")
         chosen, wanted = slice(inside[0], inside[-1] + 1), range(*layers)
     else:
-        count = window or len(numbers)
+        count = count or len(numbers)
         if count > len(numbers):
             raise InkdaskError(
                 f"Channel mismatch: {count} layers are wanted of {where}, but {held}."

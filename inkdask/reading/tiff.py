@@ -16,6 +16,7 @@ import numpy as np
 import tifffile
 
 from inkdask import storage
+from inkdask.box import Box
 from inkdask.errors import InkdaskError
 from inkdask.memory import pages
 from inkdask.reading import lzw
@@ -270,17 +271,9 @@ class _Run:
                     f"{uri} is corrupt at row {row}, column {column} "
                     f"(bytes {start + offset} to {start + offset + count}): {error}."
                 ) from error
-            _paste(piece, row, column, out[self.z], self.block.rows.start, self.block.columns.start)
-
-
-def _paste(piece: np.ndarray, row: int, column: int, out: np.ndarray, top: int, left: int) -> None:
-    """Copy what a piece at (row, column) has in common with ``out`` at (top, left)."""
-    y0, y1 = max(row, top), min(row + piece.shape[0], top + out.shape[0])
-    x0, x1 = max(column, left), min(column + piece.shape[1], left + out.shape[1])
-    _narrow(
-        piece[y0 - row : y1 - row, x0 - column : x1 - column],
-        out[y0 - top : y1 - top, x0 - left : x1 - left],
-    )
+            place = Box.at((row, column), piece.shape)
+            here, there = place.common(Box.of(self.block.rows, self.block.columns))
+            _narrow(piece[here], out[self.z][there])
 
 
 def _narrow(values: np.ndarray, out: np.ndarray) -> None:

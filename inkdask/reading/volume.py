@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import numpy as np
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
+from inkdask.box import Box
 from inkdask.reading.images import CHUNK, DECODING_BYTES, DecodedBlock, Image, decoded_bytes
 from inkdask.reading.tiff import TiffBlock, TiffImage
 
@@ -50,11 +51,25 @@ class MadeOf:
 
 
 class Block(Protocol):
-    """A window of a source, picklable and free of open files."""
+    """A box of a source, picklable and free of open files."""
 
     def read(self) -> np.ndarray:
-        """Read the window: uint8 (z, y, x)."""
+        """Read the box: uint8 (z, y, x), or bool (y, x) of a mask."""
         ...
+
+
+Reading = Callable[[Block], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskBlock:
+    """A box of a mask."""
+
+    block: Block
+
+    def read(self) -> np.ndarray:
+        """Read the box: bool (y, x)."""
+        return np.asarray(self.block.read()[0] > 0)
 
 
 class Source(Protocol):
@@ -247,38 +262,46 @@ def block_step(shape: tuple[int, int, int], unit: tuple[int, int]) -> tuple[int,
             rows *= 2
 
 
-def lazy(source: Source, identity: str, window: tuple[slice, slice] | None = None) -> da.Array:
-    """Make the dask array uint8 (z, y, x) of a source; nothing is read.
+def read_block(block: Block) -> np.ndarray:
+    """Read a block; failures are raised."""
+    return block.read()
+
+
+def lazy(
+    source: Source,
+    identity: str,
+    box: Box | None = None,
+    read: Reading = read_block,
+    is_mask: bool = False,
+) -> da.Array:
+    """Make the dask array uint8 (z, y, x) of a source, or bool (y, x) of a mask; reads nothing.
 
     Parameters
     ----------
     source
         The files.
     identity
-        Changes when they do; the names of the tasks follow from it.
-    window
-        Rows and columns to keep. Blocks at its border read no more than it needs.
+        Digest of the files, from which the names of the tasks follow.
+    box
+        Pixels to keep. Blocks at its border read no more than it needs.
+    read
+        What a task calls with its block.
+    is_mask
+        Whether the one layer of the source is a mask, False where it is 0.
     """
-    layers, height, width = source.shape
-    rows, columns = window or (slice(0, height), slice(0, width))
+    rows, columns = (box or Box.at((0, 0), source.shape[1:])).slices
     step = block_step(source.shape, source.unit)
     bands, blocks = _cut(rows, step[0]), _cut(columns, step[1])
-    name = f"read-{tokenize(identity, type(source).__name__, source.shape, rows, columns)}"
-    graph: dict[Any, Any] = {
-        (name, 0, i, j): (_read, source.block(band, block))
-        for (i, band), (j, block) in itertools.product(enumerate(bands), enumerate(blocks))
-    }
-    chunks = (
-        (layers,),
-        tuple(band.stop - band.start for band in bands),
-        tuple(block.stop - block.start for block in blocks),
-    )
-    layer = HighLevelGraph.from_collections(name, graph)
-    return da.Array(layer, name, chunks, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
-
-
-def _read(block: Block) -> np.ndarray:
-    return block.read()
+    name = f"read-{tokenize(identity, type(source).__name__, source.shape, rows, columns, read)}"
+    graph: dict[Any, Any] = {}
+    for (i, band), (j, span) in itertools.product(enumerate(bands), enumerate(blocks)):
+        block = source.block(band, span)
+        key = (name, i, j) if is_mask else (name, 0, i, j)
+        graph[key] = (read, MaskBlock(block) if is_mask else block)
+    layers = () if is_mask else ((source.shape[0],),)
+    chunks = (*layers, *(tuple(s.stop - s.start for s in spans) for spans in (bands, blocks)))
+    meta = np.empty((0,) * len(chunks), bool if is_mask else np.uint8)
+    return da.Array(HighLevelGraph.from_collections(name, graph), name, chunks, meta=meta)
 
 
 def _cut(span: slice, step: int) -> Sequence[slice]:
