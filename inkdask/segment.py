@@ -1,7 +1,7 @@
-"""A segment: the layers of one unrolled piece of papyrus, found, checked, and described.
+"""A segment: the layers of one unrolled piece of papyrus.
 
-Opening one reads listings and headers only, and fails in seconds, in one sentence, on whatever
-would fail a job hours later: a missing, doubled, odd-sized, odd-typed or truncated layer.
+`open_segment` reads listings and headers only. It fails in seconds on what would fail a job after
+hours: a missing, doubled or truncated layer, or one of another size or type.
 """
 
 from __future__ import annotations
@@ -36,33 +36,32 @@ _ZARR_FILES = {"zarr.json", ".zarray", ".zgroup"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Segment:
-    """A segment whose headers have been read, and nothing else; picklable.
+    """Segment whose headers have been read; picklable.
 
     Attributes
     ----------
     uri
-        The path it was opened by.
+        Path or URI that the segment was opened by.
     name
-        The part of it that names the segment.
+        Name of the segment's folder.
     layers
-        Numbers of the layers, in the order in which they are read.
+        Numbers of the layers, in reading order.
     dtype
         Type of the values on disk, uint8 or uint16; `volume` is always uint8.
     identity
-        Digest of the layer files: where they are, sizes, ETags or times, and 4 KiB of each.
+        Digest of the layer files: their places, sizes, ETags or times, and 4 KiB of each.
     source
-        The files, and how they can be cut.
+        Layer files, and how they can be cut.
     stored_bytes
-        Bytes of the layer files; 0 for zarr arrays, whose files would take long to list.
+        Bytes of the layer files; 0 for zarr arrays, because listing their files takes long.
     mask_uri
-        Picture that is non-zero where there is papyrus; None when there is none, and ``none`` when
-        none was wanted.
+        Picture that is not 0 on papyrus; None without a mask, ``none`` when the user wanted none.
     mask_source
-        The same, and how it can be cut.
+        File of the mask, and how it can be cut; None without a mask.
     mask_identity
-        The same digest of the mask; None without one.
+        Digest of the mask, as `identity`; None without a mask.
     box
-        Pixels of the files that are kept; None for all (see `crop`).
+        Pixels of the files that are kept (see `crop`); None for all.
     """
 
     uri: str
@@ -85,17 +84,17 @@ class Segment:
 
     @property
     def window(self) -> tuple[slice, slice] | None:
-        """The box as rows and columns."""
+        """Rows and columns of the box; None for all."""
         return self.box.slices if self.box else None
 
     @property
     def volume(self) -> da.Array:
-        """Layers as dask uint8 (z, y, x); chunks follow the files, and nothing is read."""
+        """Layers as dask uint8 (z, y, x), in chunks that follow the files."""
         return lazy(self.source, f"{self.identity} {self.layers}", self.box)
 
     @property
     def mask(self) -> da.Array | None:
-        """Dask bool (y, x), True where there is papyrus; None without a mask."""
+        """Mask as dask bool (y, x), True on papyrus; None without a mask."""
         return self.lazy()[1]
 
     def lazy(self, read: Reading = read_block) -> tuple[da.Array, da.Array | None]:
@@ -106,13 +105,13 @@ class Segment:
         return volume, lazy(self.mask_source, self.mask_identity, self.box, read, is_mask=True)
 
     def take(self, layers: slice) -> Segment:
-        """Keep some layers, in the order of the slice; the others are not read."""
+        """Keep some layers, in the order of the slice."""
         return replace(self, source=self.source.take(layers), layers=self.layers[layers])
 
     def crop(self, rows: slice, columns: slice) -> Segment:
-        """Keep rows and columns, in pixels of what is kept already.
+        """Keep rows and columns, counted in this segment's pixels.
 
-        Slices of `volume` read whole blocks; this reads only the pieces that meet the box.
+        Reads less than a slice of `volume`, which reads whole blocks.
         """
         whole, box = Box.at((0, 0), self.shape[1:]), Box.of(rows, columns)
         if box.is_empty or not whole.holds(box):
@@ -127,7 +126,7 @@ class Segment:
         return f"<Segment {self.uri}: {depth} layers of {height} x {width} {self.dtype}>"
 
     def show(self, **options: Any) -> Any:
-        """Look at the layers in Jupyter: a `Viewer`; see `inkdask.view.show_segment`."""
+        """Show the layers in Jupyter, in a `Viewer`; see `inkdask.view.show_segment`."""
         return showing.view.show_segment(self, **options)
 
     def _repr_html_(self) -> str:
@@ -147,23 +146,17 @@ def open_segment(
     Parameters
     ----------
     uri
-        Local path or ``s3://`` URI: a folder with ``layers`` or ``surface_volume`` in it, a folder
-        of layers itself (``<id>.tifs``), a zarr array, or an OME-Zarr group.
+        Local path or ``s3://`` URI: a folder that holds ``layers`` or ``surface_volume``, a folder
+        of layers (``<id>.tifs``), a zarr array, or an OME-Zarr group.
     layers
-        First layer (inclusive) and last (exclusive), as the files are numbered; or ``"0:26"``.
+        Numbers of the first layer (inclusive) and the last (exclusive), or ``"0:26"``.
     count
-        Without ``layers``: as many layers, centred on the middle one. Default: all.
+        Without ``layers``: number of layers around the middle. Default: all.
     mask
-        Picture that is non-zero where there is papyrus, or ``none``. Default: ``<id>_mask.png``
-        where the folder ``<id>`` has it.
+        Picture that is not 0 on papyrus, or ``none``. Default: ``<id>_mask.png`` in the folder
+        ``<id>``, where there is one.
     level
         Level of an OME-Zarr group.
-
-    Raises
-    ------
-    InkdaskError
-        When there are no layers, one is missing, there twice, unreadable or truncated, or differs
-        from the others in size or type.
     """
     uri = os.fspath(uri)
     if layers is not None:
@@ -250,7 +243,7 @@ def _empty_share(source: Source) -> float | None:
 
 
 def _spread(length: int, piece: int, most: int) -> list[int]:
-    """Spread the starts of some pieces over a length, of at most every second piece."""
+    """Spread the starts of up to ``most`` pieces over a length; take half of the pieces at most."""
     count = max(1, min(most, length // piece // 2))
     return [(length - piece) * (2 * i + 1) // (2 * count) for i in range(count)]
 
@@ -261,7 +254,7 @@ def _open_array(
     """Open a zarr array, and choose its layers."""
     source = open_zarr(uri, level)
     numbers = source.numbers
-    # The reference tool prepares an array (y, x, z) of just one range, and keeps no numbers.
+    # Arrays of the reference tool, (y, x, z), hold one range of layers without their numbers.
     is_of_one_range = not (source.path or source.is_numbered) and source.depth == 2
     if layers and is_of_one_range and layers[1] - layers[0] == len(numbers):
         numbers = tuple(range(*layers))
@@ -295,7 +288,7 @@ def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]
 
 
 def _open_file(file: LayerFile) -> tuple[TiffImage | images.Picture, tuple[Any, ...]]:
-    """Read the header of a file, and what tells it from others."""
+    """Read the header of a file, and the parts of its identity."""
     read = tiff_header.read_header if file.is_tiff else images.read_header
     image = read(file.uri, file.size, file.etag)
     middle = storage.read_middle(file.uri, file.size, file.etag)
@@ -303,7 +296,7 @@ def _open_file(file: LayerFile) -> tuple[TiffImage | images.Picture, tuple[Any, 
 
 
 def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) -> None:
-    """Check that all layers have the property; the odd one out is named, not the first."""
+    """Check that a property is the same in all layers; an error names the odd one out."""
     usual = collections.Counter(map(of, headers)).most_common(1)[0][0]
     for image in headers:
         if of(image) != usual:
@@ -313,19 +306,19 @@ def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) ->
 
 
 def _what_is_at(uri: str) -> str:
-    """What there is where nothing can be listed."""
+    """Say why a listing is empty."""
     if not storage.exists(uri):
         return "it does not exist"
     return "it is a file" if not storage.entry(uri).is_folder else "it is empty"
 
 
 def find_mask(uri: str) -> str | None:
-    """Find the mask of the segment at ``uri``, or None."""
+    """Return the mask in the segment at ``uri``, or None."""
     return _find_mask(uri, name_of(uri), storage.list_folder(uri))
 
 
 def _find_mask(uri: str, name: str, listing: Sequence[storage.Entry]) -> str | None:
-    """Find the mask that lies in a segment; ``*_mask.png`` of other names say something else."""
+    """Return the mask in a segment, or None; other ``*_mask.png`` are no masks of papyrus."""
     own = f"{name}_mask.png"
     return storage.join(uri, own) if own in {entry.name for entry in listing} else None
 
@@ -334,7 +327,7 @@ def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
     image, traits = _open_file(LayerFile.of(0, uri, storage.entry(uri)))
     if isinstance(image, images.Picture):
         image = replace(image, is_mask=True)
-    elif image.dtype != np.uint8:  # its high bytes alone might all be zero
+    elif image.dtype != np.uint8:  # Only high bytes are read, and they may all be 0.
         raise InkdaskError(f"The mask {uri} has {image.dtype.name} values, and a TIFF needs uint8.")
     if image.shape != shape:
         raise InkdaskError(
@@ -349,7 +342,7 @@ def _digest(parts: Sequence[Any]) -> str:
 
 
 def name_of(uri: str) -> str:
-    """Name a segment after its folder: ``scroll5/20240301/layers/`` is ``20240301``."""
-    path = storage.filesystem(uri)[1] if storage.is_local(uri) else uri  # "." has a name too
+    """Name a segment by its folder: ``20240301`` for ``scroll5/20240301/layers/``."""
+    path = storage.absolute(uri) if storage.is_local(uri) else uri  # resolves "."
     parts = [part for part in path.split("/") if part not in ("", "layers", "surface_volume")]
     return parts[-1].removesuffix(".tifs").removesuffix(".zarr") if parts else "segment"

@@ -1,9 +1,8 @@
-"""The surface volume as a lazy dask array, whatever its files are.
+"""The surface volume as a lazy dask array, for every kind of file.
 
-A source knows its files and how they can be cut; `lazy` makes one task for each block of it. What a
-block reads follows the files, so that a full pass fetches each byte once: full-width bands for
-strips, aligned squares for tiles and zarr chunks. Tasks carry small frozen descriptions, and
-decode straight into their uint8 output.
+A `Source` describes files and how they can be cut, and `lazy` makes one task for each block. Blocks
+follow the files, so that a full pass fetches each byte once: full-width bands for strips, aligned
+squares for tiles and zarr chunks. Tasks carry small frozen descriptions.
 """
 
 from __future__ import annotations
@@ -23,19 +22,15 @@ from inkdask.box import Box
 from inkdask.reading.images import CHUNK, DECODING_BYTES, DecodedBlock, Image, decoded_bytes
 from inkdask.reading.tiff import TiffBlock, TiffImage
 
-# Decoded uint8 over all layers, to which a block grows: two rows of chunks are held in blocks, and
-# what is read beyond them must be little.
+# Upper bound of a read block, in decoded bytes: two rows of chunks are in memory at a time.
 BLOCK_BYTES = 32 << 20
-WHOLE_BYTES = 64 << 20  # of what may be read in one piece where cutting it costs more
-BLOCK_SIDE = 1024  # pixels: no block is taller, because the chunks with the tiles are about this
+WHOLE_BYTES = 64 << 20  # limit of a piece that is read whole because cutting it costs more
+BLOCK_SIDE = 1024  # pixels: upper bound of a block's height, about that of a chunk
 
 
 @dataclass(frozen=True)
 class Occupied:
-    """Where a volume has data: the share of such pixels in squares of ``side`` pixels.
-
-    The last square of a row or column reaches to the end.
-    """
+    """Share of pixels with data in squares of ``side`` pixels; the last square may be larger."""
 
     side: int
     share: tuple[tuple[float, ...], ...]
@@ -43,7 +38,7 @@ class Occupied:
 
 @dataclass(frozen=True)
 class MadeOf:
-    """The segment that an array was prepared from: its URI, identity, and layers read."""
+    """Segment that an array was prepared from: URI, identity and layer numbers."""
 
     uri: str
     identity: str
@@ -51,10 +46,10 @@ class MadeOf:
 
 
 class Block(Protocol):
-    """A box of a source, picklable and free of open files."""
+    """Box of a source; picklable, without open files."""
 
     def read(self) -> np.ndarray:
-        """Read the box: uint8 (z, y, x), or bool (y, x) of a mask."""
+        """Read the box, uint8 (z, y, x), or bool (y, x) from a mask."""
         ...
 
 
@@ -63,17 +58,17 @@ Reading = Callable[[Block], Any]
 
 @dataclass(frozen=True, eq=False)
 class MaskBlock:
-    """A box of a mask."""
+    """Box of a mask."""
 
     block: Block
 
     def read(self) -> np.ndarray:
-        """Read the box: bool (y, x)."""
+        """Read the box, bool (y, x)."""
         return np.asarray(self.block.read()[0] > 0)
 
 
 class Source(Protocol):
-    """Files that hold a volume."""
+    """Files of a volume."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,7 +77,7 @@ class Source(Protocol):
 
     @property
     def unit(self) -> tuple[int, int]:
-        """Height and width of the largest piece that can only be read whole."""
+        """Height and width of the largest piece that must be read whole."""
         ...
 
     @property
@@ -112,24 +107,24 @@ class Source(Protocol):
 
     @property
     def occupancy(self) -> Occupied | None:
-        """Where there are data, when the files say so."""
+        """Where data are, when the files say so."""
         ...
 
     @property
     def made_of(self) -> MadeOf | None:
-        """Segment that a prepared array is a copy of."""
+        """Segment that a prepared array was made from; None for other sources."""
         ...
 
     def cost(self, rows: slice, columns: slice) -> float:
-        """Bytes fetched to read that part of all layers, estimated; reads nothing."""
+        """Bytes that reading those rows and columns of all layers fetches; reads nothing."""
         ...
 
     def block(self, rows: slice, columns: slice) -> Block:
-        """Cut out a window; reads nothing."""
+        """Cut out rows and columns; reads nothing."""
         ...
 
     def take(self, layers: slice) -> Source:
-        """The same files, of some layers only."""
+        """Keep some layers, in the order of the slice."""
         ...
 
 
@@ -165,7 +160,7 @@ class TiffStack(_Files):
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether a task can hold a piece of all layers; one-strip images may be too tall."""
+        """Whether a task can hold one piece of all layers; one-strip images may be too large."""
         height, width = self.unit
         is_small = self.shape[0] * height * width <= WHOLE_BYTES or height <= BLOCK_SIDE
         one_piece = any(image.offsets.size == 1 for image in self.images)
@@ -184,7 +179,7 @@ class TiffStack(_Files):
 
 @dataclass(frozen=True, eq=False)
 class DecodedStack(_Files):
-    """Layers that are decoded as a whole (`reading.images`); ``identity`` changes with them."""
+    """Layers that are decoded as a whole (`reading.images`); ``identity`` is their digest."""
 
     images: tuple[Image, ...]
     identity: str
@@ -202,7 +197,7 @@ class DecodedStack(_Files):
 
     @property
     def decoding_bytes(self) -> float:
-        """Bytes held while layers are decoded side by side: their values, and those narrowed."""
+        """Bytes in memory while layers are decoded side by side: values read, and uint8 copies."""
         layers, layer = len(self.images), decoded_bytes(self.images[0])
         return 2.0 * max(layer, min(DECODING_BYTES, layers * layer))
 
@@ -211,7 +206,7 @@ class DecodedStack(_Files):
         return float(math.prod(self.shape))
 
     def cost(self, rows: slice, columns: slice) -> float:
-        """Bytes fetched from the decoded copy, once it is there."""
+        """Bytes that reading those rows and columns fetches from the decoded copy."""
         return float(len(self.images) * whole_units(rows, columns, self.unit, self.shape))
 
     def block(self, rows: slice, columns: slice) -> DecodedBlock:  # noqa: D102
@@ -224,7 +219,7 @@ class DecodedStack(_Files):
 def whole_units(
     rows: slice, columns: slice, unit: tuple[int, int], shape: tuple[int, int, int]
 ) -> int:
-    """Pixels of one layer in all units that meet a window."""
+    """Pixels of one layer in all units that meet those rows and columns."""
     pixels = 1
     for span, step, side in zip((rows, columns), unit, shape[1:], strict=True):
         pixels *= min(-(-span.stop // step) * step, side) - span.start // step * step
@@ -239,14 +234,14 @@ def block_step(shape: tuple[int, int, int], unit: tuple[int, int]) -> tuple[int,
     shape
         Layers, height and width of the volume.
     unit
-        Height and width of what is read in one piece.
+        Height and width of a piece that is read whole.
 
     Returns
     -------
     tuple of int
-        The unit times powers of two, as large as `BLOCK_BYTES` over all layers and `BLOCK_SIDE`
-        allow (powers of two, so that blocks and the chunks made of them share their edges). Blocks
-        may be twice as wide as tall: tiles of a row follow each other, and are one request.
+        The unit times powers of two, within `BLOCK_BYTES` over all layers and `BLOCK_SIDE`. Powers
+        of two let blocks share their edges with chunks. Blocks may be twice as wide as tall,
+        because the tiles of a row are neighbours in the file and one request.
     """
     layers, height, width = shape
     rows, columns = min(unit[0], height), min(unit[1], width)
@@ -263,7 +258,7 @@ def block_step(shape: tuple[int, int, int], unit: tuple[int, int]) -> tuple[int,
 
 
 def read_block(block: Block) -> np.ndarray:
-    """Read a block; failures are raised."""
+    """Read a block, and raise what fails."""
     return block.read()
 
 
