@@ -224,7 +224,7 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
             mask = mask or find_mask(place)
             place = settings.surface_volume_zarr
         return open_segment(
-            place, settings.layers, window=wanted, mask=mask, level=settings.ome_zarr_level
+            place, settings.layers, count=wanted, mask=mask, level=settings.ome_zarr_level
         )
     array = source if isinstance(source, da.Array) else np.asarray(source)
     if array.ndim != 3:

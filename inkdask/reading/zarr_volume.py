@@ -1,6 +1,6 @@
-"""Surface volumes that are zarr arrays already: prepared ones, and OME-Zarr.
+"""Surface volumes in zarr arrays: prepared ones, and OME-Zarr.
 
-zarr 2 or 3, (z, y, x) or (y, x, z), alone or as a level of an OME-Zarr group (0.4 or 0.5:
+zarr 2 or 3, (z, y, x) or (y, x, z), alone or as a level of an OME-Zarr group (0.4 or 0.5,
 https://ngff.openmicroscopy.org).
 """
 
@@ -21,22 +21,23 @@ from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.reading.volume import WHOLE_BYTES, MadeOf, Occupied, whole_units
 
-LAYERS_ATTRIBUTE = "layers"  # of an array that inkdask prepared: the numbers of its layers
-PREPARED_ATTRIBUTE = "prepared_from"  # of such an array: the segment, and how it was read
-OCCUPIED_ATTRIBUTE = "occupied"  # of such an array: see `Occupied`
-FINISHED_ATTRIBUTE = "finished"  # of such an array: False until its last block is there
+# Attributes of a prepared array.
+LAYERS_ATTRIBUTE = "layers"  # numbers of the layers
+PREPARED_ATTRIBUTE = "prepared_from"  # see `MadeOf`
+OCCUPIED_ATTRIBUTE = "occupied"  # see `Occupied`
+FINISHED_ATTRIBUTE = "finished"  # False until the last block is written
 
 
 @dataclass(frozen=True)
 class ZarrSource:
-    """An array that holds a volume.
+    """Zarr array of a volume.
 
     Attributes
     ----------
     uri, path
-        The store, and the array inside it.
+        Store, and path of the array in it.
     identity
-        Changes with the array.
+        Digest of place, metadata, their times, and a part of the middle chunk.
     shape
         Layers, height and width.
     dtype
@@ -46,21 +47,19 @@ class ZarrSource:
     stride
         1, or -1 for layers in reverse.
     depth
-        The axis of the layers; axes of length one before the last three do not count.
-    unit
-        Height and width of the chunks (or shards) that are read in one piece.
-    thickness
-        Layers of such a piece.
+        Axis of the layers among the last three.
+    unit, thickness
+        Height and width, and layers, of the chunks or shards that are read whole.
     numbers
-        The numbers of all layers.
+        Numbers of all layers.
     is_numbered
-        Whether the array itself says these numbers; otherwise they count from 0.
+        Whether the array states these numbers; otherwise they count from 0.
     words
         Human-readable layout.
     occupancy
-        Where there are data, when the array says so.
+        Where data are, when the array says so.
     made_of
-        Segment that it was prepared from, when it says so.
+        Segment that the array was prepared from, when it says so.
     """
 
     uri: str
@@ -89,7 +88,7 @@ class ZarrSource:
 
     @property
     def prepared_from(self) -> str | None:
-        """URI of the segment that it was prepared from."""
+        """URI of the segment that the array was prepared from."""
         return self.made_of.uri if self.made_of else None
 
     @property
@@ -98,7 +97,7 @@ class ZarrSource:
         return storage.join(self.uri, self.path) if self.path else self.uri
 
     def cost(self, rows: slice, columns: slice) -> float:
-        """Bytes of the chunks that are fetched, before compression."""
+        """Bytes of the chunks that meet those rows and columns, before compression."""
         first, last = self.span.start // self.thickness, (self.span.stop - 1) // self.thickness
         layers = (last + 1 - first) * self.thickness
         pixels = whole_units(rows, columns, self.unit, self.shape)
@@ -106,16 +105,16 @@ class ZarrSource:
 
     @property
     def span(self) -> slice:
-        """Indices of the layers that are read, ascending."""
+        """Positions of the layers in the array, ascending."""
         ends = (self.first, self.first + self.stride * (self.shape[0] - 1))
         return slice(min(ends), max(ends) + 1)
 
     def block(self, rows: slice, columns: slice) -> ZarrBlock:
-        """Cut out a window; reads nothing."""
+        """Cut out rows and columns; reads nothing."""
         return ZarrBlock(self, rows, columns)
 
     def take(self, layers: slice) -> ZarrSource:
-        """Return the same array, of some layers only."""
+        """Keep some layers, in the order of the slice."""
         chosen = range(self.shape[0])[layers]
         first = self.first + self.stride * chosen.start
         return replace(
@@ -129,19 +128,19 @@ class ZarrSource:
 
 @dataclass(frozen=True)
 class ZarrBlock:
-    """A window of an array, to be read in a task; ``rows`` and ``columns`` are in pixels."""
+    """Rows and columns of an array, in pixels; read in a task."""
 
     source: ZarrSource
     rows: slice
     columns: slice
 
     def read(self) -> np.ndarray:
-        """Read the window: uint8 (z, y, x)."""
+        """Read the block, uint8 (z, y, x)."""
         source = self.source
         array = _array(os.getpid(), source.uri, source.path, source.identity)
-        window = [self.rows, self.columns]
-        window.insert(source.depth, source.span)
-        index = (0,) * (array.ndim - 3) + tuple(window)
+        spans = [self.rows, self.columns]
+        spans.insert(source.depth, source.span)
+        index = (0,) * (array.ndim - 3) + tuple(spans)
         try:
             pixels = np.asarray(array[index])
         except Exception as error:
@@ -157,13 +156,7 @@ class ZarrBlock:
 
 
 def open_zarr(uri: str, level: str = "0") -> ZarrSource:
-    """Describe the array at ``uri``, or level ``level`` of the group there.
-
-    Raises
-    ------
-    InkdaskError
-        When there is no such level, or the array is no volume of uint8 or uint16.
-    """
+    """Describe the array at ``uri``, or the level ``level`` of an OME-Zarr group."""
     node: Any = storage.zarr_node(uri)
     name, path, axes = uri, "", None
     if isinstance(node, zarr.Group):
@@ -181,7 +174,7 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
     axes = axes or getattr(node.metadata, "dimension_names", None)
     depth = _depth(shape, axes)
     pieces = (node.shards or node.chunks)[-3:]
-    if shape[depth] * math.prod(pieces) // pieces[depth] > WHOLE_BYTES:  # shards are cut, too
+    if shape[depth] * math.prod(pieces) // pieces[depth] > WHOLE_BYTES:
         pieces = node.chunks[-3:]
     unit = [length for axis, length in enumerate(pieces) if axis != depth]
     kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
@@ -221,7 +214,7 @@ def _occupied(kept: Any) -> Occupied | None:
 
 
 def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, tuple[str, ...] | None]:
-    """Find a level of an OME-Zarr group, and the names of its axes."""
+    """Return the path of a level of an OME-Zarr group, and the names of the axes."""
     attributes: Any = group.attrs.asdict()
     images = (attributes.get("ome") or attributes).get("multiscales")
     if not images:
@@ -236,7 +229,7 @@ def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, tuple[str, ...
 
 
 def _depth(shape: tuple[int, ...], axes: tuple[str | None, ...] | None) -> int:
-    """Find the axis of the layers: by its name, or as the shorter of the first and the last."""
+    """Find the axis of the layers: by name, or as the shorter of the first and last axis."""
     names = [str(name).lower() for name in axes or ()][-3:]
     for name in ("z", "depth", "layer", "c", "channel"):
         if name in names:
@@ -245,9 +238,9 @@ def _depth(shape: tuple[int, ...], axes: tuple[str | None, ...] | None) -> int:
 
 
 def _identity(name: str, array: zarr.Array) -> str:
-    """Digest of where the array is, its metadata, their times, and a part of its middle chunk.
+    """Digest of the array's place, metadata, their times, and a part of its middle chunk.
 
-    An ETag of the metadata would not do, because other values of one shape have equal metadata.
+    Times and not ETags, because an array written anew in the same shape has equal metadata.
     """
     written = [
         entry.modified
@@ -267,6 +260,6 @@ def _identity(name: str, array: zarr.Array) -> str:
 
 @lru_cache(maxsize=16)
 def _array(process: int, uri: str, path: str, identity: str) -> zarr.Array:
-    """Open an array once in each process."""
+    """Open an array, once in each process."""
     with storage.decoded(uri):
         return zarr.open_array(storage.zarr_store(uri, read_only=True), path=path, mode="r")

@@ -1,4 +1,4 @@
-"""Where bytes lie: local paths and ``s3://`` URIs behind the same few functions."""
+"""Files and zarr arrays at local paths and ``s3://`` URIs."""
 
 from inkdask.storage.counting import Counters, counters
 from inkdask.storage.files import (
