@@ -141,6 +141,11 @@ class Settings(BaseSettings):
         description="Architecture of a checkpoint that is not a known model; timesformer when "
         "neither this nor the checkpoint's own description says.",
     )
+    model_version: str | None = Field(
+        None,
+        description="Version of a model that is a Python function. Tiles of a function that uses "
+        "code of your own modules resume under a version only: change it with the code.",
+    )
     model_in_chans: int | None = Field(
         None,
         ge=1,

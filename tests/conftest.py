@@ -47,6 +47,7 @@ def own_environment(monkeypatch, tmp_path):
     for _, variable, _ in parameters():
         monkeypatch.setenv(variable, "")  # so that it is restored, whatever the job sets
         monkeypatch.delenv(variable)
+    monkeypatch.setenv("MODEL_VERSION", "1")
     monkeypatch.setattr(Environment, "told", None)
     monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
     monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import pickle
 import re
@@ -16,10 +15,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
 
 from inkdask.errors import InkdaskError
 from inkdask.models import registry
@@ -260,75 +256,3 @@ def test_packages_add_models_and_cannot_break_ours() -> None:
 def test_an_architecture_of_a_package_may_be_asked_for(weights: Path) -> None:
     network = registry.resolve(str(weights), model_type="their_network")
     assert network.model.architecture == "their_network"
-
-
-# --- callables
-
-
-def quarter(x: Tensor) -> Tensor:
-    return x.mean(dim=2)[:, :, ::16, ::16]
-
-
-class Half(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * x.amax(dim=2)[:, :, ::2, ::2]
-
-
-def test_a_function_is_tried_on_one_tile() -> None:
-    network = registry.resolve(quarter, layers=5, tile=32)
-    assert (network.layers, network.tile, network.k) == (5, 32, 2)
-    assert network.function is quarter
-    assert network.model.key == "quarter"
-    assert network.model.pixels_per_logit == 16
-    assert registry.resolve(quarter).digest == network.digest
-    assert registry.resolve(lambda x: quarter(x) + 1).digest != network.digest
-
-
-def test_a_module_and_numpy_will_do() -> None:
-    network = registry.resolve(Half().eval())
-    assert (network.model.key, network.k) == ("Half", 32)
-    assert registry.resolve(lambda x: np.zeros((1, 1, 8, 8), np.float32)).k == 8
-
-
-@pytest.mark.parametrize(
-    ("model", "sentence"),
-    [
-        (lambda x: x, r"of shape \(1, 1, k, k\) for .* not shape \(1, 1, 26, 64, 64\)\.$"),
-        (lambda x: x[:, :, 0, :4, :8], r"not shape \(1, 1, 4, 8\)\.$"),
-        (lambda x: x.mean(), r"not shape \(\)\.$"),
-        (lambda x: "ink", r"not str\.$"),
-        (lambda x: torch.zeros(1, 1, 65, 65), r"not shape \(1, 1, 65, 65\)\.$"),
-        (lambda x: 1 / 0, r"failed on a tile of shape .*: ZeroDivisionError: division by zero\.$"),
-        (Half(), r"^The model Half is in training mode: call its eval\(\) first\.$"),
-    ],
-)
-def test_functions_that_are_no_models(model: Any, sentence: str) -> None:
-    with pytest.raises(InkdaskError, match=sentence):
-        registry.resolve(model)
-
-
-def test_a_function_must_be_able_to_travel(tmp_path: Path) -> None:
-    with (
-        (tmp_path / "log").open("w") as log,
-        pytest.raises(InkdaskError, match="cannot travel to workers"),
-    ):
-        registry.resolve(lambda x: (quarter(x), log)[0])
-
-
-def test_an_edited_function_is_another_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    source = "def toy(x):\n    return {} * x.mean((2, 3, 4))[..., None, None]\n"
-    digests: set[str] = set()
-    for factor in (1, 2, 2):
-        (tmp_path / "toy_network.py").write_text(source.format(factor))
-        importlib.invalidate_caches()
-        sys.modules.pop("toy_network", None)
-        toy = importlib.import_module("toy_network").toy
-        digests.add(registry.resolve(toy, layers=2, tile=8).digest)
-    assert len(digests) == 2
