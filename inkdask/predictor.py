@@ -36,8 +36,6 @@ from inkdask.models.fast import (
     prepare,
 )
 from inkdask.models.hardware import (
-    check_bfloat16,
-    check_int8,
     cores,
     device_for,
     fast_float32,
@@ -117,13 +115,9 @@ class Predictor:
     def __init__(self, network: Network) -> None:
         self.network = network
         self.device = device_for(network)
-        self.dtype = precision_for(network, self.device)
-        self.precision = "" if network.function else str(self.dtype).removeprefix("torch.")
-        if network.precision == "bfloat16" and self.precision:
-            check_bfloat16(self.device)
-        if network.precision == "int8" and self.precision:
-            check_int8(self.device)
-            self.precision = "int8"
+        self.precision = precision_for(network, self.device)
+        # In int8 a network reads float32: its layers quantise.
+        self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         self.batch_size = network.batch_size or self._default_batch()
         self._forward: Any = None  # the network, once it is loaded
         self._plain: Callable[[], nn.Module] | None = None  # gives it unpacked, where it is packed

@@ -200,7 +200,7 @@ class Settings(BaseSettings):
     precision: Precision = Field(
         "auto",
         description="Arithmetic of the network; auto is bfloat16 where the hardware has it. int8, "
-        "for TimeSformer on a CPU, is faster and less exact.",
+        "for TimeSformer on a CPU without AMX, is faster and less exact.",
     )
     compile: bool = Field(
         True, description="Allow `torch.compile`; it is used where it repays its own time."

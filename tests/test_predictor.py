@@ -237,19 +237,21 @@ def test_weights_are_loaded_once(block, origins, monkeypatch):
 # Precision, devices, cores.
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch, native):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_precision_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, native, expected):
+    monkeypatch.setattr(hardware, "has_amx", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    cpu = torch.device("cpu")
-    expected = torch.bfloat16 if native else torch.float32
-    assert hardware.precision_for(network(), cpu) is expected
-    assert hardware.precision_for(network(precision="float32"), cpu) is torch.float32
-    assert hardware.precision_for(network(precision="bfloat16"), cpu) is torch.bfloat16
-    assert hardware.precision_for(network(pool), cpu) is torch.float32
+    assert Predictor(network()).precision == expected
+    assert Predictor(network()).dtype is getattr(torch, expected)
+    for precision in ("float32", "bfloat16"):
+        assert Predictor(network(precision=precision)).precision == precision
+    assert (Predictor(network(pool)).precision, Predictor(network(pool)).dtype) == (
+        "",
+        torch.float32,
+    )
 
 
-def test_bfloat16_is_refused_by_name_where_a_gpu_lacks_it(monkeypatch):
+def test_precision_bfloat16_is_refused_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(inkdask.predictor, "device_for", lambda network: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
