@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from inkdask.errors import InkdaskError
@@ -227,7 +228,7 @@ class Predictor:
         """Upload a block (z, h, w) and view all its tiles, (h - t + 1, w - t + 1, z, t, t)."""
         voxels = voxels.to(self.device, non_blocking=True)
         t = self.network.tile
-        return voxels.unfold(1, t, 1).unfold(2, t, 1).permute(1, 2, 0, 3, 4)
+        return rearrange(voxels.unfold(1, t, 1).unfold(2, t, 1), "z y x t u -> y x z t u")
 
     def _gather(self, tiles: Tensor, at: Tensor) -> Tensor:
         """Return a batch as the network reads it, (b, 1, z, t, t)."""
