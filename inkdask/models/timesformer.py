@@ -173,32 +173,30 @@ def mix(qkv: Tensor, heads: int, axis: int, grid: Grid, rotation: Rotation) -> T
         first, length, rows = "b 1 n h e", {"n": n}, "b f (n h) e"
     else:
         first, length, rows = "b f 1 h e", {"f": f}, "(b f) n h e"
+
     q, k, v = rearrange(qkv, "b t (qkv h e) -> qkv b t h e", qkv=3, h=heads)
-    token = attend(q[:, :1], k, v)
+    token = rearrange(attend(q[:, :1], k, v), "b 1 h e -> b 1 (h e)")
 
     # Keys and values of the class token join every row. Only patches are rotated.
-    first_k, first_v = (repeat(t[:, 0], f"b h e -> {first}", **length) for t in (k, v))
-    q, k, v = (rearrange(t[:, 1:], "b (f n) h e -> b f n h e", f=f) for t in (q, k, v))
+    first_k, first_v = (repeat(x[:, 0], f"b h e -> {first}", **length) for x in (k, v))
+    q, k, v = rearrange(qkv[:, 1:], "b (f n) (qkv h e) -> qkv b f n h e", f=f, qkv=3, h=heads)
     q = rotate(q, rotation)
     k = torch.cat((first_k, rotate(k, rotation)), axis)
     v = torch.cat((first_v, v), axis)
 
-    patches = attend(*(rearrange(t, f"b f n h e -> {rows}") for t in (q, k, v)))
-    token = rearrange(token, "b 1 h e -> b 1 (h e)")
+    patches = attend(*(rearrange(x, f"b f n h e -> {rows}") for x in (q, k, v)))
     patches = rearrange(patches, f"{rows} -> b (f n) (h e)", f=f, n=n, h=heads)
     return torch.cat((token, patches), 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return the attention of ``(b, t, h, e)``, in the same shape as ``q``."""
-    q, k, v = (rearrange(x, "b t h e -> b h t e") for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.dtype is torch.bfloat16 and q.device.type == "cpu":
-        seen = attend_by_products(q, k, v)
-    else:
-        parts = zip(*(x.split(MOST_ROWS) for x in (q, k, v)), strict=True)
-        some = [F.scaled_dot_product_attention(*part) for part in parts]
-        seen = some[0] if len(some) == 1 else torch.cat(some)
-    return rearrange(seen, "b h t e -> b t h e")
+        return attend_by_products(q, k, v).transpose(1, 2)
+    parts = zip(*(x.split(MOST_ROWS) for x in (q, k, v)), strict=True)
+    some = [F.scaled_dot_product_attention(*part) for part in parts]
+    return (some[0] if len(some) == 1 else torch.cat(some)).transpose(1, 2)
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -207,14 +205,14 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     In bfloat16 on a CPU this is twice as fast as the fused kernel, which is made for long rows of
     float32.
     """
-    b, scale = len(q), q.shape[-1] ** -0.5
-    q, k, v = (rearrange(x, "b h t e -> (b h) t e") for x in (q, k, v))
+    batch = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     if q.shape[1] == 1:  # so that the longest rows need no transposed copy
         scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2)
     else:
         scores = torch.bmm(q.contiguous(), k.contiguous().transpose(1, 2))
-    scores = scores.float().mul_(scale).softmax(-1).to(v.dtype)
-    return rearrange(torch.bmm(scores, v), "(b h) t e -> b h t e", b=b)
+    scores = scores.float().mul_(q.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), v).unflatten(0, batch)
 
 
 class FeedForward(nn.Module):
