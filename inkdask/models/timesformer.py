@@ -168,22 +168,19 @@ def mix(qkv: Tensor, heads: int, axis: int, grid: Grid, rotation: Rotation) -> T
         ``(f, n)``; rotations of the patches by their place on that axis.
     """
     f, n = grid
-    # The axis that is no row joins the heads or the tiles, so that every tensor stays a view.
-    if axis == 1:
-        first, length, rows = "b 1 n h e", {"n": n}, "b f (n h) e"
-    else:
-        first, length, rows = "b f 1 h e", {"f": f}, "(b f) n h e"
-
     q, k, v = rearrange(qkv, "b t (qkv h e) -> qkv b t h e", qkv=3, h=heads)
-    token = rearrange(attend(q[:, :1], k, v), "b 1 h e -> b 1 (h e)")
+    token = attend(q[:, :1], k, v).flatten(2)
 
     # Keys and values of the class token join every row. Only patches are rotated.
-    first_k, first_v = (repeat(x[:, 0], f"b h e -> {first}", **length) for x in (k, v))
+    one_a_row = (-1, 1, n, -1, -1) if axis == 1 else (-1, f, 1, -1, -1)
+    first_k, first_v = (x[:, :1, None].expand(one_a_row) for x in (k, v))
     q, k, v = rearrange(qkv[:, 1:], "b (f n) (qkv h e) -> qkv b f n h e", f=f, qkv=3, h=heads)
     q = rotate(q, rotation)
     k = torch.cat((first_k, rotate(k, rotation)), axis)
     v = torch.cat((first_v, v), axis)
 
+    # The axis that is no row joins the heads or the tiles, so that every tensor stays a view.
+    rows = "b f (n h) e" if axis == 1 else "(b f) n h e"
     patches = attend(*(rearrange(x, f"b f n h e -> {rows}") for x in (q, k, v)))
     patches = rearrange(patches, f"{rows} -> b (f n) (h e)", f=f, n=n, h=heads)
     return torch.cat((token, patches), 1)
