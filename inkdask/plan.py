@@ -202,6 +202,7 @@ def _network(settings: Settings, depth: int | None = None) -> Network:
     return resolve(
         settings.model,
         model_type=settings.model_type,
+        version=settings.model_version,
         layers=depth or settings.model_in_chans,
         tile=settings.tile,
         clip=settings.clip,

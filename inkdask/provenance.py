@@ -13,6 +13,8 @@ from typing import Any
 
 from inkdask import storage
 from inkdask.identity import Origin, Provenance, Recipe, Said
+from inkdask.models.callables import name_of
+from inkdask.models.registry import known
 from inkdask.plan import Plan
 from inkdask.settings import Settings
 
@@ -164,11 +166,9 @@ def _options(names: Sequence[str], settings: Settings, **instead: Any) -> Iterat
 
 def _model(model: Any) -> str:
     """Return the model as the user named it; a local checkpoint with its whole path."""
-    from inkdask.models import registry
-
     if callable(model):
-        return registry.name_of(model)
-    return str(model if model in registry.known() else absolute(model))
+        return name_of(model)
+    return str(model if model in known() else absolute(model))
 
 
 def absolute(value: Any) -> Any:

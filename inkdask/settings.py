@@ -141,6 +141,11 @@ class Settings(BaseSettings):
         description="Architecture of a checkpoint that is not a known model; timesformer when "
         "neither this nor the checkpoint's own description says.",
     )
+    model_version: str | None = Field(
+        None,
+        description="Version of a model that is a Python function. Tiles of a function that uses "
+        "code of your own modules resume under a version only: change it with the code.",
+    )
     model_in_chans: int | None = Field(
         None,
         ge=1,
@@ -195,7 +200,7 @@ class Settings(BaseSettings):
     precision: Precision = Field(
         "auto",
         description="Arithmetic of the network; auto is bfloat16 where the hardware has it. int8, "
-        "for TimeSformer on a CPU, is faster and less exact.",
+        "for TimeSformer on a CPU without AMX, is faster and less exact.",
     )
     compile: bool = Field(
         True, description="Allow `torch.compile`; it is used where it repays its own time."
