@@ -1,14 +1,23 @@
 """One model for the environment, the command line, Python and the README."""
 
+import inspect
 import os
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from IPython.core.completer import IPCompleter, provisionalcompleter
 
 from inkdask.cli import inkdask_
 from inkdask.errors import SettingsError
-from inkdask.settings import Environment, Settings, env_name, markdown_table, parameters
+from inkdask.settings import (
+    Environment,
+    Settings,
+    env_name,
+    markdown_table,
+    parameters,
+    with_parameters,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -214,3 +223,35 @@ def test_a_token_is_in_no_message_and_reaches_the_hub(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
     Settings.of(hf_token="hf_secret").export_token()
     assert os.environ["HF_TOKEN"] == "hf_secret"
+
+
+@with_parameters
+def job(source, model="demo", **options):
+    """Take options as the public functions do."""
+    return source, model, options
+
+
+def test_signature_has_own_parameters_first_and_every_setting_once():
+    signature = inspect.signature(job)
+    assert [*signature.parameters][:2] == ["source", "model"]
+    assert {*signature.parameters} == {*Settings.model_fields, "source", "layers"}
+    assert signature.parameters["model"].default == "demo"
+    assert signature.parameters["chunk_size"].default == 1024
+    assert signature.bind(3, stride=8, layers="0:5").kwargs == {"stride": 8, "layers": "0:5"}
+    assert job(3, stride=8) == (3, "demo", {"stride": 8})
+
+
+@pytest.mark.parametrize("jedi", [True, False])
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("job(st", {"start_layer=", "step=", "stride="}), ("job(3, lay", {"layers="})],
+)
+def test_completer_of_jupyter_offers_parameters(typed, offered, jedi):
+    completer = IPCompleter(
+        namespace={"job": job},
+        use_jedi=jedi,
+        disable_matchers=["IPCompleter.magic_matcher"],  # needs a shell
+    )
+    with provisionalcompleter():
+        found = {completion.text for completion in completer.completions(typed, len(typed))}
+    assert offered <= found
