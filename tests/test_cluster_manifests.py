@@ -4,7 +4,7 @@ import copy
 import importlib.metadata
 import re
 import shutil
-from itertools import product
+from functools import cache
 
 import click
 import pytest
@@ -35,23 +35,31 @@ def edit_site(folder, *changes):
 
 
 @pytest.fixture(scope="module")
-def site():
-    return render(CLUSTER)
+def rendered(tmp_path_factory):
+    """Render the overlay, or a ``part`` of the manifests, with a component; once for each."""
+
+    @cache
+    def render_with(component="", part=""):
+        folder = tmp_path_factory.mktemp("cluster") / "cluster"
+        return render(with_components(folder, *filter(None, [component])) / part)
+
+    return render_with
 
 
-@pytest.fixture(scope="module")
-def job():
-    return render(CLUSTER / "job")
+@pytest.fixture
+def site(rendered):
+    return rendered()
 
 
-RENDERS = ["", "job", *[f"{name}+{part}" for name, part in product(COMPONENTS, ["", "job"])]]
+@pytest.fixture
+def job(rendered):
+    return rendered(part="job")
 
 
-@pytest.mark.parametrize("what", RENDERS)
-def test_manifests_are_valid_with_every_component(what, tmp_path):
-    component, _, part = what.rpartition("+")
-    folder = with_components(tmp_path / "cluster", *filter(None, [component])) / part
-    documents = render(folder)
+@pytest.mark.parametrize("part", ["", "job"])
+@pytest.mark.parametrize("component", ["", *COMPONENTS])
+def test_manifests_are_valid_with_every_component(component, part, rendered):
+    documents = rendered(component, part)
     assert [problem for document in documents for problem in problems(document)] == []
 
 
@@ -132,8 +140,8 @@ def dask_command():
 PROGRAMS = {"dask": dask_command, "inkdask": lambda: inkdask_}
 
 
-def test_commands_of_all_pods_parse(site, job, tmp_path):
-    cpu = render(with_components(tmp_path / "cluster", "cpu"))
+def test_commands_of_all_pods_parse(site, job, rendered):
+    cpu = rendered("cpu")
     seen = set()
     for where, container in containers([*site, *job, *cpu]):
         words = [*container["command"], *container.get("args", [])]
@@ -178,7 +186,7 @@ def test_cluster_of_a_dask_job_equals_the_standing_one(job):
     assert inner["worker"]["spec"] == cluster["worker"]["spec"]
 
 
-def test_gpus_are_requested_only_by_pods_that_infer(site, tmp_path):
+def test_gpus_are_requested_only_by_pods_that_infer(site, rendered):
     def on_gpus(documents):
         return [
             where
@@ -189,9 +197,8 @@ def test_gpus_are_requested_only_by_pods_that_infer(site, tmp_path):
     assert on_gpus(site) == [
         "WorkflowTemplate/inkdask", "WorkflowTemplate/inkdask-parts", "DaskCluster/inkdask",
     ]  # fmt: skip
-    assert on_gpus(render(with_components(tmp_path / "cpu", "cpu"))) == []
-    spot = render(with_components(tmp_path / "spot", "spot"))
-    pods = [pod for document in spot for pod in pod_specs(document)]
+    assert on_gpus(rendered("cpu")) == []
+    pods = [pod for document in rendered("spot") for pod in pod_specs(document)]
     selected = [pod for pod in pods if "nodeSelector" in pod]
     assert len(selected) == 3
     for pod in selected:
