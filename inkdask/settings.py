@@ -7,10 +7,11 @@ directly wins over the environment, and the environment over the default.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AliasChoices,
@@ -32,6 +33,8 @@ from pydantic_settings import (
 from inkdask.errors import SettingsError
 from inkdask.specs import Precision
 
+F = TypeVar("F", bound=Callable[..., Any])
+LAYERS = FieldInfo(default=None, annotation=Any)  # start_layer and end_layer in one word
 ModelType = Literal[
     "timesformer", "resnet3d-50", "resnet3d-101", "resnet3d-152", "resnet3d-152-3d-decoder"
 ]
@@ -448,6 +451,23 @@ def parameters() -> Iterator[tuple[str, str, FieldInfo]]:
     """Every parameter as (Python keyword, environment variable, pydantic field)."""
     for name, field in Settings.model_fields.items():
         yield name, env_name(name), field
+
+
+def with_parameters(function: F) -> F:
+    """Give a function that passes ``**options`` to `Settings.of` the signature of all parameters.
+
+    Jupyter completes and shows them. The function's own parameters come first.
+    """
+    kind = inspect.Parameter.KEYWORD_ONLY
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+    options = {**Settings.model_fields, "layers": LAYERS}
+    keywords = [
+        inspect.Parameter(name, kind, default=field.default, annotation=field.annotation)
+        for name, field in options.items()
+        if name not in {p.name for p in own}
+    ]
+    vars(function)["__signature__"] = inspect.Signature(own + keywords)
+    return function
 
 
 def env_name(name: str) -> str:

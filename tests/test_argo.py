@@ -1,6 +1,7 @@
 """The Argo templates, followed step by step: they make the picture that a plain run makes."""
 
 import os
+from itertools import count
 
 import numpy as np
 import pytest
@@ -11,6 +12,11 @@ from tests.files import random_volume, read_picture, write_layers
 from tests.manifests import CLUSTER, only, render
 
 
+@pytest.fixture(scope="module")
+def templates():
+    return render(CLUSTER)
+
+
 @pytest.fixture
 def segment(s3):
     write_layers(f"{s3}/seg/layers", random_volume((26, 200, 260)), first=3)
@@ -18,18 +24,18 @@ def segment(s3):
 
 
 @pytest.fixture
-def submit(s3, tmp_path):
+def submit(templates, s3, tmp_path):
     """Run a template with parameters; returns the runner, after its ``run()``."""
-    documents = render(CLUSTER)
-    settings = dict(only(documents, "ConfigMap")["data"])
+    settings = dict(only(templates, "ConfigMap")["data"])
     settings.update(ZARR_OUTPUT_DIR=f"{s3}/partitions", CHUNK_SIZE="128")  # work for all parts
     keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     configured = {("configMapRef", "inkdask"): settings, ("secretRef", "inkdask"): keys}
+    folders = (tmp_path / str(number) for number in count())
 
     def run(name, **parameters):
-        template = only(documents, "WorkflowTemplate", name)
+        template = only(templates, "WorkflowTemplate", name)
         given = {key.replace("_", "-"): value for key, value in parameters.items()}
-        runner = Runner(template, {"model": "demo", **given}, configured, tmp_path / name)
+        runner = Runner(template, {"model": "demo", **given}, configured, next(folders))
         try:
             runner.outputs = runner.run()
         except FailedError as failure:
@@ -39,10 +45,11 @@ def submit(s3, tmp_path):
     return run
 
 
-def test_both_workflows_make_the_picture_of_a_plain_run(segment, s3, submit, tmp_path):
-    job = {"s3_path": segment, "start_layer": "3", "end_layer": "29", "stride": "32"}
+def test_workflows_make_the_picture_of_a_plain_run(segment, s3, submit, tmp_path):
+    job = {"s3_path": segment, "start_layer": "3", "end_layer": "29", "stride": "64"}
+    write_layers(tmp_path / "seg" / "layers", random_volume((26, 200, 260)), first=3)
     plain = inkdask.run(
-        segment, model="demo", layers=(3, 29), stride=32, output_path=f"{s3}/plain",
+        tmp_path / "seg", model="demo", layers=(3, 29), stride=64,
         zarr_output_dir=str(tmp_path / "plain"), result_file=str(tmp_path / "result"),
     )  # fmt: skip
     whole = submit("inkdask", **job)
@@ -57,18 +64,15 @@ def test_both_workflows_make_the_picture_of_a_plain_run(segment, s3, submit, tmp
     np.testing.assert_array_equal(read_picture(parts.outputs["result-s3-url"]), read_picture(plain))
 
 
-@pytest.mark.parametrize("name", ["inkdask", "inkdask-parts"])
-@pytest.mark.parametrize(
-    ("wrong", "code"),
-    [
+def test_workflows_end_in_their_first_step_for_a_mistake(segment, submit):
+    job = {"s3_path": segment, "start_layer": "3", "end_layer": "29"}
+    for wrong, code in (
         ({"start_layer": "three"}, 2),
         ({"model": "no-such-model"}, 1),
         ({"end_layer": "28"}, 1),
         ({"s3_path": "s3://no-such-bucket/seg"}, 1),
-    ],
-)
-def test_a_mistake_ends_the_first_step_at_once(segment, submit, name, wrong, code):
-    job = {"s3_path": segment, "start_layer": "3", "end_layer": "29"}
-    runner = submit(name, **{**job, **wrong})
-    assert runner.ran == [("check", code)]
-    assert runner.failure == f"check exited {code}"
+    ):
+        for name in ("inkdask", "inkdask-parts"):
+            runner = submit(name, **{**job, **wrong})
+            assert runner.ran == [("check", code)], (name, wrong)
+            assert runner.failure == f"check exited {code}"

@@ -1,11 +1,11 @@
 """The command line as a person meets it."""
 
 import logging
-import subprocess
 import sys
 from importlib.metadata import version
 
 import dask.array as da
+import dask.cli
 import numpy as np
 import pytest
 import tifffile
@@ -40,7 +40,7 @@ def said(capsys, *arguments):
     return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
 
-def test_one_version_everywhere(capsys):
+def test_version_is_the_same_everywhere(capsys):
     """The package's is written twice: where pip looks, and where a user does."""
     cli.main(["--version"])
     assert capsys.readouterr().out.split() == ["inkdask,", "version", version("inkdask")]
@@ -55,7 +55,7 @@ def test_one_version_everywhere(capsys):
         (["export", "p.zarr", "--to", "p.png"], "inkdask: interrupted.\n"),
     ],
 )
-def test_what_an_interrupted_command_leaves(capsys, monkeypatch, words, says):
+def test_interrupted_command_says_what_it_keeps(capsys, monkeypatch, words, says):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -70,7 +70,7 @@ def test_what_an_interrupted_command_leaves(capsys, monkeypatch, words, says):
     assert says in capsys.readouterr().err
 
 
-def test_info_says_what_is_there(segment, capsys):
+def test_info_describes_segment(segment, capsys):
     rows = said(capsys, "info", str(segment))
     assert rows["segment"] == str(segment)
     assert rows["layers"] == "3 (0 to 2)"
@@ -82,7 +82,7 @@ def test_info_says_what_is_there(segment, capsys):
     assert "MB" in rows["memory"]
 
 
-def test_info_does_not_count_what_a_mask_leaves_out(segment, capsys):
+def test_info_of_masked_segment_says_that_fewer_tiles_run(segment, capsys):
     assert "mask" not in said(capsys, "info", str(segment))["tiles"]
     Image.new("L", (300, 400), 255).save(segment / f"{segment.name}_mask.png")
     rows = said(capsys, "info", str(segment))
@@ -90,7 +90,7 @@ def test_info_does_not_count_what_a_mask_leaves_out(segment, capsys):
     assert rows["tiles"].endswith("fewer by what the mask leaves out")
 
 
-def test_what_the_hub_says_itself_is_not_said_twice():
+def test_log_shows_own_messages_and_warnings_once():
     def shown(name, level):
         return cli._is_for_everybody(logging.LogRecord(name, level, "", 0, "", None, None))
 
@@ -100,13 +100,13 @@ def test_what_the_hub_says_itself_is_not_said_twice():
     assert not shown("huggingface_hub.file_download", logging.WARNING)
 
 
-def test_info_counts_the_tiles_that_are_asked_about(segment, capsys):
+def test_info_counts_tiles_of_given_layers_and_stride(segment, capsys):
     rows = said(capsys, "info", str(segment), "--layers", "1:3", "--tile", "32", "--stride", "32")
     assert rows["layers"] == "2 (1 to 2)"
     assert rows["tiles"].startswith("130 of 32 px at stride 32")
 
 
-def test_info_of_nothing_is_one_sentence(tmp_path, capsys):
+def test_info_reports_missing_path(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["info", str(tmp_path / "nothing")])
     assert stopped.value.code == 1
@@ -115,7 +115,7 @@ def test_info_of_nothing_is_one_sentence(tmp_path, capsys):
     assert len(error.splitlines()) == 1
 
 
-def test_the_memory_of_a_job_does_not_grow_with_the_height():
+def test_expected_memory_does_not_grow_with_the_height():
     estimates = [
         expected_memory(
             da.zeros((26, 512 * count, 4000), dtype="uint8", chunks=(26, 512, 4000)),
@@ -127,18 +127,19 @@ def test_the_memory_of_a_job_does_not_grow_with_the_height():
     assert estimates[0] < 1.5e9
 
 
-def test_models_are_listed(capsys):
+def test_models_lists_every_key(capsys):
     cli.main(["models"])
     text = capsys.readouterr().out
     for key in known():
         assert key in text
 
 
-def test_the_command_is_a_command_of_dask_too():
-    done = subprocess.run(
-        [sys.executable, "-m", "dask", "ink", "models"], capture_output=True, text=True, check=True
-    )
-    assert "timesformer-scroll5" in done.stdout
+def test_dask_ink_runs_the_same_commands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dask", "ink", "models"])
+    with pytest.raises(SystemExit) as ended:
+        dask.cli.run_cli()
+    assert not ended.value.code
+    assert "timesformer-scroll5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -150,14 +151,14 @@ def test_the_command_is_a_command_of_dask_too():
         (["run", "/nowhere", "--model", "demo"], 1, "/nowhere"),
     ],
 )
-def test_mistakes_exit_with_a_code_and_no_traceback(arguments, code, says, capsys):
+def test_cli_reports_mistakes_with_an_exit_code(arguments, code, says, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == code
     assert says in capsys.readouterr().err
 
 
-def test_the_environment_alone_names_a_grid_to_reduce(tmp_path, monkeypatch, capsys):
+def test_reduce_takes_the_grid_of_the_environment(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("STEP", "reduce")
     monkeypatch.setenv("GRID", str(tmp_path / "grid.zarr"))
     with pytest.raises(SystemExit):

@@ -4,7 +4,7 @@ import copy
 import importlib.metadata
 import re
 import shutil
-from itertools import product
+from functools import cache
 
 import click
 import pytest
@@ -35,27 +35,35 @@ def edit_site(folder, *changes):
 
 
 @pytest.fixture(scope="module")
-def site():
-    return render(CLUSTER)
+def rendered(tmp_path_factory):
+    """Render the overlay, or a ``part`` of the manifests, with a component; once for each."""
+
+    @cache
+    def render_with(component="", part=""):
+        folder = tmp_path_factory.mktemp("cluster") / "cluster"
+        return render(with_components(folder, *filter(None, [component])) / part)
+
+    return render_with
 
 
-@pytest.fixture(scope="module")
-def job():
-    return render(CLUSTER / "job")
+@pytest.fixture
+def site(rendered):
+    return rendered()
 
 
-RENDERS = ["", "job", *[f"{name}+{part}" for name, part in product(COMPONENTS, ["", "job"])]]
+@pytest.fixture
+def job(rendered):
+    return rendered(part="job")
 
 
-@pytest.mark.parametrize("what", RENDERS)
-def test_every_render_is_valid(what, tmp_path):
-    component, _, part = what.rpartition("+")
-    folder = with_components(tmp_path / "cluster", *filter(None, [component])) / part
-    documents = render(folder)
+@pytest.mark.parametrize("part", ["", "job"])
+@pytest.mark.parametrize("component", ["", *COMPONENTS])
+def test_manifests_are_valid_with_every_component(component, part, rendered):
+    documents = rendered(component, part)
     assert [problem for document in documents for problem in problems(document)] == []
 
 
-def test_the_schemas_refuse_what_is_wrong(site):
+def test_schemas_refuse_wrong_documents(site):
     def broken(kind, change):
         document = copy.deepcopy(only(site, kind, "inkdask"))
         change(document)
@@ -74,7 +82,7 @@ def test_the_schemas_refuse_what_is_wrong(site):
     assert broken("WorkflowTemplate", lambda d: d["spec"]["volumes"][0].update(emptyDirs={}))
 
 
-def test_one_place_sets_namespace_image_and_bucket(tmp_path):
+def test_overlay_sets_namespace_image_and_bucket(tmp_path):
     folder = with_components(tmp_path / "cluster")
     edit_site(
         folder,
@@ -93,7 +101,7 @@ def test_one_place_sets_namespace_image_and_bucket(tmp_path):
     assert settings["metadata"]["name"] == "inkdask"
 
 
-def test_a_role_of_the_cloud_is_one_patch(tmp_path):
+def test_overlay_patch_sets_the_role_of_the_cloud(tmp_path):
     folder = with_components(tmp_path / "cluster")
     site = folder / "overlays/site/kustomization.yaml"
     head, tail = site.read_text().split("  # - target")
@@ -132,8 +140,8 @@ def dask_command():
 PROGRAMS = {"dask": dask_command, "inkdask": lambda: inkdask_}
 
 
-def test_every_command_exists(site, job, tmp_path):
-    cpu = render(with_components(tmp_path / "cluster", "cpu"))
+def test_commands_of_all_pods_parse(site, job, rendered):
+    cpu = rendered("cpu")
     seen = set()
     for where, container in containers([*site, *job, *cpu]):
         words = [*container["command"], *container.get("args", [])]
@@ -146,13 +154,13 @@ def test_every_command_exists(site, job, tmp_path):
     }  # fmt: skip
 
 
-def test_a_command_that_is_gone_is_found_out():
+def test_parse_refuses_unknown_commands():
     for words in (["dask", "workr"], ["dask", "scheduler", "--bokeh"], ["dask", "cuda", "wrker"]):
         with pytest.raises(click.UsageError):
             parse(dask_command(), words)
 
 
-def test_pods_have_no_more_rights_than_they_need(site, job):
+def test_pods_run_without_rights(site, job):
     for document in [*site, *job]:
         for pod in pod_specs(document):
             assert pod["securityContext"]["runAsNonRoot"]
@@ -166,7 +174,7 @@ def test_pods_have_no_more_rights_than_they_need(site, job):
                 assert container["resources"]["requests"].keys() >= {"cpu", "memory"}
 
 
-def test_the_cluster_of_a_job_is_the_cluster(job):
+def test_cluster_of_a_dask_job_equals_the_standing_one(job):
     cluster, whole = only(job, "DaskCluster")["spec"], only(job, "DaskJob")
     inner = copy.deepcopy(whole["spec"]["cluster"]["spec"])
     selector = inner["scheduler"]["service"]["selector"]
@@ -178,7 +186,7 @@ def test_the_cluster_of_a_job_is_the_cluster(job):
     assert inner["worker"]["spec"] == cluster["worker"]["spec"]
 
 
-def test_gpus_are_asked_for_by_the_pods_that_infer_alone(site, tmp_path):
+def test_gpus_are_requested_only_by_pods_that_infer(site, rendered):
     def on_gpus(documents):
         return [
             where
@@ -189,16 +197,15 @@ def test_gpus_are_asked_for_by_the_pods_that_infer_alone(site, tmp_path):
     assert on_gpus(site) == [
         "WorkflowTemplate/inkdask", "WorkflowTemplate/inkdask-parts", "DaskCluster/inkdask",
     ]  # fmt: skip
-    assert on_gpus(render(with_components(tmp_path / "cpu", "cpu"))) == []
-    spot = render(with_components(tmp_path / "spot", "spot"))
-    pods = [pod for document in spot for pod in pod_specs(document)]
+    assert on_gpus(rendered("cpu")) == []
+    pods = [pod for document in rendered("spot") for pod in pod_specs(document)]
     selected = [pod for pod in pods if "nodeSelector" in pod]
     assert len(selected) == 3
     for pod in selected:
         assert "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
 
 
-def test_both_workflows_take_the_same_parameters(site):
+def test_workflows_take_the_same_parameters(site):
     one, parts = (
         {p["name"]: p.get("value") for p in only(site, "WorkflowTemplate", name)["spec"][
             "arguments"]["parameters"]}
@@ -208,8 +215,7 @@ def test_both_workflows_take_the_same_parameters(site):
     assert one == parts
 
 
-def test_base_files_are_documents_of_their_own():
-    """Nothing lies in the base that kustomize does not take."""
+def test_kustomization_lists_every_file_of_the_base():
     base = CLUSTER / "base"
     listed = yaml.safe_load((base / "kustomization.yaml").read_text())["resources"]
     assert sorted(listed) == sorted(f.name for f in base.iterdir() if f.stem != "kustomization")

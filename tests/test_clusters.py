@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +21,7 @@ from inkdask import cli, engine, storage
 from inkdask.clusters import connection
 from inkdask.errors import InkdaskError
 from inkdask.models import hardware
+from inkdask.settings import Settings
 from tests.conftest import free_port, start_server
 from tests.files import read_picture, write_layers
 from tests.oracle import assert_same_picture, naive_map, papyrus, picture
@@ -92,19 +92,7 @@ def places(tmp_path):
     return [place for place in found if "name" in place]  # not the probe of the network
 
 
-def test_workers_share_the_cores(segment, volume, tmp_path, monkeypatch):
-    local = import_module("inkdask.clusters.local")  # the package has a function of this name
-    monkeypatch.setattr(local, "CPU_COUNT", 12)
-    uri = inkdask.run(segment, model=network, cluster="local", max_workers=2)
-    assert_right(uri, volume)
-    found = places(tmp_path)
-    assert {place["name"] for place in found} <= {0, 1}
-    assert os.getpid() not in {place["process"] for place in found}
-    for place in found:
-        assert place["nthreads"] == place["threads"] == place["resources"]["cores"] == 6
-
-
-def test_a_forward_pass_has_the_cores_of_its_worker():
+def test_forward_pass_uses_the_cores_of_its_worker():
     """A worker of one core has a second thread, which reads ahead."""
     from distributed import Client
 
@@ -116,7 +104,7 @@ def test_a_forward_pass_has_the_cores_of_its_worker():
 
 
 @pytest.mark.parametrize("variable", ["CLUSTER", "SCHEDULER_ADDRESS", "DASK_SCHEDULER_ADDRESS"])
-def test_a_running_scheduler_is_used_and_left_running(
+def test_run_uses_a_running_scheduler_and_leaves_it_running(
     variable, scheduler, segment, volume, tmp_path, monkeypatch, caplog
 ):
     from distributed import Client
@@ -133,42 +121,114 @@ def test_a_running_scheduler_is_used_and_left_running(
         assert client.scheduler_info()["workers"]
 
 
-def test_dask_s_settings_say_how_long_a_scheduler_may_take(monkeypatch):
+def test_patience_follows_the_settings_of_dask(monkeypatch):
     assert connection._patience() == connection.PATIENCE
     with dask.config.set({"distributed.comm.timeouts.connect": "600s"}):
         assert connection._patience() == "600s"
 
 
-def test_a_scheduler_that_dies_is_one_sentence(segment, tmp_path):
+DOOMED = """
+import sys, time
+from distributed import LocalCluster
+
+if __name__ == "__main__":
+    options = {"processes": False, "n_workers": 1, "threads_per_worker": 2}
+    with LocalCluster(scheduler_port=int(sys.argv[1]), dashboard_address=None, **options):
+        time.sleep(600)
+"""
+
+
+def test_run_reports_scheduler_that_died(segment, tmp_path):
+    (tmp_path / "doomed.py").write_text(DOOMED)
     port = free_port()
-    command = ["-m", "distributed.cli.dask_scheduler", "--no-dashboard", "--host", "127.0.0.1"]
-    process = start_server(*command, "--port", str(port), port=port)
-    pid, address = process.pid, f"tcp://127.0.0.1:{port}"
-    worker = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "distributed.cli.dask_worker",
-            address,
-            "--no-dashboard",
-            "--no-nanny",
-        ],
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_server(str(tmp_path / "doomed.py"), str(port), port=port)
+    address = f"tcp://127.0.0.1:{port}"
+
+    def deadly(x):
+        if x.any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x[:, :, 0, ::16, ::16]
+
     try:
-
-        def deadly(x):
-            if x.any():
-                os.kill(pid, signal.SIGKILL)
-                time.sleep(100)
-            return x[:, :, 0, ::16, ::16]
-
         with pytest.raises(InkdaskError, match=f"scheduler at {address} is gone; what is finished"):
             inkdask.run(segment, model=deadly, cluster=address)
     finally:
-        for each in (process, worker):
-            each.kill()
-            each.wait()
+        process.kill()
+        process.wait()
+
+
+OTHER = {
+    "old": "__version__ = '0.0.1'",
+    "none": "raise ModuleNotFoundError('No module named inkdask')",
+    "broken": "raise ValueError('half installed')",
+}
+
+
+@pytest.fixture
+def start_dask(tmp_path):
+    """Start a program of Dask that meets another ``inkdask`` before the installed one."""
+    processes = []
+
+    def start(program, other, *words):
+        (tmp_path / other).mkdir(exist_ok=True)
+        (tmp_path / other / "inkdask.py").write_text(OTHER[other])
+        command = [sys.executable, "-m", f"distributed.cli.dask_{program}", "--no-dashboard"]
+        process = subprocess.Popen(
+            [*command, *words],
+            env={**os.environ, "PYTHONPATH": str(tmp_path / other)},
+            cwd=tmp_path,
+            stderr=subprocess.DEVNULL,
+        )
+        processes.append(process)
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_run_refuses_scheduler_and_workers_with_another_inkdask(segment, start_dask, tmp_path):
+    from distributed import Client
+
+    address = f"tcp://127.0.0.1:{free_port()}"
+    scheduler = ["--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
+    start_dask("scheduler", "none", *scheduler)
+    for other in OTHER:
+        start_dask("worker", other, address, "--no-nanny", "--name", other)
+    with Client(address, timeout=60) as client:  # as in a notebook
+        client.wait_for_workers(len(OTHER), timeout=60)
+        workers = client.scheduler_info(n_workers=-1)["workers"].items()
+        where = {worker["name"]: f"the worker at {at} has " for at, worker in workers}
+        with pytest.raises(InkdaskError) as of_client:
+            inkdask.run(segment, model=network)
+    with pytest.raises(InkdaskError) as of_address:
+        inkdask.run(segment, model=network, cluster=address)
+    for caught in (of_client, of_address):
+        said = str(caught.value)
+        version = inkdask.__version__
+        assert said.startswith(
+            f"This process has inkdask {version}, but the scheduler at {address}"
+        )
+        assert said.endswith(
+            f" and 1 more differ too: install inkdask {version} in the environment of each of "
+            "them, and start them again."
+        )
+        assert f"the scheduler at {address} has none, " in said
+        told = {"old": "0.0.1", "none": "none", "broken": "a broken one (half installed)"}
+        assert sum(where[name] + what in said for name, what in told.items()) == 2
+    assert not list(Path(segment).rglob("*.png"))
+    assert not places(tmp_path)
+
+
+def test_connect_accepts_scheduler_without_workers_and_the_same_version():
+    from distributed import LocalCluster
+
+    options = {"processes": False, "protocol": "tcp://", "dashboard_address": None}
+    for count in (0, 1):
+        with LocalCluster(n_workers=count, **options) as cluster:
+            settings = Settings.of(cluster=cluster.scheduler_address)
+            with connection.connect(settings) as client:
+                assert len(client.scheduler_info()["workers"]) == count
 
 
 def elsewhere(tmp_path):
@@ -190,7 +250,7 @@ def workers(scheduler):
 
 
 @pytest.mark.parametrize("protocol", ["tcp", "tls"])
-def test_nobody_listens(protocol, segment, monkeypatch, capsys):
+def test_run_reports_address_without_scheduler(protocol, segment, monkeypatch, capsys):
     assert connection.PATIENCE <= 10
     monkeypatch.setattr(connection, "PATIENCE", 0.3)
     address = f"{protocol}://127.0.0.1:{free_port()}"
@@ -203,7 +263,7 @@ def test_nobody_listens(protocol, segment, monkeypatch, capsys):
     assert not list(Path(segment).rglob("*.png"))
 
 
-def test_tls_with_the_settings_of_dask(segment, volume, tmp_path):
+def test_tls_takes_certificates_from_the_settings_of_dask(segment, volume, tmp_path):
     from distributed import LocalCluster
     from distributed.security import Security
 
@@ -216,7 +276,8 @@ def test_tls_with_the_settings_of_dask(segment, volume, tmp_path):
     }
     with dask.config.set({f"{tls}.ca-file": certificate, **pairs}):
         options = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
-        with LocalCluster(protocol="tls://", security=Security(), **options) as cluster:
+        options |= {"processes": False, "protocol": "tls://", "security": Security()}
+        with LocalCluster(**options) as cluster:
             address = cluster.scheduler_address
             assert address.startswith("tls://")
             uri = inkdask.run(segment, model=network, cluster=address)
@@ -261,7 +322,7 @@ def self_signed(folder):
 
 @pytest.mark.parametrize("where", ["threads", "scheduler"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_report(where, fails, segment, tmp_path, request):
+def test_report_is_written_also_when_the_job_fails(where, fails, segment, tmp_path, request):
     cluster = where if where == "threads" else request.getfixturevalue(where)
     page = tmp_path / "pages" / "report.html"
     model = broken if fails else elsewhere(tmp_path)
@@ -276,7 +337,7 @@ def test_report(where, fails, segment, tmp_path, request):
     assert fails or "save_chunk" in html
 
 
-def test_a_report_that_is_lost_leaves_no_result(segment, tmp_path, monkeypatch):
+def test_run_without_its_report_leaves_no_result_file(segment, tmp_path, monkeypatch):
     """The result file comes last of all."""
 
     def refused(*_):
@@ -288,42 +349,55 @@ def test_a_report_that_is_lost_leaves_no_result(segment, tmp_path, monkeypatch):
     assert not (tmp_path / "result.txt").exists()
 
 
-def test_report_on_s3(segment, s3):
+def test_report_is_written_to_s3(segment, s3):
     inkdask.run(segment, model=network, report=f"{s3}/pages/report.html")
     assert b"save_chunk" in storage.read_bytes(f"{s3}/pages/report.html")
 
 
-def test_a_report_that_has_no_place_is_told_before_the_work(segment, tmp_path):
+def test_run_refuses_unwritable_report_before_the_work(segment, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InkdaskError, match=r"report\.html cannot be written"):
         inkdask.run(segment, model=broken, report=str(tmp_path / "file" / "report.html"))
 
 
-def test_no_secret_leaves_the_process(s3, volume, tmp_path, monkeypatch, capfd, caplog):
-    secrets = {
-        "AWS_ACCESS_KEY_ID": "AKIAMARKEDKEY0001",
-        "AWS_SECRET_ACCESS_KEY": "marked-secret-0002",
-        "AWS_SESSION_TOKEN": "marked-session-0003",
-        "HF_TOKEN": "hf_marked0004",
-    }
-    for variable, secret in secrets.items():
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "AKIAMARKEDKEY0001",
+    "AWS_SECRET_ACCESS_KEY": "marked-secret-0002",
+    "AWS_SESSION_TOKEN": "marked-session-0003",
+    "HF_TOKEN": "hf_marked0004",
+}
+
+
+def test_local_workers_share_the_cores_and_no_secret_leaves_the_process(
+    s3, volume, tmp_path, monkeypatch, capfd, caplog
+):
+    local = import_module("inkdask.clusters.local")  # the package has a function of this name
+    monkeypatch.setattr(local, "CPU_COUNT", 12)
+    for variable, secret in SECRETS.items():
         monkeypatch.setenv(variable, secret)
     sent = []
     compute_each = engine.compute_each
 
-    def recording(tasks, on_result):
+    def recording(tasks, *rest, **options):
         sent.append(cloudpickle.dumps(tasks))
-        return compute_each(tasks, on_result)
+        return compute_each(tasks, *rest, **options)
 
     monkeypatch.setattr(engine, "compute_each", recording)
     write_layers(f"{s3}/segment/layers", volume)
-    places = {name: f"{s3}/{name}" for name in ("zarr_output_dir", "result_file")}
+    homes = {name: f"{s3}/{name}" for name in ("zarr_output_dir", "result_file")}
     with caplog.at_level(logging.DEBUG, "inkdask"):
         uri = inkdask.run(
-            f"{s3}/segment", model=network, cluster="local", max_workers=1,
-            report=str(tmp_path / "report.html"), **places,
+            f"{s3}/segment", model=network, cluster="local", max_workers=2,
+            report=str(tmp_path / "report.html"), **homes,
         )  # fmt: skip
     assert_right(uri, volume)
+
+    found = places(tmp_path)
+    assert {place["name"] for place in found} <= {0, 1}
+    assert os.getpid() not in {place["process"] for place in found}
+    for place in found:
+        assert place["nthreads"] == place["threads"] == place["resources"]["cores"] == 6
+
     left = {"graph": b"".join(sent), "log": caplog.text.encode()}
     left["output"] = "".join(capfd.readouterr()).encode()
     files = storage.s3_filesystem()
@@ -331,8 +405,8 @@ def test_no_secret_leaves_the_process(s3, volume, tmp_path, monkeypatch, capfd, 
     left |= {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {"graph", "log", "output", str(tmp_path / "report.html")} < left.keys()
     assert len(left["graph"]) > 1000
-    told = [(name, what) for name, data in left.items() for what in secrets.items()
-            if what[1].encode() in data]  # fmt: skip
+    told = [(name, variable) for name, data in left.items() for variable, secret in SECRETS.items()
+            if secret.encode() in data]  # fmt: skip
     assert not told
 
 
@@ -351,32 +425,31 @@ def library(tmp_path_factory):
 
 
 GPU_JOB = """
-import json, os
-import inkdask
-from inkdask.clusters import connect
-from inkdask.settings import Settings
-from tests.test_clusters import network
+if __name__ == "__main__":  # worker processes run the lines before, and torch takes seconds
+    import json, os
+    import inkdask
+    from inkdask.clusters import connect
+    from inkdask.settings import Settings
+    from tests.test_clusters import network
 
-if __name__ == "__main__":
-    with connect(Settings.of()) as client:
-        workers = client.scheduler_info()["workers"].values()
-        found = {worker["name"]: worker["nthreads"] for worker in workers}
-        pinned = list(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values())
-        uri = inkdask.run(model=network, cluster="threads")  # on the current client
-    print(json.dumps([found, pinned, uri]))
+    found = []
+    for variables in [{}, {"CUDA_VISIBLE_DEVICES": "1", "MAX_WORKERS": "8"}, {"MAX_WORKERS": "1"}]:
+        os.environ |= variables
+        with connect(Settings.of()) as client:
+            workers = client.scheduler_info()["workers"].values()
+            threads = {worker["name"]: worker["nthreads"] for worker in workers}
+            gpus = sorted(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values())
+            if not variables:
+                uri = inkdask.run(model=network, cluster="threads")  # on the current client
+        for variable in variables:
+            os.environ.pop(variable, None)
+        found.append([threads, gpus])
+    print(json.dumps([found, uri]))
 """
 
 
-@pytest.mark.parametrize(
-    ("variables", "names", "pinned"),
-    [
-        ({}, "01", ["0,1", "1,0"]),
-        ({"CUDA_VISIBLE_DEVICES": "1"}, "1", ["1"]),
-        ({"MAX_WORKERS": "8"}, "01", ["0,1", "1,0"]),  # at most
-        ({"MAX_WORKERS": "1"}, "0", ["0,1"]),
-    ],
-)
-def test_a_worker_for_each_gpu(variables, names, pinned, library, segment, volume, tmp_path):
+def test_cuda_cluster_has_one_worker_for_each_named_gpu(library, segment, volume, tmp_path):
+    """With two GPUs: all, one that is named (and more workers allowed), one worker at most."""
     (tmp_path / "job.py").write_text(GPU_JOB)
     environment = {
         **os.environ,
@@ -385,20 +458,22 @@ def test_a_worker_for_each_gpu(variables, names, pinned, library, segment, volum
         "PYTHONPATH": str(REPOSITORY),
         "CLUSTER": "cuda",
         "S3_PATH": segment,
-        **variables,
     }
     done = subprocess.run(
         [sys.executable, str(tmp_path / "job.py")], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found, gpus, uri = json.loads(done.stdout)
-    assert found == dict.fromkeys(names, 4)
-    assert sorted(gpus) == pinned
-    assert {place["gpu"] for place in places(tmp_path)} <= set(pinned)
+    found, uri = json.loads(done.stdout)
+    assert found == [
+        [{"0": 4, "1": 4}, ["0,1", "1,0"]],
+        [{"1": 4}, ["1"]],
+        [{"0": 4}, ["0,1"]],
+    ]
+    assert {place["gpu"] for place in places(tmp_path)} <= {"0,1", "1,0"}
     assert_right(uri, volume)
 
 
-def test_no_gpu_is_one_sentence(segment):
+def test_cuda_cluster_reports_missing_gpu(segment):
     pytest.importorskip("dask_cuda")
     if Path("/dev/nvidiactl").exists():
         pytest.skip("there is a GPU")

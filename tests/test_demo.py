@@ -23,7 +23,7 @@ def test_auc_is_the_share_of_pairs_in_order():
     assert demo.auc(np.zeros(200, int), truth) == 0.5
 
 
-def test_bundled_weights_are_small_and_say_where_they_come_from():
+def test_bundled_weights_are_small_and_carry_their_origin():
     path = hub.fetch(registry.KNOWN["demo"])
     assert path.stat().st_size <= 2_000_000
     with safe_open(path, "np") as file:
@@ -42,7 +42,7 @@ def test_bundled_weights_fit_their_network():
     assert logits.shape == (2, 1, network.k, network.k)
 
 
-def test_network_sees_each_tile_for_itself():
+def test_network_gives_a_tile_alone_what_it_gives_in_a_batch():
     module = weights.load(registry.resolve("demo"))
     tiles = torch.rand(3, 1, 26, 64, 64)
     with torch.inference_mode():
@@ -50,7 +50,7 @@ def test_network_sees_each_tile_for_itself():
     torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_side_by_side_sets_panels_at_one_scale():
+def test_side_by_side_draws_panels_at_one_scale():
     white = np.full((300, 750), 255, np.uint8)
     panels = [("a", 0.5, white), ("b", None, white), ("c", 0.75, white), ("d", None, white)]
     page = demo.side_by_side(panels)
@@ -66,7 +66,7 @@ def test_side_by_side_sets_panels_at_one_scale():
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    # What the environment says of other jobs is nothing to the demo.
+    # The demo ignores the settings of the environment, which are for other jobs.
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "TILE_SIZE": "32",
@@ -83,20 +83,20 @@ def result(tmp_path_factory):
         return demo.run(out, 400, 1040)
 
 
-def test_only_the_network_sees_the_letters(result):
+def test_prediction_shows_letters_that_layers_hide(result):
     assert result.auc >= 0.98
     assert result.auc_layer < 0.6
     assert result.auc_mean < 0.6
     assert f"{result.auc:.3f}" in str(result)
 
 
-def test_a_second_run_replaces_the_first(result):
+def test_second_demo_replaces_the_first(result):
     out = result.truth.parent
     assert result.prediction == out / "predictions" / "prediction_demo_00_26.png"
     prediction, truth = (np.asarray(Image.open(p)) for p in (result.prediction, result.truth))
     assert prediction.shape == truth.shape == (400, 1040)
     assert prediction.dtype == np.uint8
-    # The measure is that of the picture on disk.
+    # The AUC is that of the picture on disk.
     papyrus = np.asarray(Image.open(out / "layers" / "00.tif")) > 0
     assert demo.auc(prediction[papyrus], truth[papyrus] > 0) == pytest.approx(result.auc)
     assert Image.open(result.side_by_side).width == 1600
@@ -104,7 +104,7 @@ def test_a_second_run_replaces_the_first(result):
     assert not (out / "elsewhere").exists()
 
 
-def test_unwritable_folder_is_one_sentence(tmp_path):
+def test_demo_reports_unwritable_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
         InkdaskError, match=r"^The demo cannot write to .*file/demo: Not a directory\.$"

@@ -19,13 +19,13 @@ from tests.files import random_volume, write_layers
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_dockerfile_is_clean():
+def test_dockerfile_passes_hadolint():
     hadolint = Path(sys.executable).with_name("hadolint")
     lint = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
     assert (lint.returncode, lint.stdout + lint.stderr) == (0, "")
 
 
-def test_an_installed_package_brings_the_cluster(tmp_path):
+def test_wheel_holds_the_cluster_manifest(tmp_path):
     build = ["-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run([sys.executable, *build], cwd=ROOT, check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
@@ -36,7 +36,7 @@ def test_an_installed_package_brings_the_cluster(tmp_path):
     assert {name.partition("/")[0] for name in names} == {"inkdask", "inkdask-0.1.0.dist-info"}
 
 
-def test_the_build_sees_what_it_copies_and_no_more():
+def test_build_context_holds_only_what_is_copied():
     copied = [
         line.split()[1:-1]
         for line in (ROOT / "Dockerfile").read_text().splitlines()
@@ -72,7 +72,7 @@ AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DE
 
 
 @pytest.mark.slow
-def test_a_container_makes_the_picture_from_its_environment(container, s3, tmp_path):
+def test_container_makes_the_picture_from_its_environment(container, s3, tmp_path):
     write_layers(f"{s3}/seg/layers", random_volume((26, 200, 260)))
     tmp = tmp_path / "tmp"
     tmp.mkdir()
@@ -93,7 +93,7 @@ def test_a_container_makes_the_picture_from_its_environment(container, s3, tmp_p
 
 
 @pytest.mark.slow
-def test_a_container_says_what_is_wrong_in_one_sentence(container):
+def test_container_reports_wrong_settings(container):
     for environment, sentence in (
         ({}, "inkdask: MODEL is not set: "),
         ({"MODEL": "demo", "S3_PATH": "s3://b/s", "START_LAYER": "ten"}, "inkdask: START_LAYER: "),
@@ -105,7 +105,7 @@ def test_a_container_says_what_is_wrong_in_one_sentence(container):
 
 
 @pytest.mark.slow
-def test_a_container_has_no_rights_and_no_build_tools(container):
+def test_container_has_no_rights_and_no_build_tools(container):
     code = (
         "import os, shutil; tools = ['g++', 'make', 'git']; "
         "print(os.getuid(), [t for t in tools if shutil.which(t)], os.access('/opt', os.W_OK))"

@@ -18,7 +18,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from inkdask.clusters.kubernetes import cluster_manifest, kubernetes, pods_of, summary
+from inkdask.clusters import pods as pods_module
+from inkdask.clusters.kubernetes import cluster_manifest, kubernetes
+from inkdask.clusters.pods import pods_of, summary
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.settings import Settings
 from tests.kubernetes.world import kubeconfig
@@ -37,7 +39,7 @@ pytestmark = pytest.mark.timeout(900)  # on a busy machine
 # The manifest
 
 
-def test_the_cluster_of_a_job_is_that_of_the_manifests():
+def test_manifest_of_a_job_equals_the_applied_one():
     own = only(render(CLUSTER / "base"), "DaskCluster")
     made = cluster_manifest(settings(min_workers=2, cluster_image="here/inkdask:7"))
     assert problems(made) == []
@@ -52,7 +54,7 @@ def test_the_cluster_of_a_job_is_that_of_the_manifests():
     assert cluster_manifest(settings())["metadata"]["name"] != name
 
 
-def test_the_standing_cluster_is_the_pattern_where_there_is_one():
+def test_manifest_of_a_job_follows_the_standing_cluster():
     standing = only(render(CLUSTER), "DaskCluster")
     made = cluster_manifest(settings(), standing)
     assert problems(made) == []
@@ -61,7 +63,7 @@ def test_the_standing_cluster_is_the_pattern_where_there_is_one():
     assert standing["spec"]["worker"]["replicas"] == 0  # as it was
 
 
-def test_a_spec_of_the_users_own_is_taken_from_what_kustomize_prints(tmp_path):
+def test_cluster_spec_takes_the_cluster_that_kustomize_prints(tmp_path):
     file = tmp_path / "cluster.yaml"
     documents = render(CLUSTER)
     only(documents, "DaskCluster")["spec"]["worker"]["spec"]["nodeSelector"] = {"gpu": "big"}
@@ -81,7 +83,7 @@ def test_a_spec_of_the_users_own_is_taken_from_what_kustomize_prints(tmp_path):
         ("kind: DaskCluster\nspec: {}", "one complete DaskCluster"),
     ],
 )
-def test_a_spec_that_is_none_is_refused_in_a_sentence(tmp_path, text, sentence):
+def test_cluster_spec_without_a_cluster_is_refused(tmp_path, text, sentence):
     file = tmp_path / "cluster.yaml"
     if text is not None:
         file.write_text(text)
@@ -101,20 +103,20 @@ def test_a_spec_that_is_none_is_refused_in_a_sentence(tmp_path, text, sentence):
         ({"model": __file__}, "MODEL"),
     ],
 )
-def test_paths_that_workers_do_not_see_are_refused(given, variable):
+def test_kubernetes_refuses_local_paths(given, variable):
     with pytest.raises(SettingsError, match=f"^{variable}: .*do not see"):  # noqa: SIM117
         with kubernetes(settings(**given)):
             pass
 
 
-def test_more_workers_at_least_than_at_most_are_refused():
+def test_kubernetes_refuses_min_workers_above_max_workers():
     wrong = settings(min_workers=3, max_workers=2)
     with pytest.raises(SettingsError, match="MIN_WORKERS .3. is more than MAX_WORKERS .2."):  # noqa: SIM117
         with kubernetes(wrong):
             pass
 
 
-def test_without_a_cluster_there_is_a_sentence(tmp_path, monkeypatch):
+def test_kubernetes_reports_missing_cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(InkdaskError, match="Kubernetes cannot be reached"):  # noqa: SIM117
@@ -122,7 +124,7 @@ def test_without_a_cluster_there_is_a_sentence(tmp_path, monkeypatch):
             pass
 
 
-# What is told of pods
+# What a wait for pods says
 
 
 def pod(component, phase="Pending", ready=False, waiting=None, conditions=()):
@@ -134,7 +136,7 @@ def pod(component, phase="Pending", ready=False, waiting=None, conditions=()):
     return SimpleNamespace(labels={"dask.org/component": component}, raw={"status": status})
 
 
-def test_a_wait_is_told_with_its_reason():
+def test_summary_counts_pods_with_their_reasons():
     full = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes: no GPU."}
     pods = [
         pod("scheduler", "Running", ready=True),
@@ -151,7 +153,7 @@ def test_a_wait_is_told_with_its_reason():
     assert summary([]) == "waiting for the operator"
 
 
-def test_an_api_server_may_be_away_for_a_moment(monkeypatch):
+def test_pods_are_listed_although_the_server_was_away(monkeypatch):
     answers = iter([httpx.ConnectError("refused"), kr8s.APITimeoutError("late"), ["pod"]])
 
     def get(kind, namespace, label_selector):
@@ -163,7 +165,7 @@ def test_an_api_server_may_be_away_for_a_moment(monkeypatch):
         return answer
 
     monkeypatch.setattr(kr8s, "get", get)
-    monkeypatch.setattr(sys.modules[kubernetes.__module__], "INTERVAL", 0.01)
+    monkeypatch.setattr(pods_module, "INTERVAL", 0.01)
     assert pods_of("ink", "ns") == ["pod"]
 
 
@@ -358,7 +360,7 @@ def plain(world):
 
 
 @pytest.mark.slow
-def test_a_job_survives_a_worker_and_leaves_nothing(world, plain):
+def test_job_survives_a_lost_worker_and_leaves_no_cluster(world, plain):
     job = world.start_job(ZARR_OUTPUT_DIR="s3://scrolls/survives", OUTPUT_PATH="s3://scrolls/one")
     world.wait(lambda: re.search(r"ink: \d", job.told()) or job.poll() is not None)
     assert job.poll() is None, job.told()
@@ -378,7 +380,7 @@ def test_a_job_survives_a_worker_and_leaves_nothing(world, plain):
 
 
 @pytest.mark.slow
-def test_an_interrupted_job_leaves_nothing(world):
+def test_interrupted_job_leaves_no_cluster(world):
     job = world.start_job(ZARR_OUTPUT_DIR="s3://scrolls/stopped", OUTPUT_PATH="s3://scrolls/two")
     world.wait(lambda: re.search(r"ink: \d", job.told()) or job.poll() is not None)
     assert job.poll() is None, job.told()
@@ -389,7 +391,7 @@ def test_an_interrupted_job_leaves_nothing(world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_job_that_waits_for_gpus_says_so_and_leaves_nothing(world, number):
+def test_job_that_waits_for_gpus_says_so_and_leaves_no_cluster(world, number):
     job = world.start_job(CLUSTER_SPEC=GPU_SPEC, CLUSTER_IMAGE="inkdask:test")
     expected = "2 workers pending (0/1 nodes are available: 1 Insufficient nvidia.com/gpu)"
     world.wait(lambda: expected in job.told() or job.poll() is not None)
@@ -400,7 +402,7 @@ def test_a_job_that_waits_for_gpus_says_so_and_leaves_nothing(world, number):
 
 
 @pytest.mark.slow
-def test_the_standing_cluster_gets_workers_when_there_is_work(world, plain):
+def test_standing_cluster_gets_workers_when_there_is_work(world, plain):
     address = "tcp://inkdask-scheduler.inkdask:8786"
     places = {"ZARR_OUTPUT_DIR": "s3://scrolls/standing", "OUTPUT_PATH": "s3://scrolls/three"}
     job = world.start_job(CLUSTER=address, **places)
@@ -410,9 +412,8 @@ def test_the_standing_cluster_gets_workers_when_there_is_work(world, plain):
 
 
 @pytest.mark.slow
-def test_an_image_that_is_not_there_is_named(world):
-    patience = "import sys, inkdask.clusters; "
-    patience += "sys.modules['inkdask.clusters.kubernetes'].PATIENCE = 3"
+def test_job_names_missing_image(world):
+    patience = "import inkdask.clusters.pods; inkdask.clusters.pods.PATIENCE = 3"
     job = world.start_job(patience, CLUSTER_IMAGE="inkdask:lost")
     assert job.wait(240) != 0
     sentence = "does not get the scheduler started in namespace inkdask: ImagePullBackOff: no image"
@@ -421,7 +422,7 @@ def test_an_image_that_is_not_there_is_named(world):
 
 
 @pytest.mark.slow
-def test_an_account_may_do_no_more_than_the_role_says(world):
+def test_account_may_do_no_more_than_its_role_says(world):
     code = "import kr8s; print(list(kr8s.get('secrets', namespace='inkdask')))"
     user = str(world.folder / "user.kubeconfig")
     refused = world.start(sys.executable, "-c", code, KUBECONFIG=user)
@@ -458,7 +459,7 @@ def dask_job(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dask_job_makes_the_picture(world, plain, dask_job):
+def test_dask_job_makes_the_picture(world, plain, dask_job):
     status, log = dask_job()
     assert status == "Successful", log
     np.testing.assert_array_equal(world.picture(log.splitlines()[-1]), plain)
@@ -467,7 +468,7 @@ def test_a_dask_job_makes_the_picture(world, plain, dask_job):
 
 
 @pytest.mark.slow
-def test_a_dask_job_that_fails_says_why(dask_job):
+def test_dask_job_that_fails_says_why(dask_job):
     status, log = dask_job(('value: "26"', 'value: "25"'))
     assert status == "Failed", log
     assert log.splitlines()[-1].startswith("inkdask: Channel mismatch: 25 layers are given")

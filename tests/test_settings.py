@@ -1,14 +1,23 @@
 """One model for the environment, the command line, Python and the README."""
 
+import inspect
 import os
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from IPython.core.completer import IPCompleter, provisionalcompleter
 
 from inkdask.cli import inkdask_
 from inkdask.errors import SettingsError
-from inkdask.settings import Environment, Settings, env_name, markdown_table, parameters
+from inkdask.settings import (
+    Environment,
+    Settings,
+    env_name,
+    markdown_table,
+    parameters,
+    with_parameters,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,17 +39,17 @@ CONTRACT = (
 
 
 @pytest.mark.parametrize("variable", CONTRACT)
-def test_the_contract_names_it(variable):
+def test_contract_variable_is_a_parameter(variable):
     assert variable in {variable for _, variable, _ in parameters()}
 
 
-def test_every_parameter_is_described():
+def test_parameters_are_described():
     for name, _, field in parameters():
         assert field.description, name
         assert field.description.endswith("."), name
 
 
-def test_every_parameter_is_an_option_with_its_variable():
+def test_parameters_are_options_with_their_variable():
     text = CliRunner().invoke(inkdask_, ["run", "--help"]).output.replace("\n", " ")
     for name, variable, _ in parameters():
         if name != "s3_path":
@@ -48,14 +57,14 @@ def test_every_parameter_is_an_option_with_its_variable():
             assert f"[{variable}]" in text
 
 
-def test_given_wins_over_environment_wins_over_default(monkeypatch):
+def test_given_value_wins_over_environment_and_default(monkeypatch):
     assert Settings.of().chunk_size == 1024
     monkeypatch.setenv("CHUNK_SIZE", "512")
     assert Settings.of().chunk_size == 512
     assert Settings.of(chunk_size=256).chunk_size == 256
 
 
-def test_a_cluster_that_is_given_wins_over_an_address_of_the_environment(monkeypatch):
+def test_given_cluster_wins_over_address_of_the_environment(monkeypatch):
     monkeypatch.setenv("SCHEDULER_ADDRESS", "tcp://scheduler:8786")
     assert Settings.of().scheduler_address == "tcp://scheduler:8786"
     assert Settings.of(cluster="local").scheduler_address is None
@@ -80,7 +89,7 @@ def test_environment_values_are_typed(monkeypatch):
     assert settings.s3_path == "s3://bucket/segment"
 
 
-def test_an_empty_variable_is_not_given(monkeypatch):
+def test_empty_variable_is_ignored(monkeypatch):
     monkeypatch.setenv("BATCH_SIZE", "")
     assert Settings.of().batch_size is None
 
@@ -96,7 +105,7 @@ def test_an_empty_variable_is_not_given(monkeypatch):
         ("2,3", {"cuda_visible_devices": "1", "cluster": "cuda"}, "2,3"),
     ],
 )
-def test_cuda_is_told_of_the_devices(monkeypatch, before, given, after):
+def test_export_devices_sets_the_variable_of_cuda(monkeypatch, before, given, after):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is restored
     if before is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -107,19 +116,19 @@ def test_cuda_is_told_of_the_devices(monkeypatch, before, given, after):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after
 
 
-def test_layers_are_said_once():
+def test_layers_and_start_layer_together_are_refused():
     with pytest.raises(SettingsError, match="START_LAYER: layers says it too"):
         Settings.of(layers="0:26", start_layer=3)
 
 
-def test_a_cluster_that_is_none_is_one_sentence():
+def test_unknown_cluster_is_refused():
     with pytest.raises(
         SettingsError, match=r"^CLUSTER: must be threads, .* address .* is 'foo'\.$"
     ):
         Settings.of(cluster="foo")
 
 
-def test_what_cuda_was_told_is_not_what_a_user_said(monkeypatch):
+def test_exported_devices_do_not_count_as_given(monkeypatch):
     """Else a job on threads, which takes one GPU, would leave the next job on all with that one."""
     monkeypatch.setattr(Environment, "told", None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -137,11 +146,11 @@ def test_what_cuda_was_told_is_not_what_a_user_said(monkeypatch):
 
 
 @pytest.mark.parametrize("layers", [(3, 29), "3:29", [3, 29]])
-def test_layers_stand_for_both_ends(layers):
+def test_layers_set_both_ends(layers):
     assert Settings.of(layers=layers).layers == (3, 29)
 
 
-def test_layers_given_win_over_both_variables(monkeypatch):
+def test_given_layers_win_over_both_variables(monkeypatch):
     monkeypatch.setenv("START_LAYER", "1")
     monkeypatch.setenv("END_LAYER", "2")
     assert Settings.of(layers="3:29").layers == (3, 29)
@@ -168,7 +177,7 @@ def test_layers_given_win_over_both_variables(monkeypatch):
         ({"z_downsample_mean_factor": "3"}, "Z_DOWNSAMPLE_MEAN_FACTOR"),
     ],
 )
-def test_a_bad_value_is_one_sentence_that_names_the_variable(given, says):
+def test_bad_value_is_refused_with_its_variable(given, says):
     with pytest.raises(SettingsError) as caught:
         Settings.of(**given)
     sentence = str(caught.value)
@@ -178,23 +187,23 @@ def test_a_bad_value_is_one_sentence_that_names_the_variable(given, says):
     assert caught.value.exit_code == 2
 
 
-def test_require_names_what_is_missing():
+def test_require_names_the_missing_parameter():
     with pytest.raises(SettingsError, match=r"^MODEL is not set"):
         Settings.of().require("model")
 
 
-def test_a_token_is_never_shown():
+def test_token_is_hidden_in_repr_and_dump():
     settings = Settings.of(hf_token="hf_secret")
     assert "hf_secret" not in repr(settings)
     assert "hf_secret" not in str(settings.model_dump())
 
 
-def test_variable_names():
+def test_env_name_follows_the_contract():
     assert env_name("tile") == "TILE_SIZE"
     assert env_name("s3_path") == "S3_PATH"
 
 
-def test_the_table_in_the_readme_is_the_models():
+def test_readme_table_equals_the_parameters():
     readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
     command = "python -m inkdask.settings"
     inside = readme.split(f"<!-- {command} -->\n")[1].split(f"<!-- end of {command} -->")[0]
@@ -202,15 +211,47 @@ def test_the_table_in_the_readme_is_the_models():
 
 
 @pytest.mark.parametrize("roi", ["-1,0,5,5", "0,-1,5,5", "0,5,5,5", "5,0,5,5"])
-def test_a_region_that_is_none_is_refused(roi):
+def test_empty_or_negative_region_is_refused(roi):
     with pytest.raises(SettingsError, match="ROI_XYXY"):
         Settings.of(roi_xyxy=roi)
 
 
-def test_a_token_is_in_no_message_and_reaches_the_hub(monkeypatch):
+def test_token_is_in_no_message_and_is_exported(monkeypatch):
     with pytest.raises(SettingsError) as caught:
         Settings.of(hf_token=["hf_marked"])
     assert "hf_marked" not in str(caught.value)
     monkeypatch.setenv("HF_TOKEN", "")
     Settings.of(hf_token="hf_secret").export_token()
     assert os.environ["HF_TOKEN"] == "hf_secret"
+
+
+@with_parameters
+def job(source, model="demo", **options):
+    """Take options as the public functions do."""
+    return source, model, options
+
+
+def test_signature_has_own_parameters_first_and_every_setting_once():
+    signature = inspect.signature(job)
+    assert [*signature.parameters][:2] == ["source", "model"]
+    assert {*signature.parameters} == {*Settings.model_fields, "source", "layers"}
+    assert signature.parameters["model"].default == "demo"
+    assert signature.parameters["chunk_size"].default == 1024
+    assert signature.bind(3, stride=8, layers="0:5").kwargs == {"stride": 8, "layers": "0:5"}
+    assert job(3, stride=8) == (3, "demo", {"stride": 8})
+
+
+@pytest.mark.parametrize("jedi", [True, False])
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("job(st", {"start_layer=", "step=", "stride="}), ("job(3, lay", {"layers="})],
+)
+def test_completer_of_jupyter_offers_parameters(typed, offered, jedi):
+    completer = IPCompleter(
+        namespace={"job": job},
+        use_jedi=jedi,
+        disable_matchers=["IPCompleter.magic_matcher"],  # needs a shell
+    )
+    with provisionalcompleter():
+        found = {completion.text for completion in completer.completions(typed, len(typed))}
+    assert offered <= found

@@ -17,7 +17,7 @@ def made():
     return synthetic.segment(height=400, width=1040)
 
 
-def test_the_same_seed_makes_the_same_segment():
+def test_segment_is_the_same_for_the_same_seed():
     volume, truth = synthetic.segment(TEXT, **SMALL, layers=5, seed=1)
     again, truth_again = synthetic.segment(TEXT, **SMALL, layers=5, seed=1)
     other, _ = synthetic.segment(TEXT, **SMALL, layers=5, seed=2)
@@ -26,7 +26,7 @@ def test_the_same_seed_makes_the_same_segment():
     assert (volume != other).mean() > 0.5
 
 
-def test_shape_and_papyrus(made):
+def test_segment_is_zero_outside_the_papyrus_alone(made):
     volume, truth = made
     assert volume.shape == (26, *truth.shape)
     assert truth.shape == (400, 1040)
@@ -45,7 +45,7 @@ def test_shape_and_papyrus(made):
     assert not all(corners)
 
 
-def test_no_layer_nor_their_mean_shows_the_ink(made):
+def test_layers_and_their_mean_hide_the_ink(made):
     volume, truth = made
     papyrus = volume[0] > 0
     seen = [auc(layer[papyrus], truth[papyrus]) for layer in volume >> 8]
@@ -54,7 +54,7 @@ def test_no_layer_nor_their_mean_shows_the_ink(made):
 
 
 @pytest.mark.parametrize("character", letters.ALPHABET)
-def test_every_letter_is_written_where_it_should_be(character):
+def test_letters_lie_within_their_boxes(character):
     rng = np.random.default_rng(0)
     page = letters.write([character], (160, 160), (40, 40), 80, rng)
     assert page.dtype == np.float32
@@ -66,18 +66,18 @@ def test_every_letter_is_written_where_it_should_be(character):
     assert x.max() < 50 + 80 * (letters.GLYPHS[character][0] + 0.1)
 
 
-def test_text_is_as_large_as_fits():
+def test_letter_height_fills_the_page():
     letter = letters.letter_height(TEXT, 100, 10_000)
     assert letter * (letters.LINE_PITCH + 1) == pytest.approx(100)
     assert letters.letter_height(TEXT, 10_000, 100) < letter
 
 
-def test_a_letter_the_scribe_does_not_know():
+def test_segment_refuses_unknown_letter():
     with pytest.raises(InkdaskError, match="cannot write 'Q'"):
         synthetic.segment(("ΑΒQ",), **SMALL)
 
 
-def test_files_hold_the_segment(tmp_path):
+def test_write_segment_stores_volume_and_truth(tmp_path):
     volume, truth = synthetic.write_segment(tmp_path, TEXT, **SMALL, layers=7, seed=4)
     files = sorted((tmp_path / "layers").iterdir())
     assert [file.name for file in files] == [f"{z:02d}.tif" for z in range(7)]
@@ -88,13 +88,13 @@ def test_files_hold_the_segment(tmp_path):
     np.testing.assert_array_equal(picture, truth * np.uint8(255))
 
 
-def test_a_second_segment_replaces_the_first(tmp_path):
+def test_write_segment_replaces_an_earlier_one(tmp_path):
     synthetic.write_segment(tmp_path, TEXT, **SMALL, layers=7)
     synthetic.write_segment(tmp_path, TEXT, **SMALL, layers=5)
     assert len(list((tmp_path / "layers").iterdir())) == 5
 
 
-def test_layers_of_somebody_else_are_left_alone(tmp_path):
+def test_write_segment_refuses_layers_of_a_real_segment(tmp_path):
     (tmp_path / "layers").mkdir()
     scan = tmp_path / "layers" / "00.tif"
     scan.write_bytes(b"years of work")

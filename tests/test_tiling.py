@@ -30,7 +30,7 @@ def test_tiles_cover_every_pixel_and_stay_inside(axis):
 
 
 @given(axes())
-def test_every_tile_is_owned_by_exactly_one_chunk(axis):
+def test_tiles_are_owned_by_exactly_one_chunk(axis):
     owned = [axis.local_origins(i) + axis.edges[i] for i in range(len(axis.chunks))]
     assert np.array_equal(np.concatenate(owned), axis.origins)
     assert sum(axis.chunks) == axis.length
@@ -38,7 +38,7 @@ def test_every_tile_is_owned_by_exactly_one_chunk(axis):
 
 
 @given(axes())
-def test_halo_after_a_chunk_holds_its_tiles(axis):
+def test_halo_holds_the_tiles_of_its_chunk(axis):
     for i, size in enumerate(axis.chunks):
         last = i == len(axis.chunks) - 1
         have = size if last else size + axis.halo
@@ -47,7 +47,7 @@ def test_halo_after_a_chunk_holds_its_tiles(axis):
 
 
 @given(axes())
-def test_rows_before_a_chunk_hold_all_tiles_that_reach_it(axis):
+def test_depth_holds_all_tiles_that_reach_a_chunk(axis):
     for i in range(len(axis.chunks)):
         start, stop = axis.edges[i], axis.edges[i + 1]
         reaching = axis.origins[(axis.origins < stop) & (axis.origins + axis.tile > start)]
@@ -58,7 +58,7 @@ def test_rows_before_a_chunk_hold_all_tiles_that_reach_it(axis):
 
 
 @given(axes())
-def test_chunks_are_multiples_of_the_stride_and_a_tile_long(axis):
+def test_chunks_are_multiples_of_the_stride_and_at_least_a_tile_long(axis):
     assert all(edge % axis.stride == 0 for edge in axis.edges[:-1])
     if len(axis.chunks) > 1:
         assert min(axis.chunks) >= axis.tile
@@ -67,7 +67,7 @@ def test_chunks_are_multiples_of_the_stride_and_a_tile_long(axis):
 
 
 @given(axes(), st.data())
-def test_the_reach_of_a_window_has_the_same_tiles(axis, data):
+def test_reach_of_a_box_has_the_same_tiles(axis, data):
     start = data.draw(st.integers(0, axis.length - 1))
     stop = data.draw(st.integers(start + 1, axis.length))
     first, last = axis.reach(start, stop)
@@ -78,7 +78,7 @@ def test_the_reach_of_a_window_has_the_same_tiles(axis, data):
 
 
 @given(axes(), st.data())
-def test_the_chunks_of_a_window_own_all_its_tiles(axis, data):
+def test_reaching_chunks_own_all_tiles_of_a_box(axis, data):
     start = data.draw(st.integers(0, axis.length - 1))
     stop = data.draw(st.integers(start + 1, axis.length))
     found = axis.reaching_chunks(start, stop)
@@ -91,7 +91,7 @@ def test_the_chunks_of_a_window_own_all_its_tiles(axis, data):
     assert found.stop == last + 1
 
 
-def test_a_known_tiling():
+def test_tiling_of_known_image_has_known_grid():
     tiling = Tiling.of((512, 640), tile=64, stride=16, chunk=256)
     assert tiling.grid_shape == (29, 37)
     assert tiling.tiles == 1073
@@ -100,6 +100,6 @@ def test_a_known_tiling():
 
 
 @pytest.mark.parametrize("stride", [0, 65])
-def test_a_stride_that_leaves_pixels_out_is_refused(stride):
+def test_tiling_refuses_stride_above_tile(stride):
     with pytest.raises(SettingsError, match="STRIDE"):
         Tiling.of((512, 640), tile=64, stride=stride, chunk=256)

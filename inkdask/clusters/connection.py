@@ -1,17 +1,18 @@
-"""From the setting `cluster` to a client, and back to nothing."""
+"""Connect a job to the cluster that the setting `cluster` names."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from inkdask import engine
 from inkdask.clusters.cuda import cuda
 from inkdask.clusters.kubernetes import kubernetes
 from inkdask.clusters.local import local
-from inkdask.errors import UnavailableError
+from inkdask.errors import InkdaskError, UnavailableError
 from inkdask.settings import Settings
 
 if TYPE_CHECKING:
@@ -19,54 +20,85 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("inkdask")
 
-PATIENCE = 8  # seconds for a scheduler to answer, where Dask's own settings do not say
+PATIENCE = 8  # seconds for a scheduler to answer, unless Dask's settings say another time
+NAMED = 3  # processes that a message names
 
 
 @contextmanager
 def connect(settings: Settings) -> Iterator[Client | None]:
     """Give the client of the cluster that the settings name, as the current one.
 
-    With ``cluster="threads"`` and no address nothing is started: the job runs on the caller's own
-    client if there is one, else on the threads of this process. A cluster that is started here
+    ``cluster="threads"`` without an address starts nothing: the job runs on the caller's own
+    client where there is one, else on the threads of this process. A cluster that is started here
     ends with the block, whatever happens in it.
-
-    Raises
-    ------
-    InkdaskError
-        When the scheduler does not answer, or the cluster cannot be started.
     """
     address = settings.scheduler_address or settings.cluster
     if address == "threads":
+        if (client := engine.current_client()) is not None:
+            check_versions(client)
         yield None
         return
     with start(address)(settings) as client:
         log.info("Dashboard of the cluster: %s", client.dashboard_link)
+        check_versions(client)
         yield client
 
 
 def start(address: str) -> Callable[[Settings], AbstractContextManager[Client]]:
-    """The function that makes a cluster of this kind, or connects to this address."""
-    if address == "local":
-        return local
-    if address == "cuda":
-        return cuda
-    if address == "kubernetes":
-        return kubernetes
-    return existing
+    """Return the function that makes a cluster of this kind, or connects to this address."""
+    kinds = {"local": local, "cuda": cuda, "kubernetes": kubernetes}
+    return kinds.get(address, existing)
+
+
+def check_versions(client: Client) -> None:
+    """Refuse a scheduler or a worker that cannot import this version of inkdask.
+
+    Each process is asked what it imports, because `Client.get_versions` reads the metadata of
+    installed packages, which another copy on the path may precede. The question is a call of
+    `eval`, because a function of this module cannot be unpickled where inkdask is missing.
+    """
+    ours = sys.modules["inkdask"].__version__
+    question = "__import__('inkdask').__version__"
+    try:
+        answer = client.run_on_scheduler(eval, question)
+    except Exception as error:
+        answer = error
+    answers = {f"the scheduler at {client.scheduler_info(n_workers=0)['address']}": answer}
+    workers = client.run(eval, question, on_error="return")
+    answers |= {f"the worker at {address}": answer for address, answer in workers.items()}
+
+    def inkdask_of(answer: Any) -> str:
+        if isinstance(answer, ImportError):
+            return "none"
+        return f"a broken one ({answer})" if isinstance(answer, Exception) else str(answer)
+
+    wrong = [
+        f"{where} has {inkdask_of(answer)}"
+        for where, answer in answers.items()
+        if answer != ours and not isinstance(answer, OSError)  # which has just been lost
+    ]
+    if wrong:
+        more = [f"{len(wrong) - NAMED} more differ too"] if len(wrong) > NAMED else []
+        *others, last = wrong[:NAMED] + more
+        there = f"{', '.join(others)} and {last}" if others else last
+        raise InkdaskError(
+            f"This process has inkdask {ours}, but {there}: install inkdask {ours} "
+            "in the environment of each of them, and start them again."
+        )
 
 
 @contextmanager
 def existing(settings: Settings) -> Iterator[Client]:
-    """Connect to a running scheduler; ``tls://`` uses Dask's own TLS configuration."""
+    """Connect to a running scheduler; ``tls://`` takes certificates from Dask's settings."""
     from distributed import Client
 
     address = settings.scheduler_address or settings.cluster
     before = engine.current_client()
     try:
         client = Client(address, timeout=_patience())
-    except (OSError, TypeError, ValueError) as error:  # no certificates is a TypeError
+    except (OSError, TypeError, ValueError) as error:  # TypeError where certificates are missing
         if (broken := engine.current_client()) not in (None, before):
-            broken.close()  # it would be the current one still
+            broken.close()  # else it would stay the current client
         reason = str(error).splitlines()[0].rstrip(".")
         raise UnavailableError(f"The scheduler at {address} cannot be used: {reason}.") from error
     with client:
@@ -74,7 +106,7 @@ def existing(settings: Settings) -> Iterator[Client]:
 
 
 def _patience() -> str | float:
-    """How long a scheduler may take to answer: Dask's setting, where it is not its default."""
+    """Time for a scheduler to answer: Dask's setting unless that is its default, else PATIENCE."""
     import dask
     from distributed.config import defaults
 
