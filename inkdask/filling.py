@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -52,10 +50,9 @@ def fill(grid: GridStore, plan: Plan, mine: np.ndarray, summary: Summary, last: 
         return
     check_weights(plan.network)
     tasks = together(missing, plan, grid, passes)
-    again: list[Delayed] = []  # alone, after they failed together
     tiles = plan.tiling.tiles_until(last) - plan.tiling.tiles_there(passes.done)
     total = int(tiles[(passes.done < last) & mine].sum())
-    before, finished = summary.progress, summary.finished
+    before = summary.progress
     # A chunk is thousands of tiles; those that run in this process are counted as they run.
     with Meter("ink", total, "tiles", peek=lambda: summary.progress - before) as meter:
 
@@ -63,21 +60,17 @@ def fill(grid: GridStore, plan: Plan, mine: np.ndarray, summary: Summary, last: 
             summary.add(chunk)
             meter.add(chunk.ran + chunk.empty)
 
-        failed = engine.compute_each(tasks, on_report)
-        if failed and summary.finished - finished + len(failed) == len(tasks):
-            # What could not be read may be needed by some of them only.
-            again = [
-                alone(row, column, plan, grid, passes)
-                for (row, column), task in zip(missing.tolist(), tasks, strict=True)
-                if task.key in failed
-            ]
-            failed = engine.compute_each(again, on_report)
+        def again(number: int) -> Delayed:
+            row, column = missing[number].tolist()
+            return alone(row, column, plan, grid, passes)
+
+        account = engine.compute_each(tasks, on_report, again)
     summary.inferring += meter.seconds
-    summary.lost += len(engine.lost_tasks({task.key for task in (*tasks, *again)}))
-    if failed:
-        summary.failed = len(tasks) - (summary.finished - finished)
+    summary.lost += account.lost
+    if account.failed:
+        summary.failed = len(tasks) - account.succeeded
         summary.say(grid.uri)
-        raise failure(failed, summary)
+        raise failure(account, summary)
 
 
 def together(places: np.ndarray, plan: Plan, grid: GridStore, passes: Passes) -> list[Delayed]:
@@ -105,11 +98,11 @@ def alone(row: int, column: int, plan: Plan, grid: GridStore, passes: Passes) ->
     return delayed(save_chunk)(chunk, grid, **place)
 
 
-def failure(failed: Mapping[Any, Exception], summary: Summary) -> InkdaskError:
+def failure(account: engine.Account, summary: Summary) -> InkdaskError:
     """One sentence for the chunks that failed for good."""
-    first = next(iter(failed.values()))
-    for error in failed.values():
-        log.debug("a chunk failed", exc_info=error)
+    first = next(iter(account.failed.values())).error
+    for failed in account.failed.values():
+        log.debug("a chunk failed:\n%s", failed.trace)
     error = InkdaskError(
         f"{engine.reason(first)} ({summary.failed} of {summary.finished + summary.failed} chunks "
         "were not computed; the others are kept, and the same command resumes with the rest)."

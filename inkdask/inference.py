@@ -3,25 +3,30 @@
 The strategy, in the order of the graph:
 
     volume (z, y, x) uint8     in the blocks in which it is read
-      with_halo                one block for each chunk that owns tiles, with the tile - stride
-                               pixels after its end that its last tiles reach into
-      infer_chunk              one task a chunk: which pixels have data, which tiles are not
-                               empty, and those through the process's network
-      grid, valid              the two parts of its result, each an array of its own
+      rechunk                  to the chunks that own tiles
+      map_overlap              each with the tile - stride pixels after its end, into which its last
+                               tiles reach: which pixels have data, which tiles are not empty, and
+                               those through the process's network (`infer_chunk`)
+      grid, valid              the two parts of the result, each an array of its own
 
 The validity of a pixel comes from the task that feeds the network, so nothing is read twice, and
 blending never needs the volume.
+
+What the halo costs is a row of chunks in memory where layers are stored in strips: a chunk waits
+for the one below. Chunks that are half as high as they are wide hold half as much (see
+`inkdask.plan.chunk_sides`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
+from typing import Any
 
 import dask.array as da
 import numpy as np
 
-from inkdask.halo import with_halo
+from inkdask.failures import Failure, fallible, unwrap
 from inkdask.specs import InferredChunk, Network, Passes
 from inkdask.tiling import Tiling
 
@@ -33,8 +38,8 @@ class Inference:
     Attributes
     ----------
     chunks
-        Dask array of one `InferredChunk` a block, shaped like the grid of tiles; for writers
-        that want both parts of a chunk in one task.
+        Dask array of one `InferredChunk` a block, or the `Failure` in its place; shaped like the
+        grid of tiles.
     grid
         Probabilities, dask float32 (gy, gx, k, k), NaN where no tile ran.
     valid
@@ -69,32 +74,66 @@ def infer(
     passes
         The tiles to run; None for all.
     """
-    chunks = da.map_blocks(
-        infer_chunk,
-        with_halo(volume, tiling),
-        *([] if mask is None else [with_halo(mask[None], tiling)]),
-        tiling=tiling,
-        network=network,
-        passes=passes,
-        drop_axis=0,
-        chunks=tiling.grid_chunks,
-        meta=np.empty((0, 0), object),
-        enforce_ndim=False,
+    chunks = over_chunks(
+        infer_chunk, tiling, volume, mask, network=network, passes=passes, chunks=tiling.grid_chunks
     )
     k = network.k
     grid = da.map_blocks(
-        attrgetter("grid"),
+        _grid,
         chunks,
         new_axis=(2, 3),
         chunks=(*tiling.grid_chunks, (k,), (k,)),
         meta=np.empty((0, 0, 0, 0), np.float32),
     )
-    valid = da.map_blocks(
-        attrgetter("valid"), chunks, chunks=tiling.chunks, meta=np.empty((0, 0), bool)
-    )
+    valid = da.map_blocks(_valid, chunks, chunks=tiling.chunks, meta=np.empty((0, 0), bool))
     return Inference(chunks, grid, valid)
 
 
+def over_chunks(
+    function: Callable[..., Any],
+    tiling: Tiling,
+    volume: da.Array,
+    mask: da.Array | None = None,
+    chunks: Any = None,
+    **options: Any,
+) -> da.Array:
+    """Map a function over the chunks that own tiles, each with the halo after its end.
+
+    Parameters
+    ----------
+    function
+        Called with a block uint8 (z, h, w), a mask bool (1, h, w) where there is one, ``tiling``,
+        ``block_id`` (row, column), and the options.
+    chunks
+        Sizes along y and x of what the blocks of the result stand for; by default one for each.
+
+    Returns
+    -------
+    Dask array of objects (rows, columns): what the function returned.
+    """
+    arrays = [volume] if mask is None else [volume, mask[None]]
+    depth = {
+        axis: (0, along.halo if len(along.chunks) > 1 else 0)
+        for axis, along in enumerate((tiling.y, tiling.x), 1)
+    }
+    return da.map_overlap(
+        function,
+        *(array.rechunk((-1, *tiling.chunks), method="tasks") for array in arrays),
+        depth=depth,
+        boundary="none",
+        trim=False,
+        align_arrays=False,
+        allow_rechunk=False,
+        drop_axis=0,
+        chunks=chunks or tuple((1,) * count for count in tiling.block_shape),
+        meta=np.empty((0, 0), object),
+        enforce_ndim=False,
+        tiling=tiling,
+        **options,
+    )
+
+
+@fallible
 def infer_chunk(
     block: np.ndarray,
     mask: np.ndarray | None = None,
@@ -151,3 +190,11 @@ def tiles_with_data(seen: np.ndarray, ys: np.ndarray, xs: np.ndarray, tile: int)
     corners = total[np.ix_(np.concatenate([ys, ys + tile]), np.concatenate([xs, xs + tile]))]
     n, m = len(ys), len(xs)
     return corners[n:, m:] - corners[:n, m:] - corners[n:, :m] + corners[:n, :m] > 0
+
+
+def _grid(chunk: InferredChunk | Failure) -> np.ndarray:
+    return unwrap(chunk).grid
+
+
+def _valid(chunk: InferredChunk | Failure) -> np.ndarray:
+    return unwrap(chunk).valid

@@ -9,12 +9,11 @@ so that all parts agree.
 
 from __future__ import annotations
 
-import dask.array as da
 import numpy as np
 
 from inkdask import engine
-from inkdask.halo import with_halo
-from inkdask.inference import tiles_with_data
+from inkdask.failures import fallible
+from inkdask.inference import over_chunks, tiles_with_data
 from inkdask.plan import Plan
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
@@ -58,27 +57,21 @@ def estimate(plan: Plan) -> np.ndarray:
         row, column, tiles = found
         work[row, column] = tiles
 
-    counts = da.map_blocks(
-        _count_tiles,
-        with_halo(plan.middle_layer, tiling),
-        *([] if plan.mask is None else [with_halo(plan.mask[None], tiling)]),
-        tiling=tiling,
-        meta=np.empty((0, 0, 0), object),
-        enforce_ndim=False,
-    )
-    engine.raise_any(engine.compute_each(counts.to_delayed().ravel().tolist(), count))
+    counts = over_chunks(_count_tiles, tiling, plan.middle_layer, plan.mask)
+    engine.compute_each(counts.to_delayed().ravel().tolist(), count).check()
     return work
 
 
+@fallible
 def _count_tiles(
     block: np.ndarray,
     mask: np.ndarray | None = None,
     *,
     tiling: Tiling,
-    block_id: tuple[int, int, int],
+    block_id: tuple[int, int],
 ) -> tuple[int, int, int]:
     """Row and column of a chunk, and how many of its tiles have data."""
-    _, row, column = block_id
+    row, column = block_id
     seen = (block[0] != 0) if mask is None else (block[0] != 0) & mask[0]
     ys, xs = tiling.y.local_origins(row), tiling.x.local_origins(column)
     missing = [max(tiling.tile - side, 0) for side in seen.shape]

@@ -12,6 +12,7 @@ import numpy as np
 
 from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
+from inkdask.failures import fallible, read_or_fail
 from inkdask.identity import Region
 from inkdask.models.registry import resolve
 from inkdask.segment import Segment, find_mask, open_segment
@@ -118,7 +119,7 @@ class Plan:
         reach, region = _reach(whole, settings.roi_xyxy)
         if isinstance(opened, Segment):  # reads less than slices of its volume would
             inside = opened.take(kept).crop(*reach.slices)
-            volume, mask = inside.volume, inside.mask
+            volume, mask = inside.lazy(read_or_fail)
         else:
             inside, mask = None, None
             volume = opened[(kept, *reach.slices)]
@@ -161,7 +162,7 @@ class Plan:
         middle = len(self.layers) // 2
         if self.inside is None:
             return self.volume[self.volume.shape[0] // 2][None]
-        return self.inside.take(slice(middle, middle + 1)).volume
+        return self.inside.take(slice(middle, middle + 1)).lazy(read_or_fail)[0]
 
     def cut(self, rows: slice, columns: slice) -> tuple[da.Array, da.Array | None]:
         """A window of volume and mask, in one block each, that reads no more than it needs."""
@@ -169,7 +170,8 @@ class Plan:
             volume, mask = self.volume[:, rows, columns], None
         else:
             inside = self.inside.crop(rows, columns)
-            volume, mask = _average(inside.volume, self.averaged), inside.mask
+            volume, mask = inside.lazy(read_or_fail)
+            volume = _average(volume, self.averaged)
         return volume.rechunk(-1), None if mask is None else mask.rechunk(-1)
 
     @property
@@ -274,10 +276,14 @@ def _average(volume: da.Array, factor: int) -> da.Array:
     one_chunk = volume.rechunk({0: -1}, method="tasks")
     depth = volume.shape[0] // factor
     return one_chunk.map_blocks(
-        average_layers, factor, dtype=np.uint8, chunks=((depth,), *one_chunk.chunks[1:])
+        average_layers,
+        factor,
+        chunks=((depth,), *one_chunk.chunks[1:]),
+        meta=np.empty((0, 0, 0), np.uint8),
     )
 
 
+@fallible
 def average_layers(block: np.ndarray, factor: int) -> np.ndarray:
     """Average every ``factor`` layers of uint8 (z, y, x), rounded half up."""
     grouped = block.reshape(-1, factor, *block.shape[1:]).sum(axis=1, dtype=np.uint16)

@@ -12,15 +12,15 @@ import logging
 import os
 from typing import Any
 
-import dask.array as da
 import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
 from inkdask import engine, storage
 from inkdask.errors import InkdaskError
-from inkdask.halo import with_halo
+from inkdask.failures import fallible, read_or_fail
 from inkdask.identity import digest
+from inkdask.inference import over_chunks
 from inkdask.preflight import check_room_to_prepare
 from inkdask.progress import Meter
 from inkdask.reading.zarr_volume import (
@@ -158,20 +158,14 @@ def _source(segment: Segment, compress: bool) -> dict[str, Any]:
 def _fill(uri: str, done: str, segment: Segment, blocks: Tiling, version: str) -> None:
     """Copy the blocks that are not there yet."""
     missing = np.argwhere(_shares(done, version) < 0)
-    copies = da.map_blocks(
-        _copy_block,
-        with_halo(segment.volume, blocks),
-        uri=uri,
-        done=done,
-        blocks=blocks,
-        version=version,
-        meta=np.empty((0, 0, 0), object),
-        enforce_ndim=False,
+    volume, _ = segment.lazy(read_or_fail)
+    copies = over_chunks(
+        _copy_block, blocks, volume, uri=uri, done=done, version=version
     ).to_delayed()
     log.info("%s: %d layers of %d x %d pixels to %s", segment.uri, *segment.shape, uri)
     with Meter("surface volume", len(missing), "blocks") as meter:
-        tasks = [copies[0, row, column] for row, column in missing]
-        engine.raise_any(engine.compute_each(tasks, lambda _: meter.add(1)))
+        tasks = [copies[row, column] for row, column in missing]
+        engine.compute_each(tasks, lambda _: meter.add(1)).check()
 
 
 def _shares(done: str, version: str) -> np.ndarray:
@@ -180,16 +174,18 @@ def _shares(done: str, version: str) -> np.ndarray:
         return np.asarray(storage.open_array(done, version)[:], float)
 
 
+@fallible
 def _copy_block(
     block: np.ndarray,
+    *,
+    tiling: Tiling,
     uri: str,
     done: str,
-    blocks: Tiling,
     version: str,
-    block_id: tuple[int, int, int],
+    block_id: tuple[int, int],
 ) -> None:
-    _, row, column = block_id
-    rows, columns = blocks.y.edges[row : row + 2], blocks.x.edges[column : column + 2]
+    row, column = block_id
+    rows, columns = tiling.y.edges[row : row + 2], tiling.x.edges[column : column + 2]
     with storage.explained(uri):
         storage.open_array(uri, version)[:, slice(*rows), slice(*columns)] = block
         share = np.count_nonzero(block.any(axis=0)) / block[0].size

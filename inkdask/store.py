@@ -37,6 +37,7 @@ from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from inkdask import storage
 from inkdask.errors import DamagedError, InkdaskError
+from inkdask.failures import fallible
 from inkdask.identity import FORMAT, Label, Origin, Recipe, Said, differences
 from inkdask.memory import give_back, peak_memory
 from inkdask.specs import InferredChunk, Passes
@@ -337,6 +338,7 @@ class _Lazy:
         return self._store._read(self._name, box)
 
 
+@fallible
 def save_chunk(
     chunk: InferredChunk,
     store: GridStore,

@@ -51,7 +51,7 @@ def test_version_is_the_same_everywhere(capsys):
     ("words", "says"),
     [
         (["run", "seg"], "what is done is kept, and the same command resumes"),
-        (["run", "seg", "--overwrite"], "and the same command without --overwrite resumes"),
+        (["run", "seg", "--overwrite"], "interrupted before it began: give the same command again"),
         (["export", "p.zarr", "--to", "p.png"], "inkdask: interrupted.\n"),
     ],
 )

@@ -8,11 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inkdask import plan
 from inkdask.blending import blend
-from inkdask.halo import with_halo
-from inkdask.inference import infer, tiles_with_data
+from inkdask.errors import InkdaskError
+from inkdask.failures import Failure, fallible
+from inkdask.inference import infer, over_chunks, tiles_with_data
+from inkdask.specs import InferredChunk
 from inkdask.tiling import Tiling
-from tests.oracle import naive_map, network_of, papyrus, picture
+from tests.oracle import depth_slope, naive_map, network_of, papyrus, picture
 
 
 def quarters(x):
@@ -112,7 +115,7 @@ def test_a_slice_builds_a_small_graph():
     volume = da.zeros((26, 40_000, 40_000), dtype="uint8", chunks=(26, 1000, 1000))
     lazy, _ = ink_map(volume, network_of(quarters, layers=26), 16, 1024)
     (window,) = dask.optimize(lazy[20_000:20_500, 20_000:20_500])
-    assert len(window.__dask_graph__()) < 120  # of 23,000
+    assert len(window.__dask_graph__()) < 220  # of 30,000
 
 
 def test_a_volume_of_the_wrong_depth_is_refused():
@@ -134,8 +137,36 @@ def test_two_tilings_of_a_volume_are_two_arrays():
     """Computed at once, they must not take each other's blocks."""
     volume = da.from_array(papyrus((2, 300, 300)), chunks=-1)
     tilings = [Tiling.of((300, 300), 64, stride, 128) for stride in (16, 32)]
-    got = dask.compute(*(with_halo(volume, tiling).blocks[0, 0, 0] for tiling in tilings))
-    assert [block.shape[1] for block in got] == [128 + 48, 128 + 32]
+    got = dask.compute(*(over_chunks(height_of, tiling, volume).blocks[0, 0] for tiling in tilings))
+    assert got == (128 + 48, 128 + 32)
+
+
+def height_of(block, tiling, block_id):
+    return block.shape[1]
+
+
+def test_failed_block_fails_the_chunks_that_need_it_and_no_other():
+    """It passes through Dask's own steps, a mean of layers and a mask."""
+    tiling = Tiling.of((400, 400), 64, 16, 128)
+    blocks = da.from_array(papyrus((4, 400, 400), holes=False), chunks=(4, 50, 400))
+
+    @fallible
+    def third_is_broken(block, block_id):
+        if block_id[1] == 2:
+            raise InkdaskError("strip 2 is corrupt")
+        return block
+
+    broken = blocks.map_blocks(third_is_broken, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
+    halved = plan._average(broken, 2)
+    mask = da.ones((400, 400), chunks=90, dtype=bool)
+    network = network_of(depth_slope, layers=2)
+    (chunks,) = dask.compute(infer(halved, tiling, network, mask).chunks.to_delayed().tolist())
+    failed = np.array([[isinstance(chunk, Failure) for chunk in row] for row in chunks])
+    assert failed.any(axis=1).tolist() == failed.all(axis=1).tolist() == [True, True, False]
+    assert len({chunk.cause for row in chunks[:2] for chunk in row}) == 1
+    assert isinstance(chunks[2][0], InferredChunk)
+    with pytest.raises(InkdaskError, match="strip 2 is corrupt"):
+        infer(halved, tiling, network).grid.compute()
 
 
 def test_a_large_full_tile_has_data():

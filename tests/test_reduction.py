@@ -440,7 +440,7 @@ def test_region_needs_only_its_own_chunks(segment, tmp_path):
 def test_no_more_than_three_jobs_are_named(segment, tmp_path):
     for stride in (16, 32, 48, 64):
         inkdask.run(segment, model=network, stride=stride, roi_xyxy=(0, 0, 70, 70))
-    with pytest.raises(InkdaskError, match="stride is 16 there and 8 .*; and 1 that differ more;"):
+    with pytest.raises(InkdaskError, match="stride is .* there and 8 .*; and 1 that differ more;"):
         inkdask.run(segment, model=network, stride=8, step="reduce")
 
 

@@ -72,7 +72,7 @@ def write_pyramid(
         steps = [_coarsen(unfinished, level, shape) for level, shape in enumerate(shapes[1:], 1)]
         with Meter("picture", len(writes) + sum(map(len, steps)), "chunks") as meter:
             for step in (writes, *steps):  # each level is made of the one before
-                engine.raise_any(engine.compute_each(step, lambda _: meter.add(1)))
+                engine.compute_each(step, lambda _: meter.add(1)).check()
         outputs.replace_tree(unfinished, uri)
     except BaseException:
         _discard(unfinished)

@@ -22,6 +22,7 @@ import numpy as np
 from inkdask import engine
 from inkdask.blending import blend, blend_chunk
 from inkdask.errors import InkdaskError
+from inkdask.failures import fallible
 from inkdask.inference import infer
 from inkdask.provenance import recipe_of
 from inkdask.specs import InferredChunk, Passes
@@ -182,7 +183,7 @@ class LazyInk(Ink):
                         break
                 blocks = self._delayed(number)
                 tasks = [blocks[place] for place in batch]
-                engine.raise_any(engine.compute_each(tasks, partial(self._receive, number)))
+                engine.compute_each(tasks, partial(self._receive, number)).check()
         except Exception as error:
             # Nobody called: what went wrong is shown in the viewer.
             if not isinstance(error, InkdaskError):
@@ -268,6 +269,7 @@ def _reach(axis: Axis, index: int) -> slice:
     return slice(max(int(axis.rows[index]) - axis.depth, 0), int(axis.rows[index + 1]))
 
 
+@fallible
 def _locate(
     chunk: InferredChunk, block_id: tuple[int, int]
 ) -> tuple[tuple[int, int], InferredChunk]:
