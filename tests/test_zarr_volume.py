@@ -1,6 +1,7 @@
 """Segments that are zarr arrays: plain, prepared, OME-Zarr, and damaged."""
 
 import itertools
+import os
 import pickle
 import shutil
 import time
@@ -74,6 +75,8 @@ def test_identity_of_two_arrays_of_one_group_differs(tmp_path):
     group = zarr.create_group(uri, zarr_format=2, attributes=ome("0.4"))
     for level in "01":
         group.create_array(level, data=data, chunks=(3, 32, 32))
+        os.utime(f"{uri}/{level}/.zarray", (10**9, 10**9))
+        os.utime(f"{uri}/{level}/.zattrs", (10**9, 10**9))
     assert open_segment(uri).identity != open_segment(uri, level="1").identity
     assert open_segment(uri).identity == open_segment(storage.join(uri, "0")).identity
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tifffile
 
 from inkdask import storage
-from inkdask.box import Box
+from inkdask.box import Box, Slices
 from inkdask.errors import InkdaskError
 from inkdask.memory import pages
 from inkdask.reading import lzw
@@ -217,13 +217,11 @@ class TiffBlock:
     def _runs(self) -> Iterator[_Run]:
         """Join pieces that are neighbours in a file, up to `RUN_BYTES`."""
         first = 0
+        known: dict[tuple[int, int], list[_Place]] = {}
         for z, layout in enumerate(self.layouts):
-            down, across = layout.pieces(self.rows, self.columns)
-            places = [
-                (row * layout.piece[0], column * layout.piece[1])
-                for row in range(down.start, down.stop)
-                for column in range(across.start, across.stop)
-            ]
+            if layout.piece not in known:  # once, because most layers are cut alike
+                known[layout.piece] = list(self._places(layout))
+            places = known[layout.piece]
             last = first + len(places)
             offsets, counts = self.offsets[first:last], self.counts[first:last]
             gaps = offsets[1:] - (offsets[:-1] + counts[:-1])
@@ -234,6 +232,24 @@ class TiffBlock:
                 yield _Run(self, z, layout, places[i:j], offsets[i:j], counts[i:j])
             first = last
 
+    def _places(self, layout: Layout) -> Iterator[_Place]:
+        """Find what each piece that meets the block has in common with it."""
+        block = Box.of(self.rows, self.columns)
+        down, across = layout.pieces(self.rows, self.columns)
+        for row in range(down.start, down.stop):
+            for column in range(across.start, across.stop):
+                corner = row * layout.piece[0], column * layout.piece[1]
+                yield _Place(*corner, *Box.at(corner, layout.piece).common(block))
+
+
+class _Place(NamedTuple):
+    """First row and column of a piece, its pixels inside the block, and where they go."""
+
+    row: int
+    column: int
+    inside: Slices
+    target: Slices
+
 
 @dataclass(frozen=True, eq=False)
 class _Run:
@@ -242,7 +258,7 @@ class _Run:
     block: TiffBlock
     z: int
     layout: Layout
-    places: list[tuple[int, int]]  # first row and column of each piece
+    places: list[_Place]
     offsets: np.ndarray
     counts: np.ndarray
 
@@ -252,7 +268,7 @@ class _Run:
         start, stop = int(self.offsets[0]), int(self.offsets[-1] + self.counts[-1])
         data = memoryview(storage.read_range(uri, start, stop, etag) if stop > start else b"")
         spans = zip((self.offsets - start).tolist(), self.counts.tolist(), strict=True)
-        for (row, column), (offset, count) in zip(self.places, spans, strict=True):
+        for (row, column, inside, target), (offset, count) in zip(self.places, spans, strict=True):
             rows = self.layout.piece[0]
             if not self.layout.is_tiled:  # The last strip may be shorter.
                 rows = min(rows, self.layout.shape[0] - row)
@@ -267,9 +283,7 @@ class _Run:
                     f"{uri} is corrupt at row {row}, column {column} "
                     f"(bytes {start + offset} to {start + offset + count}): {error}."
                 ) from error
-            place = Box.at((row, column), piece.shape)
-            here, there = place.common(Box.of(self.block.rows, self.block.columns))
-            _narrow(piece[here], out[self.z][there])
+            _narrow(piece[inside], out[self.z][target])
 
 
 def _narrow(values: np.ndarray, out: np.ndarray) -> None:
