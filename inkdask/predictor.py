@@ -1,11 +1,11 @@
-"""The process's own network: blocks of voxels in, probabilities of tiles out.
+"""The network of this process: blocks of voxels in, probabilities of tiles out.
 
-A `Network` spec travels in graphs; `predictor` turns it into a `Predictor` once per process. One
-thread of the predictor's own runs every forward pass (and every compilation), so the task threads
-of a Dask worker read and decode the next blocks meanwhile, and all of torch's per-thread state
-stays in one place. On a CPU it hands the tiles of a batch to the cores (`SideBySide`).
+A `Network` spec travels in graphs, and `predictor` turns it into a `Predictor` once per process.
+One thread of the predictor runs all forward passes and compilations. So the task threads of a Dask
+worker read the next blocks meanwhile, and torch's state per thread stays in one place. On a CPU
+that thread hands the tiles of a batch to the cores (`SideBySide`).
 
-A block goes to the device once, as bytes, and is unfolded there: a tile is a view until its batch
+A block goes to the device once, as bytes, and is unfolded there. Tiles are views until their batch
 is gathered.
 """
 
@@ -48,49 +48,47 @@ from inkdask.models.hardware import (
 from inkdask.specs import Network
 from inkdask.storage.counting import count
 
-# Voxels in a batch when the user names no batch size: as many as fill a GPU; for each core of a CPU
-# what it takes in some turns, or a single tile that all cores share. With 26 layers of 64 x 64
-# pixels: 256 tiles, or 8 a core. A callable on a CPU is taken for a small network, which loses less
-# to the cache than to many calls.
+# Voxels in a batch by default. A GPU takes 256 tiles of 26 layers and 64 x 64 pixels. A core of a
+# CPU takes 8 of them, in 4 turns; all cores share a larger tile. A callable on a CPU gets larger
+# batches, because a small network loses more time to calls than to the cache.
 GPU_VOXELS = 256 * 26 * 64 * 64
 CALLABLE_VOXELS = 32 * 26 * 64 * 64
 TURNS = 4
-CANARY_TILES = 4  # on which a fast path must agree with the plain network
+CANARY_TILES = 4  # tiles that compare a fast path with the plain network
 
-# How far probabilities of a fast path may be from those of the plain network in float32. On a GPU
-# float32 includes TF32, with its ten bits.
+# Largest difference of probabilities between a fast path and the plain network in float32. On a
+# GPU, float32 includes TF32 with its ten bits.
 TOLERANCE = {"float32": 0.005, "bfloat16": 0.03, "int8": 0.03}
 
-# A process is believed to run up to this many times the tiles it ran so far: of a job's tiles, no
-# process knows how many go to others.
+# Assume that a process will run at most this many times the tiles it ran so far, because it does
+# not know the share of other processes.
 TRUST = 8
 
-# How often to look at the clock and ask whether compiling repays.
+# Time after which to ask again whether compilation repays.
 STRETCH_SECONDS = 10.0
 
-MOST_NETWORKS = 4  # kept by a process; the oldest goes
+MOST_NETWORKS = 4  # in a process; the oldest is dropped
 
 _predictors: dict[Network, Predictor] = {}
 _lock = threading.Lock()
 
 
 def predictor(network: Network) -> Predictor:
-    """Return this process's predictor of a network; the first call builds it.
+    """Return the predictor of a network in this process; the first call builds it.
 
-    A callable counts as the same network when its digest is the same: every task brings its own
-    unpickled copy.
+    Callables of one digest share a predictor, because every task unpickles a copy of its own.
     """
     key = replace(network, function=None)
     with _lock:
         if key not in _predictors:
-            while len(_predictors) >= MOST_NETWORKS:  # a notebook tries many
+            while len(_predictors) >= MOST_NETWORKS:
                 del _predictors[next(iter(_predictors))]
             _predictors[key] = Predictor(network)
         return _predictors[key]
 
 
 def measured_pace(network: Network) -> float | None:
-    """Seconds a tile at the best pace that this process has seen; None where it ran none."""
+    """Return the best time of a tile in this process, in seconds; None before the first tile."""
     known = _predictors.get(replace(network, function=None))
     return known.pace if known else None
 
@@ -101,16 +99,16 @@ class Predictor:
     Parameters
     ----------
     network
-        What to run; weights are loaded at the first prediction.
+        Spec of the network; weights are loaded at the first prediction.
 
     Attributes
     ----------
     device, dtype
-        Where the network runs, and the dtype of what it reads.
+        Device of the network, and dtype of its input.
     precision
-        Of its arithmetic: a dtype's name, or int8; empty for a function, which has its own.
+        Arithmetic: ``float32``, ``bfloat16`` or ``int8``; empty for a callable.
     batch_size
-        Tiles in a forward pass; running out of memory halves it for good.
+        Number of tiles in a forward pass; lack of memory halves it for good.
     """
 
     def __init__(self, network: Network) -> None:
@@ -121,13 +119,13 @@ class Predictor:
         self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         self.batch_size = network.batch_size or self._default_batch()
         self._forward: Any = None  # the network, once it is loaded
-        self._plain: Callable[[], nn.Module] | None = None  # gives it unpacked, where it is packed
-        self._compiled: Forward | None = None  # the same for batches of exactly batch_size tiles
-        # Layers in int8 read scales on the way; a compiler would cut the network at each.
+        self._plain: Callable[[], nn.Module] | None = None  # returns a packed network unpacked
+        self._compiled: Forward | None = None  # for batches of exactly batch_size tiles
+        # Not in int8, because its layers read scales, and a compiler would cut the network at each.
         self._may_compile = network.compile and self.precision not in ("", "int8")
-        self._tiles_done, self._pace = 0, float("inf")  # the best pace, in seconds a tile
-        self._lack = ""  # of memory, as the device said it last
-        self._ahead = threading.Semaphore(2)  # blocks in hand: one that runs, one that is ready
+        self._tiles_done, self._pace = 0, float("inf")  # best time of a tile, in seconds
+        self._lack = ""  # latest message of a device that lacks memory
+        self._ahead = threading.Semaphore(2)  # blocks on the device: one runs, one is ready
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inkdask-predictor")
 
     def predict(
@@ -138,24 +136,17 @@ class Predictor:
         Parameters
         ----------
         block
-            Voxels, uint8 (z, h, w), z in the order in which the network reads the layers; h and
-            w are at least a tile.
+            Voxels, uint8 (z, h, w); z in the order of the network, h and w at least a tile.
         origins
-            Integers (n, 2): first row and column of every tile inside the block.
+            First row and column of every tile in the block, integers (n, 2).
         to_come
-            At most how many tiles this process will still run, these included; decides whether
-            compiling repays. By default as many as it ran so far.
+            Most tiles that this process may still run, these included; decides whether compilation
+            repays. Default: as many as it ran so far.
 
         Returns
         -------
         numpy.ndarray
             Probabilities, float32 (n, k, k).
-
-        Raises
-        ------
-        InkdaskError
-            The block has another number of layers than the network, the network returns another
-            shape than it should, or memory does not suffice for a single tile.
         """
         if len(block) != self.network.layers:
             raise InkdaskError(
@@ -167,15 +158,15 @@ class Predictor:
         voxels = torch.from_numpy(np.require(block, requirements=["C", "W"]))
         with self._ahead:
             if self.device.type == "cuda":
-                voxels = voxels.pin_memory()  # here, so that the GPU need not wait for it
+                voxels = voxels.pin_memory()  # in this thread, so that the GPU does not wait
             return self._thread.submit(self._predict, voxels, origins, to_come, cores()).result()
 
     @property
     def pace(self) -> float | None:
-        """Seconds a tile at the best pace so far."""
+        """Best time of a tile so far, in seconds; None before the first tile."""
         return self._pace if self._tiles_done else None
 
-    # What follows runs in the predictor's thread.
+    # All methods below run in the predictor's thread.
 
     @torch.no_grad()
     def _predict(
@@ -185,7 +176,7 @@ class Predictor:
         tiles = self._unfold(voxels)
         at = torch.as_tensor(np.asarray(origins, np.int64), device=self.device)
         if self._forward is None:
-            # The first tiles of a chunk are more often than others almost empty.
+            # From the middle, because the first tiles of a chunk are often almost empty.
             middle = at[len(at) // 2 :][: min(CANARY_TILES, self.batch_size)]
             self._forward = self._load(self._gather(tiles, middle), threads)
         done = []
@@ -196,12 +187,12 @@ class Predictor:
         return np.concatenate(done)
 
     def _stretch(self) -> int:
-        """Return a number of tiles after which to look at the clock again."""
+        """Return the number of tiles until compilation is considered again."""
         batches = STRETCH_SECONDS / (self._pace * self.batch_size) if self._tiles_done else 4
         return self.batch_size * max(1, int(batches))
 
     def _run_stretch(self, tiles: Tensor, at: Tensor) -> np.ndarray:
-        """Return the probabilities (n, k, k) of tiles at ``at``, and note the time they take."""
+        """Return the probabilities (n, k, k) of tiles at ``at``, and record their time."""
         started = time.perf_counter()
         out = torch.empty(len(at), self.network.k, self.network.k, device=self.device)
         done = 0
@@ -215,7 +206,7 @@ class Predictor:
                 count(tiles=len(logits))
         probabilities = out.cpu().numpy()
         if lost := np.count_nonzero(np.isnan(probabilities).any(axis=(1, 2))):
-            # In a stored grid NaN is a tile without data: it would be black, and nobody told.
+            # An error, because NaN in a stored grid means a tile without data.
             raise InkdaskError(
                 f"The network of {self.network.model.key!r} returned NaN for {lost} of {len(at)} "
                 "tiles: its weights, or what they make of these layers, are no numbers."
@@ -225,22 +216,22 @@ class Predictor:
         return probabilities
 
     def _unfold(self, voxels: Tensor) -> Tensor:
-        """Upload a block (z, h, w) and view all its tiles, (h - t + 1, w - t + 1, z, t, t)."""
+        """Upload a block (z, h, w) and return all its tiles, (h - t + 1, w - t + 1, z, t, t)."""
         voxels = voxels.to(self.device, non_blocking=True)
         t = self.network.tile
         return rearrange(voxels.unfold(1, t, 1).unfold(2, t, 1), "z y x t u -> y x z t u")
 
     def _gather(self, tiles: Tensor, at: Tensor) -> Tensor:
-        """Return a batch as the network reads it, (b, 1, z, t, t)."""
+        """Return a batch of tiles for the network, (b, 1, z, t, t)."""
         x = tiles[at[:, 0], at[:, 1]].float()
         x = x.clamp_(max=self.network.clip).div_(self.network.divisor)
         return x.to(self.dtype)[:, None]
 
     def _run(self, tiles: Tensor, at: Tensor) -> Tensor | None:
-        """Return logits of up to batch_size tiles, float32 (b, k, k); None for want of memory."""
+        """Return logits of up to batch_size tiles, float32 (b, k, k); None for lack of memory."""
         b, k = len(at), self.network.k
         forward, size = self._way(b)
-        # The last tile, again and again, fills a batch that must be larger.
+        # Copies of the last tile fill a larger batch.
         at = at[torch.arange(size, device=at.device).clamp_(max=b - 1)]
         try:
             logits = torch.as_tensor(forward(self._gather(tiles, at)), device=self.device)
@@ -248,7 +239,7 @@ class Predictor:
             if not is_out_of_memory(error):
                 raise
             self._lack = str(error).partition("\n")[0]
-            return None  # without the error, which holds on to memory
+            return None  # without the error, because the error holds on to memory
         if logits.shape != (len(at), 1, k, k):
             raise InkdaskError(
                 f"The network of {self.network.model.key!r} returned logits of shape "
@@ -257,20 +248,19 @@ class Predictor:
         return logits[:b, 0].float()
 
     def _way(self, b: int) -> tuple[Forward, int]:
-        """Return what ``b`` tiles run through, and the size of their batch."""
+        """Return the forward pass for ``b`` tiles, and the size of their batch."""
         if self._compiled is not None and 2 * b > self.batch_size:
-            return self._compiled, self.batch_size  # the one shape it knows
+            return self._compiled, self.batch_size
         if self.device.type == "cpu" or self.network.function is not None:
             return self._forward, b
-        # cuDNN tries its algorithms on every new shape, so there are few: the batch size, its
-        # half, its quarter, ...
+        # Halves of the batch size only, because cuDNN tries its algorithms on every new shape.
         size = self.batch_size
         while size >= 2 * b:
             size //= 2
         return self._forward, size
 
     def _load(self, x: Tensor, threads: int) -> Forward:
-        """Load the network and take the fast path, if it agrees with the plain one on tiles x."""
+        """Load the network; return its fast path if that agrees with the plain one on tiles x."""
         if self.network.function is not None:
             return self.network.function
         from inkdask.models import weights
@@ -309,7 +299,7 @@ class Predictor:
         return reference
 
     def _prepared(self) -> nn.Module:
-        """Return the network once more, for the compiler, which packs weights itself."""
+        """Return the network without packed layers, because the compiler packs weights itself."""
         from inkdask.models import weights
 
         module = weights.load(self.network)
@@ -334,7 +324,7 @@ class Predictor:
         expected = self._tiles_done if to_come is None else min(to_come, TRUST * self._tiles_done)
         compilation = Compilation(self.network, self._forward, self.batch_size, self._plain)
         if compilation.repays(self._pace, expected):
-            self._may_compile = False  # once is enough
+            self._may_compile = False
             at = at[torch.arange(self.batch_size, device=at.device) % len(at)]
             self._compiled = compilation.compile(
                 lambda: self._gather(tiles, at), TOLERANCE[self.precision]
@@ -348,14 +338,14 @@ class Predictor:
             )
         self.batch_size = (self.batch_size + 1) // 2
         if self._compiled is not None:
-            self._compiled = None  # it knows the old size only, and keeps memory for it
+            self._compiled = None  # because it takes batches of the old size only
             forget_compiled()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def let_go_of_file(module: nn.Module) -> None:
-    """Copy the weights that are still mapped from their file, all of which counts as our memory."""
+    """Copy the weights that are still mapped, because a mapped file counts as memory in full."""
     for kept in (*module.parameters(), *module.buffers()):
         if kept.device.type == "cpu":
             kept.data = kept.data.clone()

@@ -1,6 +1,6 @@
-"""What a weights file holds, read without running anything of it.
+"""The content of a weights file, read without running any code of it.
 
-`read` takes .safetensors, and what ``torch.save`` and Lightning write.
+`read` takes .safetensors, and the files of ``torch.save`` and Lightning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from inkdask.errors import InkdaskError
 from inkdask.models.unpickle import Inert, look_for_harm, tensors_only
 
-# Lightning and other trainers put the weights under one of these.
+# Keys under which Lightning and other trainers store the weights.
 _NESTS = ("state_dict", "model_state_dict")
 
 _marking = threading.Lock()
@@ -28,7 +28,7 @@ _marking = threading.Lock()
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a weights file holds.
+    """The content of a weights file.
 
     Attributes
     ----------
@@ -37,8 +37,7 @@ class Checkpoint:
     tensors
         Its tensors by name, as views of the mapped file.
     facts
-        Plain values that it gives about itself: Lightning's hyper-parameters, or the metadata
-        of a safetensors file (strings).
+        Hyper-parameters of a Lightning checkpoint, or metadata (strings) of a safetensors file.
     """
 
     path: Path
@@ -47,18 +46,13 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a weights file; nothing in it is executed, whatever it holds.
+    """Read a weights file without executing anything in it.
 
     Parameters
     ----------
     path
-        A safetensors file, or a torch file with a state dict, on its own or under a name of its
-        own, such as ``state_dict``. Its content decides, not its name.
-
-    Raises
-    ------
-    InkdaskError
-        When the file is empty, cut off, something else altogether, or made to run code.
+        A safetensors file, or a torch file with a state dict, alone or under a key such as
+        ``state_dict``. The content decides, not the name of the file.
     """
     with path.open("rb") as file:
         head = file.read(64)
@@ -94,7 +88,7 @@ def _read_torch(path: Path, zipped: bool) -> Checkpoint:
         raise InkdaskError(f"{path} holds {kind}, not weights: save the model's state_dict().")
     states = [content[nest] for nest in _NESTS if isinstance(content.get(nest), dict)]
     tensors = _tensors(states[0] if states else content)
-    if not tensors and not states:  # training scripts have names of their own
+    if not tensors and not states:  # because training scripts use keys of their own
         nests = {name: found for name in content if (found := _tensors(content[name]))}
         if len(nests) > 1:
             raise InkdaskError(
@@ -110,7 +104,7 @@ def _read_torch(path: Path, zipped: bool) -> Checkpoint:
 
 
 def _tensors(state: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict by name; none of anything else."""
+    """Return the tensors of a state dict by name; none when it is no dict."""
     if not isinstance(state, dict):
         return {}
     return {
@@ -121,12 +115,12 @@ def _tensors(state: Any) -> dict[str, Tensor]:
 
 
 def _torch_content(path: Path, zipped: bool) -> Any:
-    # What torch says is not shown: it advises to load the file unsafely.
+    # Without the message of torch, because it advises to load the file unsafely.
     broken = InkdaskError(f"{path} is cut off or damaged, or no checkpoint at all.")
     try:
         with _nothing_marked_safe():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as refused:  # of many kinds: the file is broken or names other objects
+    except Exception as refused:  # torch raises many types for broken files and other objects
         if not zipped:
             look_for_harm(path)
             if isinstance(refused, pickle.UnpicklingError) and "GLOBAL" in str(refused):
@@ -145,9 +139,9 @@ def _torch_content(path: Path, zipped: bool) -> Any:
 
 @contextmanager
 def _nothing_marked_safe() -> Iterator[None]:
-    """Hide from torch what this process lets any file construct.
+    """Empty torch's list of classes that any file may construct.
 
-    Importing timm is enough to mark classes of torch.distributed, whose constructors connect.
+    Importing timm adds classes of torch.distributed, whose constructors open connections.
     """
     with _marking:
         marked = torch.serialization.get_safe_globals()

@@ -1,9 +1,7 @@
-"""From a network as it was trained to a fast one: exact rewrites, and compilation if it repays.
+"""Fast inference: exact rewrites of a network, cores side by side, and compilation if it repays.
 
-A CPU runs the tiles of a batch side by side, some on each core (`SideBySide`).
-
-Compiling takes longer than many a job, so `Compilation.repays` decides from the number of tiles to
-come. It knows what earlier runs learnt: a note beside the compiler's cache tells how long compiling
+Compilation takes longer than many jobs, so `Compilation.repays` decides from the number of tiles to
+come. It reads a note beside the compiler's cache, in which earlier runs wrote how long compilation
 took and how much faster the network became.
 """
 
@@ -32,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor], Tensor]
 
-# Voxels that one core of a CPU takes at a time: all that comes of them stays in its cache. A tile
-# that is larger is work enough for all cores.
+# Voxels that one core of a CPU takes at a time, because their activations fit into its cache. A
+# larger tile keeps all cores busy.
 CORE_VOXELS = 2 * 26 * 64 * 64
 
-# A compilation must save this many times what it costs: neither figure is known exactly.
+# A compilation must save this many times its cost, because both are estimates.
 MARGIN = 2.0
 
 
@@ -51,11 +49,11 @@ def has_convolutions(module: nn.Module) -> bool:
 
 
 def prepare(module: nn.Module, dtype: torch.dtype) -> None:
-    """Rewrite a network in place for inference; the result is the same up to rounding.
+    """Rewrite a network in place for inference; its logits stay the same up to rounding.
 
-    Batch norms are folded into the convolutions before them, convolutions get their weights
-    channels-last, which cuDNN and oneDNN run without reordering, and weights get their dtype.
-    What stays float32, because it runs so on any input: buffers, and norms.
+    Batch norms are folded into the convolutions before them. Weights get the dtype, and those of
+    convolutions become channels-last, because cuDNN and oneDNN run these without reordering.
+    Buffers and norms stay float32, because they take input of any dtype.
     """
     for parent in module.modules():
         for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
@@ -73,24 +71,24 @@ def _to_convert(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _layout(weight: Tensor) -> torch.memory_format:
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}  # by axes: of convolutions
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
     return layouts.get(weight.ndim, torch.preserve_format)
 
 
 class SideBySide(nn.Module):
-    """A network that gives each core tiles of its own, instead of every product to all of them.
+    """A network that gives each core tiles of its own.
 
-    Cores that share a product wait for each other at its end, and small steps leave all but one
-    idle.
+    Cores that share each product instead wait for each other at its end, and small steps leave all
+    but one core idle.
 
     Parameters
     ----------
     module
         The network.
     cores
-        How many parts of a batch run at a time.
+        Number of parts that run at a time.
     tiles
-        In a part.
+        Number of tiles in a part.
     """
 
     def __init__(self, module: nn.Module, cores: int, tiles: int) -> None:
@@ -105,47 +103,47 @@ class SideBySide(nn.Module):
             return self.module(x)
         return torch.cat(list(self._threads.map(self._run, parts)))
 
-    @torch.no_grad()  # a thread has modes of its own
+    @torch.no_grad()  # because a new thread records gradients
     def _run(self, part: Tensor) -> Tensor:
         torch.set_num_threads(1)
         return self.module(part)
 
 
 def on_cores(module: nn.Module, cores: int, tile_voxels: int) -> nn.Module:
-    """Return a network as it runs fastest, uncompiled, where its parameters are."""
+    """Return the fastest uncompiled form of a network, on its device."""
     tiles = CORE_VOXELS // tile_voxels
     on_cpu = next(module.parameters()).device.type == "cpu"
-    # Convolutions of a whole batch use all cores well, and better than those of a part.
+    # Convolutions stay whole, because those of a whole batch use all cores well.
     if on_cpu and cores > 1 and tiles and not has_convolutions(module):
         return SideBySide(module, cores, tiles)
     return module
 
 
 def agree(logits: Tensor, others: Tensor, tolerance: float) -> bool:
-    """Whether logits are those of other ones, within a tolerance of their probabilities."""
+    """Whether two logits of one shape have the same probabilities within a tolerance."""
     difference = logits.float().sigmoid() - others.float().sigmoid()
-    return bool(difference.abs().max() <= tolerance)  # False for NaN, too
+    return bool(difference.abs().max() <= tolerance)  # False for NaN
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What compiling costs, in seconds, and how many times faster the network is then."""
+    """Cost of a compilation in seconds, and gain: how many times faster the network becomes."""
 
     seconds: float
     gain: float
 
 
 class Compilation:
-    """``torch.compile`` of one network for one batch shape, and when it repays.
+    """``torch.compile`` of one network for one batch shape.
 
     Parameters
     ----------
     network, eager
-        The spec and the network itself, on its device and in its dtype, as it runs uncompiled.
+        The spec, and the network as it runs uncompiled, on its device and in its dtype.
     batch_size
-        Tiles in the one static shape.
+        Number of tiles in every batch.
     plain
-        Gives the network as the compiler is to see it. Default: ``eager``, without its cores.
+        Returns the network for the compiler. Default: ``eager`` without `SideBySide`.
     """
 
     def __init__(
@@ -171,7 +169,7 @@ class Compilation:
         self.note = cache_folder() / f"inkdask-{name}.json"
 
     def experience(self) -> Experience:
-        """Return what an earlier run noted, or a guess before the first one."""
+        """Return the note of an earlier run, or a guess without one."""
         try:
             return Experience(**json.loads(self.note.read_text()))
         except (OSError, ValueError, TypeError):
@@ -179,15 +177,16 @@ class Compilation:
             return Experience(seconds=60.0, gain=1.1 if slow else 1.4)
 
     def repays(self, seconds_per_tile: float, tiles_to_come: float) -> bool:
-        """Whether compiling saves more than it costs, given the time a tile takes without."""
+        """Whether compilation saves more than it costs, given the time of an uncompiled tile."""
         known = self.experience()
         saved = seconds_per_tile * tiles_to_come * (1 - 1 / known.gain)
         return saved > MARGIN * known.seconds
 
     def compile(self, batch: Callable[[], Tensor], tolerance: float) -> Forward | None:
-        """Compile for batches like the given one; None, with a warning, when that fails.
+        """Compile for batches like the given one.
 
-        That is also when the result is wrong; None without a warning when it is no faster.
+        Return None with a warning when compilation fails or changes the probabilities by more than
+        ``tolerance``, and None without a warning when the compiled network is no faster.
         """
         compiled = self._compiled(batch, tolerance)
         if compiled is None:
@@ -207,10 +206,9 @@ class Compilation:
                 options["freezing"] = True  # prepacks the weights
             compiled = torch.compile(self.plain(), dynamic=False, options=options)
             x = batch()
-            # All networks of a class share a few places for compiled code, and those for whom none
-            # is left would run uncompiled, silently.
+            # A higher limit, because beyond it networks of the same class run uncompiled, silently.
             with config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-                for other in (x, x.flip(0)):  # CUDA graphs: a rehearsal, then the recording
+                for other in (x, x.flip(0)):  # the second pass records the CUDA graph
                     compiled(other)
             right = agree(compiled(x), self.eager(x), tolerance)
             seconds = time.perf_counter() - started
@@ -231,7 +229,7 @@ class Compilation:
                 stacklevel=3,
             )
             return None
-        # The next run finds the cache: from a cold start that is a quarter of the time.
+        # A quarter, because the next run finds the compiler's cache.
         self._write(Experience(seconds if warm else seconds / 4, gain))
         logger.info("compiled %s in %.0f s: %.2f x", self.network.model.key, seconds, gain)
         return compiled if gain > 1 else None
@@ -240,22 +238,22 @@ class Compilation:
         try:
             self.note.parent.mkdir(parents=True, exist_ok=True)
             self.note.write_text(json.dumps(asdict(experience)))
-        except OSError as error:  # a read-only home costs the next run its knowledge, no more
+        except OSError as error:  # because a job can do without the note
             logger.debug("cannot write %s: %s", self.note, error)
 
 
 def forget_compiled() -> None:
-    """Let go of the memory that the CUDA graphs of compiled code keep.
+    """Free the memory of CUDA graphs, in the thread that ran them.
 
-    To be called in the thread that ran it. All compiled code of the process goes with it, and what
-    is still in use is compiled again, from the cache.
+    All compiled code of the process is dropped. Networks still in use are compiled again from the
+    cache.
     """
     if torch.cuda.is_available():
         torch.compiler.reset()
 
 
 def cache_folder() -> Path:
-    """Return where compiled code and notes on it are kept between runs."""
+    """Return the folder that keeps compiled code and notes between runs."""
     if named := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         return Path(named)
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -263,7 +261,7 @@ def cache_folder() -> Path:
 
 
 def _seconds(forward: Forward, x: Tensor) -> float:
-    """Return the time of a forward pass, the best of some."""
+    """Return the shortest time of several forward passes."""
 
     def once() -> float:
         started = time.perf_counter()

@@ -1,7 +1,7 @@
-"""A model's weights as one file on the local disk, wherever they come from.
+"""The weights of a model as one file on the local disk.
 
-`fetch` is what workers call: weights are downloaded once however many processes ask at the same
-time. Nothing here imports torch.
+Workers call `fetch`, which downloads weights once for all processes of a machine. This module does
+not import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
-from inkdask.models.sources import Bucket, Folder, Repo, Source
+from inkdask.models.sources import Bucket, Folder, Repo, WeightsSource
 from inkdask.specs import ModelSpec
 
 PREFERENCE = (".safetensors", ".ckpt", ".pt", ".bin")
@@ -25,23 +25,17 @@ _REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@(.+))?")
 
 
 def parse(model: str) -> dict[str, Any] | None:
-    """Return the `ModelSpec` fields that a user's address stands for.
+    """Return the `ModelSpec` fields of an address.
 
     Parameters
     ----------
     model
-        A path; a URI; or ``owner/name`` with ``/FILE`` or ``@REVISION`` after it.
+        A path, a URI, or ``owner/name`` with ``/FILE`` or ``@REVISION`` after it.
 
     Returns
     -------
     dict or None
-        ``weights``, and ``filename`` and ``revision`` where they are given; None when ``model``
-        has the form of no address.
-
-    Raises
-    ------
-    InkdaskError
-        When ``model`` is a path, and nothing is there or it may not be looked at.
+        ``weights``, and ``filename`` and ``revision`` if given. None when ``model`` is no address.
     """
     if "://" in model and not model.startswith("file://"):
         return {"weights": model}
@@ -58,11 +52,11 @@ def parse(model: str) -> dict[str, Any] | None:
     return None
 
 
-def locate(spec: ModelSpec) -> tuple[Source, str]:
-    """Return the place that holds a model's weights, and the name of the weights in it."""
+def locate(spec: ModelSpec) -> tuple[WeightsSource, str]:
+    """Return the place of a model's weights, and the name of the weights there."""
     weights = spec.weights
     folder, _, name = weights.rpartition("/")
-    source: Source
+    source: WeightsSource
     if weights.startswith(PACKAGE):
         package = folder.removeprefix(PACKAGE)
         try:
@@ -84,7 +78,7 @@ def locate(spec: ModelSpec) -> tuple[Source, str]:
 
 
 def choose(names: Iterable[str], place: object) -> str:
-    """Return the weights file among ``names``: .safetensors before .ckpt, .pt and .bin."""
+    """Return the weights file among ``names``; .safetensors comes before .ckpt, .pt and .bin."""
     names = sorted(names)
     for suffix in PREFERENCE:
         found = [name for name in names if name.endswith(suffix)]
@@ -99,19 +93,12 @@ def choose(names: Iterable[str], place: object) -> str:
 
 
 def settle(spec: ModelSpec) -> tuple[ModelSpec, Path]:
-    """Return the spec with its weights pinned to one file, and that file on the local disk.
-
-    Raises
-    ------
-    InkdaskError
-        When the place or the file does not exist, may not be read, or cannot be reached; or when
-        the download did not arrive whole.
-    """
+    """Return the spec with its weights pinned to one file, and the path of that file."""
     source, name = locate(spec)
     path = source.get(name)
     return replace(spec, **source.pin(name, path)), path
 
 
 def fetch(spec: ModelSpec) -> Path:
-    """Return a model's weights on the local disk, as `settle` does."""
+    """Return the path of a model's weights on the local disk."""
     return settle(spec)[1]

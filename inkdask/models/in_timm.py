@@ -1,14 +1,14 @@
-"""The networks in timm's registry: importing this module registers them, safely.
+"""Registration of the networks with timm, by importing this module.
 
-``timm.list_models("ink*")`` lists them then, and ``timm.create_model(name, layers=..., tile=...)``
-builds one. A job with a network of ours has no need of it.
+Afterwards ``timm.list_models("ink*")`` lists the networks, and ``timm.create_model(name,
+layers=..., tile=...)`` builds one. Jobs do without timm, unless another package adds the network.
 """
 
 import torch
 
 if torch.version.cuda is None:
-    # PyPI's torchvision is built for CUDA and does not import beside a CPU-only torch, because two
-    # operators lack a schema; timm imports torchvision. Nothing here ever calls the two.
+    # Two operators get a schema, because timm imports torchvision, and PyPI's torchvision does not
+    # import beside a CPU-only torch without them. Nothing calls these operators.
     _torchvision = torch.library.Library("torchvision", "FRAGMENT")
     for _name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, _name):

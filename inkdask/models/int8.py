@@ -1,14 +1,14 @@
 """TimeSformer with its wide linear layers in int8, for CPUs with the instructions for it (VNNI).
 
-Such a CPU does twice as many products of int8 as of bfloat16 in a second. Weights have one scale
-a row, inputs one a tile, so that a tile's logits do not depend on its neighbours in a batch. What
-lies between two such layers is bfloat16 where the CPU has it: attention and the gates. Tokens and
-norms stay float32.
+Such a CPU computes twice as many products of int8 as of bfloat16 in a second. With AMX it is the
+other way round: see `hardware.precision_for`. Weights have one scale for each row. Inputs have one
+scale for each tile, so that logits do not depend on the other tiles of a batch. Attention and gates
+are bfloat16 where the CPU has it. Tokens and norms are float32.
 
-The class token alone leaves the network, so it is spared where the others cost it most: after
-attention it keeps its float weights, and after the gates it has a scale of its own.
+Only the class token leaves the network, so it is kept exact where quantisation costs it most: its
+projection after attention has float weights, and its gated values have a scale of their own.
 
-The kernels are oneDNN's, from where torch's own compiler takes them for quantised networks.
+The kernels are oneDNN's, the ones that torch's compiler uses for quantised networks.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from inkdask.models.timesformer import Grid, LastBlock, Rotation, TimeSformer, mix
 
 LIMIT = 127  # values reach from -127 to 127
-ZERO = 128  # as which byte 0 is written: the kernel reads bytes without a sign
-TINY = 1e-30  # scales nothing but zeros
-WHOLE = 1.5 * 2**23  # from where on float32 has whole numbers only
+ZERO = 128  # the byte of value 0, because the kernel reads unsigned bytes
+TINY = 1e-30  # smallest scale, for rows and tiles of zeros
+WHOLE = 1.5 * 2**23  # above it, float32 holds whole numbers only
 
 
 def convert(network: TimeSformer, dtype: torch.dtype) -> None:
-    """Put int8 layers in place of the wide ones.
+    """Replace the wide layers of a network by int8 layers, in place.
 
     Parameters
     ----------
     network
-        With its weights, in float32; to be changed. It still reads float32.
+        Network in float32, with its weights. It goes on reading float32.
     dtype
-        Of what is between two such layers, float32 or bfloat16.
+        Dtype between two int8 layers, float32 or bfloat16.
     """
     network.attention_dtype = dtype
     network.to_patch_embedding.to(dtype)
@@ -42,20 +42,20 @@ def convert(network: TimeSformer, dtype: torch.dtype) -> None:
     for block in network.layers:
         time, space, feed_forward = block
         block[0] = Int8Attention(time, dtype)
-        if not isinstance(block, LastBlock):  # the rest of which is for the class token alone
+        if not isinstance(block, LastBlock):  # because the rest of it is for the class token alone
             block[1] = Int8Attention(space, dtype)
             block[2] = Int8FeedForward(feed_forward, dtype)
 
 
 class Int8Linear(nn.Module):
-    """A linear layer of quantised tokens, and the activation after it.
+    """A linear layer of quantised tokens, with an activation.
 
     Parameters
     ----------
     weight, bias
-        Float ``(out, in)`` and ``(out)``, or no bias.
+        Float ``(out, in)`` and ``(out)``; no bias for None.
     dtype
-        Of the result.
+        Dtype of the result.
     activation
         ``none`` or ``gelu``.
     """
@@ -68,18 +68,19 @@ class Int8Linear(nn.Module):
         rows = (weight.float() / self.scales[:, None]).round_().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(rows, None)
         self.zeros = torch.zeros(len(rows), dtype=torch.int64)
-        self.bias = None if bias is None else bias.float().clone()  # part of a larger one
+        # A copy, because a slice would keep the whole bias in memory.
+        self.bias = None if bias is None else bias.float().clone()
         self.dtype, self.activation = dtype, activation
 
     def forward(self, values: Tensor, scale: float) -> Tensor:
-        """Return ``(tokens, out)`` of what `quantise_` gave for ``(tokens, in)``."""
+        """Return ``(tokens, out)`` from the values ``(tokens, in)`` and scale of `quantise_`."""
         return torch.ops.onednn.qlinear_pointwise(
             values, scale, ZERO, self.weight, self.scales, self.zeros, self.bias,
             1.0, 0, self.dtype, self.activation, [], "none",
         )  # fmt: skip
 
     def add_to_(self, tokens: Tensor, values: Tensor, scale: float) -> None:
-        """Add the same to float32 ``(tokens, out)``, in place."""
+        """Add the result to float32 ``(tokens, out)``, in place."""
         torch.ops.onednn.qlinear_pointwise.binary(
             values, scale, ZERO, self.weight, self.scales, self.zeros, tokens, self.bias,
             1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "none",
@@ -87,7 +88,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Attention(nn.Module):
-    """`Residual` of an attention whose projections are in int8."""
+    """A `Residual` of attention with projections in int8."""
 
     def __init__(self, plain: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class Int8Attention(nn.Module):
         self.to_out_int8 = Int8Linear(self.to_out.weight, self.to_out.bias, torch.float32)
 
     def forward(self, x: Tensor, grid: Grid, rotation: Rotation) -> Tensor:
-        """Return ``x``, ``(b, tokens, d)``, to which attention has been added in place."""
+        """Add attention to tokens ``(b, t, d)`` in place, and return them."""
         qkv = torch.stack([self.to_qkv(*quantise_(tokens)) for tokens in self.norm(x)])
         mixed = mix(qkv, self.heads, self.axis, grid, rotation).float()
         x[:, :1] += self.to_out(mixed[:, :1])
@@ -107,7 +108,7 @@ class Int8Attention(nn.Module):
 
 
 class Int8FeedForward(nn.Module):
-    """`Residual` of a feed-forward in int8; its gate leaves the kernel activated."""
+    """A `Residual` of a feed-forward in int8, whose kernel activates the gate."""
 
     def __init__(self, plain: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class Int8FeedForward(nn.Module):
         self.contract = Int8Linear(contract.weight, contract.bias, torch.float32)
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
-        """Return ``x``, ``(b, tokens, d)``, to which the result has been added in place."""
+        """Add the feed-forward to tokens ``(b, t, d)`` in place, and return them."""
         for tokens in x:
             quantised = quantise_(self.norm(tokens))
             gated = self.gate(*quantised).mul_(self.value(*quantised)).float()
@@ -129,12 +130,12 @@ class Int8FeedForward(nn.Module):
 
 
 def quantise_(tokens: Tensor) -> tuple[Tensor, float]:
-    """Return the bytes of a tile's tokens and their scale: a token is ``(byte - ZERO) * scale``.
+    """Return uint8 values and their scale from float32 tokens of the same, any shape.
 
-    Float32 of any shape to the same in uint8. The tokens are overwritten, for a buffer more would
-    leave the cache. The scale of tokens with a NaN is NaN, and with it all results.
+    A token is ``(value - ZERO) * scale``. The tokens are overwritten, because another buffer would
+    not fit into the cache. The scale of tokens with a NaN is NaN, and so are all results.
     """
     scale = max(tokens.amax().item(), -tokens.amin().item(), TINY) / LIMIT
-    # A sum so large is rounded, and the last byte of its bits is what it exceeds WHOLE by.
+    # So large a sum is rounded to a whole number, whose last byte is its distance from WHOLE.
     bits = tokens.mul_(1 / scale).add_(WHOLE + ZERO).view(torch.int32)
     return bits.to(torch.int8).view(torch.uint8), scale

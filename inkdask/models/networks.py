@@ -1,8 +1,8 @@
-"""All networks by the names that they have in timm's registry, too (`inkdask.models.in_timm`).
+"""Builders of all networks by name; `inkdask.models.in_timm` registers them with timm.
 
-They are built without timm, whose import takes every worker a second and a hundred megabytes.
-A builder takes ``layers``, ``tile`` and, for some, ``normalization``; the network reads tiles
-``(b, 1, layers, tile, tile)`` and returns logits ``(b, 1, k, k)``.
+They need no timm, because importing it takes every worker a second and a hundred megabytes. A
+builder takes ``layers``, ``tile`` and, for some networks, ``normalization``. Its network reads
+tiles ``(b, 1, layers, tile, tile)`` and returns logits ``(b, 1, k, k)``.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""TimeSformer's linear layers in bfloat16 as the kernels of a CPU want them: weights in blocks.
+"""TimeSformer with its wide linear layers in bfloat16 and packed: weights in blocks, for CPUs.
 
-Plain weights are put into blocks anew at every call. The kernels are oneDNN's, from where torch's
-own compiler takes them for networks whose weights are frozen.
+The kernels of a CPU read weights in blocks, and plain weights are put into blocks at every call.
+The kernels are oneDNN's, the ones that torch's compiler uses for networks with frozen weights.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from inkdask.models.timesformer import LastBlock, TimeSformer
 
 
 def pack_if_it_can(network: nn.Module) -> bool:
-    """Put packed layers in place of the wide ones of a network.
+    """Replace the wide layers of a TimeSformer in bfloat16 by packed layers, in place.
 
-    What the class token alone goes through stays: one row is not worth it.
+    Layers for the class token alone stay, because packing does not repay for one row.
 
     Parameters
     ----------
     network
-        With weights of the dtype that it will run in; to be changed.
+        Network with weights of the dtype in which it will run.
 
     Returns
     -------
     bool
-        Whether it was done: it is a TimeSformer in bfloat16 on a CPU that has the kernels.
+        False for other networks and dtypes, and on a device without the kernels.
     """
     weight = next(network.parameters())
     if not (isinstance(network, TimeSformer) and weight.dtype is torch.bfloat16):
@@ -50,12 +50,12 @@ def pack_if_it_can(network: nn.Module) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer and the activation after it.
+    """A linear layer with packed weights and an activation.
 
     Parameters
     ----------
     weight, bias
-        ``(out, in)`` and ``(out)``, or no bias; their dtype is that of the result.
+        ``(out, in)`` and ``(out)``, in the dtype of the result; no bias for None.
     activation
         ``none`` or ``gelu``.
     """
@@ -75,7 +75,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedFeedForward(nn.Module):
-    """`FeedForward` in packed layers; its gate leaves the kernel activated."""
+    """A `FeedForward` of packed layers, whose kernel activates the gate."""
 
     def __init__(self, plain: Any) -> None:
         super().__init__()
@@ -86,6 +86,6 @@ class PackedFeedForward(nn.Module):
         self.contract = PackedLinear(contract.weight, contract.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(b, tokens, d)`` from the same."""
+        """Return ``(b, t, d)`` from the same."""
         x = x.to(self.value.dtype)
         return self.contract(self.gate(x).mul_(self.value(x)))

@@ -1,8 +1,8 @@
-"""What is known about each model, and how a user's words become a `Network`.
+"""Known models, and the way from a user's words to a `Network`.
 
-A model is a key of `known`, a file or folder, a Hugging Face repo, an ``s3://`` URI, or a
-callable. A small ``inkdask.toml`` beside the weights may describe it. Nothing here imports
-torch, except to try a callable.
+A model is a key of `known`, a file or folder, a Hugging Face repo, an ``s3://`` URI, or a callable.
+A file ``inkdask.toml`` beside the weights may describe the model. Only a callable makes this
+module import torch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.models import hub
 from inkdask.models.callables import resolve_callable
-from inkdask.models.sources import Source, sha256
+from inkdask.models.sources import WeightsSource, sha256
 from inkdask.specs import ModelSpec, Network, Precision
 
 ENTRY_POINTS = "inkdask.models"
 
-# What a user writes in MODEL_TYPE, and the name of that network in timm's registry.
+# Values of MODEL_TYPE, and the names of these networks in timm's registry.
 ARCHITECTURES: dict[str, str] = {
     "timesformer": "ink_timesformer",
     "resnet3d-50": "ink_resnet3d_50",
@@ -48,7 +48,7 @@ _SHAPES: dict[str, dict[str, int]] = {
 
 
 def _spec(key: str, architecture: str, weights: str, **values: Any) -> ModelSpec:
-    """Return a spec that takes from its architecture what ``values`` does not give."""
+    """Return a spec whose shape is that of its architecture, unless ``values`` give it."""
     shape: dict[str, Any] = {**_SHAPES.get(architecture, {}), **values}
     return ModelSpec(key, architecture, weights, **shape)
 
@@ -67,13 +67,13 @@ _BUILT_IN = (
         "demo",
         "ink_depth_cnn",
         "package://inkdask.models/demo.safetensors",
-        precision="float32",  # bfloat16 would be off by 0.03
+        precision="float32",  # because probabilities in bfloat16 differ by 0.03
         licence="MIT, as inkdask itself; trained on synthetic ink",
     ),
 )
 KNOWN: dict[str, ModelSpec] = {spec.key: spec for spec in _BUILT_IN}
 
-# What a file beside the weights may say of the model.
+# Words of a description beside the weights, and their types.
 _WORDS: dict[str, type] = {
     **{"model_type": str, "architecture": str, "licence": str},
     **{"layers": int, "tile": int, "stride": int, "pixels_per_logit": int},
@@ -83,10 +83,10 @@ _WORDS: dict[str, type] = {
 
 @cache
 def known() -> dict[str, ModelSpec]:
-    """Return all models known by key: `KNOWN`, and those that installed packages add.
+    """Return all models by key: `KNOWN` and the models of installed packages.
 
     A package adds models by an entry point of the group ``inkdask.models`` that loads to a
-    `ModelSpec` or a list of them. One that cannot be loaded is left out with a warning.
+    `ModelSpec` or to a list of them. An entry point that fails is left out with a warning.
     """
     models = dict(KNOWN)
     for entry in entry_points(group=ENTRY_POINTS):
@@ -98,7 +98,7 @@ def known() -> dict[str, ModelSpec]:
                     raise TypeError(f"{spec!r} is not a ModelSpec")
                 if models.setdefault(spec.key, spec) != spec:
                     raise ValueError(f"the key {spec.key} is taken")
-        except Exception as error:  # whatever another package does must not stop ours
+        except Exception as error:  # because another package must not break this one
             warnings.warn(f"Models of {entry.value} are left out: {error}.", stacklevel=2)
     return models
 
@@ -117,7 +117,7 @@ def resolve(
     compile: bool = True,  # noqa: A002  the name of the setting
     compile_mode: str = "reduce-overhead",
 ) -> Network:
-    """Return the `Network` a user means; what the user does not say comes from the model.
+    """Return the `Network` that a user means, with defaults from the model.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ def resolve(
     version
         Of a callable: stands for the code that its pickle only names.
     layers, tile
-        Layers the network reads, and side of its tiles in pixels.
+        Number of layers that the network reads, and side of its tiles in pixels.
     clip, divisor
         A voxel ``v`` reaches the network as ``min(v, clip) / divisor``.
     precision, batch_size, compile, compile_mode
@@ -139,13 +139,8 @@ def resolve(
     Returns
     -------
     Network
-        Its ``model`` names one file (and one commit, in a Hugging Face repo), so that every
-        worker reads the weights whose digest this is.
-
-    Raises
-    ------
-    InkdaskError
-        When the model is unknown, its weights cannot be had, or the values do not fit.
+        Its ``model`` names one file, and one commit of a Hugging Face repo, so that every worker
+        reads the weights of this digest.
     """
     if callable(model):
         spec, digest, k = resolve_callable(model, layers, tile, version)
@@ -180,7 +175,7 @@ def resolve(
 
 
 def _described(model: str, model_type: str | None) -> ModelSpec:
-    """Return the spec of a model given by name; its architecture may be the user's."""
+    """Return the spec of a model that is given by name, with the user's architecture if given."""
     architecture = None if model_type is None else ARCHITECTURES.get(model_type, model_type)
     if architecture not in {
         None,
@@ -207,16 +202,17 @@ def _described(model: str, model_type: str | None) -> ModelSpec:
     return _spec(**values)
 
 
-def _sidecar(source: Source, weights: str) -> dict[str, Any]:
-    """Return what the TOML or JSON file beside the weights says of the model.
+def _sidecar(source: WeightsSource, weights: str) -> dict[str, Any]:
+    """Return the `ModelSpec` fields of a TOML or JSON description beside the weights.
 
-    It has the weights' name with another ending, or is called ``inkdask.toml`` (``.json``); the
-    first one counts. A file of the weights' name that says nothing known is somebody else's.
+    The description has the name of the weights with another ending, or is called ``inkdask.toml``
+    or ``inkdask.json``. The first of them counts. A file without any known word is ignored,
+    because other programs write such files too.
     """
     stem = PurePosixPath(weights).with_suffix("")
     try:
         present = set(source.names())
-    except InkdaskError:  # a file may be open to reading where listing is forbidden
+    except InkdaskError:  # because a file may be readable where listing is forbidden
         return {}
     for name in (
         f"{stem}.toml", f"{stem}.json",

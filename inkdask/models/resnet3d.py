@@ -1,14 +1,14 @@
 """ResNet3D with a decoder in the plane or in space, as trained for ink detection.
 
 Encoder: Hara, Kataoka and Satoh, "Can Spatiotemporal 3D CNNs Retrace the History of 2D CNNs and
-ImageNet?", CVPR 2018 (arXiv:1711.09577), with bottleneck blocks and a first pooling that spares
+ImageNet?", CVPR 2018 (arXiv:1711.09577), with bottleneck blocks and a first pooling that keeps
 depth. Decoder in the plane: the maximum over depth of four maps, joined as in a U-Net
-(arXiv:1505.04597). Decoder in space: a residual U-Net with group norms that keeps depth to the end
-and then weighs it by attention.
+(arXiv:1505.04597). Decoder in space: a residual U-Net with group norms, and attention over depth
+at its end.
 
-Parameters carry the names of the package 3D-ResNets, and ``decoder.*``; in a checkpoint the
-encoder's stand behind the prefix ``backbone.``. Its classifier ``fc`` and the decoder's
-``aux_head_s1`` and ``aux_head_s2`` serve training alone and have no place here.
+Parameters of the encoder carry the names of the package 3D-ResNets, which checkpoints have behind
+the prefix ``backbone.``. Those of the decoder begin with ``decoder.``. The classifier ``fc`` and
+the heads ``aux_head_s1`` and ``aux_head_s2`` are left out, because they serve training alone.
 
 Logits have a quarter of the tile's resolution.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import reduce
 from torch import Tensor, nn
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -29,14 +30,14 @@ MAPS = tuple(EXPANSION * width for width in WIDTHS)  # channels of the encoder's
 
 
 class ResNet3D(nn.Module):
-    """Logits of a tile from four maps of falling resolution.
+    """Logits of a tile from four maps, each of half the resolution of the one before.
 
     Parameters
     ----------
     depth
         50, 101 or 152.
     decoder
-        Takes the four maps ``(b, c, z, y, x)`` to logits ``(b, 1, tile / 4, tile / 4)``.
+        Module that takes the maps ``(b, c, z, y, x)`` to logits ``(b, 1, tile / 4, tile / 4)``.
     normalization
         Whether the input passes a batch norm first, as in some checkpoints.
     """
@@ -66,7 +67,7 @@ class ResNet3D(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1x1, 3x3x3 (with the stride) and 1x1x1 convolutions, and the input added to them."""
+    """Convolutions 1x1x1, 3x3x3 (with the stride) and 1x1x1, added to the input."""
 
     def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
         super().__init__()
@@ -84,20 +85,20 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(b, outputs, z, y, x)``, each axis divided by the stride."""
+        """Return ``(b, 4 width, z, y, x)``, with z, y and x divided by the stride."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         return F.relu(self.bn3(self.conv3(y)).add_(self.downsample(x)), inplace=True)
 
 
 def stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
-    """Return bottlenecks of which the first has the stride."""
+    """Return a row of bottlenecks, the first of them with the stride."""
     first = Bottleneck(inputs, width, stride)
     return nn.Sequential(first, *(Bottleneck(4 * width, width) for _ in range(blocks - 1)))
 
 
 class Decoder2D(nn.Module):
-    """The deepest map, upsampled and joined to the next one, three times; depth by its maximum."""
+    """A U-Net in the plane, of the maximum of each map over depth."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class Decoder2D(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Return ``(b, 1, y, x)`` of the largest map."""
-        *skips, x = (m.amax(dim=2) for m in maps)  # (b, c, y, x)
+        *skips, x = (reduce(m, "b c z y x -> b c y x", "max") for m in maps)
         for skip, conv in zip(skips[::-1], self.convs[::-1], strict=True):
             x = F.interpolate(x, size=skip.shape[2:], mode="bilinear")
             x = conv(torch.cat((skip, x), dim=1))
@@ -121,7 +122,7 @@ class Decoder2D(nn.Module):
 
 
 class Decoder3D(nn.Module):
-    """The same in space, on maps of fewer channels; depth by attention at the end."""
+    """A U-Net in space, of maps with fewer channels, and attention over depth at its end."""
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
@@ -141,15 +142,15 @@ class Decoder3D(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Return ``(b, 1, y, x)`` of the largest map."""
-        *skips, x = (reduce(m) for reduce, m in zip(self.channel_reduce, maps, strict=True))
+        *skips, x = (fewer(m) for fewer, m in zip(self.channel_reduce, maps, strict=True))
         for skip, block in zip(skips[::-1], self.decoder_blocks, strict=True):
-            x = F.interpolate(x, size=skip.shape[2:], mode="trilinear")  # (b, c, z, y, x)
+            x = F.interpolate(x, size=skip.shape[2:], mode="trilinear")
             x = block(torch.cat((x, skip), dim=1))
         return self.logit(self.depth_collapse(x))
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3x3 convolutions with group norms, and the input added through a 1x1x1 one."""
+    """Two convolutions 3x3x3 with group norms, added to a convolution 1x1x1 of the input."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ class ResidualBlock(nn.Module):
 
 
 class DepthAttention(nn.Module):
-    """The mean over depth, weighted by a softmax of a score of every voxel."""
+    """The mean over depth, with weights that are a softmax of scores."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Places that hold weights: a local folder, a Hugging Face repo, an object store.
 
-Each gives its files as paths on the local disk. What must be downloaded is downloaded once per
-machine: one process does it under a lock, and the others wait for its result.
+Each place gives its files as paths on the local disk. A file is downloaded once per machine, by one
+process under a lock, while other processes wait.
 """
 
 from __future__ import annotations
@@ -30,27 +30,21 @@ _BLOCK = 16 * 2**20  # bytes of one range request
 _AT_ONCE = 4  # range requests in flight, and so 64 MiB in memory
 
 
-class Source(Protocol):
-    """A place that holds files; ``str(source)`` is its address."""
+class WeightsSource(Protocol):
+    """A place that holds weights files; ``str(source)`` is its address."""
 
     def names(self) -> list[str]:
         """Return the names of its files."""
 
     def get(self, name: str) -> Path:
-        """Return one of its files as a path on the local disk."""
+        """Return the path of a file on the local disk."""
 
     def pin(self, name: str, path: Path) -> dict[str, Any]:
-        """Return the `ModelSpec` fields that lead to this file again, and to no other."""
+        """Return the `ModelSpec` fields that lead to exactly this file."""
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, read once until the file changes.
-
-    Raises
-    ------
-    InkdaskError
-        When the file is not there, or may not be read.
-    """
+    """Return the SHA-256 of a file in hexadecimal, computed again when the file changes."""
     with storage.explained(str(path)):
         stat = path.stat()
         return _sha256(path, stat.st_size, stat.st_mtime_ns)
@@ -63,7 +57,7 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 
 class Folder:
-    """Files on the local disk, with the address that leads there on any machine."""
+    """A folder on the local disk; ``address`` leads to it on any machine, by default the path."""
 
     def __init__(self, path: Path, address: str | None = None) -> None:
         self.path, self.address = path, address or str(path)
@@ -85,14 +79,14 @@ class Folder:
         return path
 
     def pin(self, name: str, path: Path) -> dict[str, Any]:
-        """Return the path, or what stands for it on any machine."""
+        """Return the address of the file."""
         return {"weights": f"{self.address}/{name}", "filename": None}
 
 
 class Repo:
-    """Files of a Hugging Face repo, kept in the cache that all programs of a user share.
+    """A Hugging Face repo, with files in the cache that all programs of a user share.
 
-    ``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` work as everywhere.
+    huggingface_hub reads ``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE``.
     """
 
     def __init__(self, name: str, revision: str | None) -> None:
@@ -102,7 +96,7 @@ class Repo:
         return f"{constants.ENDPOINT}/{self.name}"
 
     def names(self) -> list[str]:
-        """Return the names of its files; those in the cache when the Hub cannot be reached."""
+        """Return the names of its files, or of its cached files when the Hub does not answer."""
         with self._explained():
             try:
                 info = huggingface_hub.model_info(
@@ -114,7 +108,8 @@ class Repo:
                     raise
                 if cached := self._cached_names():
                     return cached
-            return huggingface_hub.list_repo_files(self.name, revision=self.revision)  # patiently
+            # With more patience, because nothing is cached.
+            return huggingface_hub.list_repo_files(self.name, revision=self.revision)
 
     def _cached_names(self) -> list[str]:
         try:
@@ -128,10 +123,10 @@ class Repo:
         return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
     def get(self, name: str) -> Path:
-        """Return a file's path in the cache, downloaded first if it is not there."""
+        """Return the path of a file in the cache, after a download if needed."""
         with self._explained(name):
             path = Path(huggingface_hub.hf_hub_download(self.name, name, revision=self.revision))
-        # Large files are kept under the SHA-256 that the Hub has for them.
+        # The cache names a large file by the SHA-256 that the Hub promises.
         promised = path.resolve().name
         if _IS_SHA256.fullmatch(promised) and sha256(path) != promised:
             raise InkdaskError(
@@ -141,18 +136,18 @@ class Repo:
         return path
 
     def pin(self, name: str, path: Path) -> dict[str, Any]:
-        """Return the file's name and the commit it is from."""
+        """Return the name of the file and its commit."""
         commit = path.parts[-1 - len(Path(name).parts)]  # .../snapshots/COMMIT/NAME
         return {"filename": name, "revision": commit}
 
     @contextmanager
     def _explained(self, name: str = "") -> Iterator[None]:
-        """Turn what huggingface_hub raises into one sentence."""
+        """Turn errors of huggingface_hub into one sentence."""
         try:
             yield
         except hf.HFValidationError as error:
             raise InkdaskError(f"{self.name} is not the name of a repo.") from error
-        except (hf.HTTPError, OSError) as error:  # hf.HTTPError is that of its HTTP client
+        except (hf.HTTPError, OSError) as error:  # hf.HTTPError comes from its HTTP client
             raise InkdaskError(self._sentence(error, name)) from error
 
     def _sentence(self, error: Exception, name: str) -> str:
@@ -174,19 +169,19 @@ class Repo:
             return f"{file} is not in the cache, and HF_HUB_OFFLINE forbids to download it."
         if status is not None:
             return f"{file} cannot be read: the Hub answers with status {status}."
-        lost = isinstance(error, hf.HTTPError)  # the connection
-        if isinstance(error, hf.LocalEntryNotFoundError) or (lost and not name):
+        disconnected = isinstance(error, hf.HTTPError)
+        if isinstance(error, hf.LocalEntryNotFoundError) or (disconnected and not name):
             return f"{file} is not in the cache, and the Hub cannot be reached."
-        if lost or "Consistency check failed" in str(error):
+        if disconnected or "Consistency check failed" in str(error):
             return f"The download of {file} broke off, and trying again did not help."
         return f"{file} cannot be had: {' '.join(str(error).split()).rstrip('.')}."
 
 
 class Bucket:
-    """Files below an ``s3://`` prefix, kept in a cache of ours by their ETag.
+    """Files below an ``s3://`` prefix, kept in a cache by their ETag.
 
-    The cache is ``inkdask`` in ``XDG_CACHE_HOME`` (``~/.cache``). A file is written under another
-    name until it is whole, and taken up again where it was left.
+    The cache is the folder ``inkdask`` in ``XDG_CACHE_HOME`` (``~/.cache``). A download has another
+    name until it is whole, and resumes after an interruption.
     """
 
     def __init__(self, uri: str) -> None:
@@ -200,11 +195,11 @@ class Bucket:
         return [entry.name for entry in storage.list_folder(self.uri) if not entry.is_folder]
 
     def pin(self, name: str, path: Path) -> dict[str, Any]:
-        """Return the file's own URI."""
+        """Return the URI of the file."""
         return {"weights": storage.join(self.uri, name), "filename": None}
 
     def get(self, name: str) -> Path:
-        """Return a file's copy in the cache, downloaded first if it is not there."""
+        """Return the path of a file in the cache, after a download if needed."""
         uri = storage.join(self.uri, name)
         size, etag = _size_and_etag(uri)
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inkdask"
@@ -232,7 +227,7 @@ def _size_and_etag(uri: str) -> tuple[int, str]:
 
 
 def _download(uri: str, size: int, part: Path) -> None:
-    """Write an object to ``part``, after the bytes that are already there."""
+    """Append the rest of an object to ``part``."""
     with part.open("ab") as file, ThreadPoolExecutor(_AT_ONCE) as pool:
         while (start := file.tell()) < size:
             stop = min(size, start + _BLOCK * _AT_ONCE)
@@ -243,16 +238,10 @@ def _download(uri: str, size: int, part: Path) -> None:
 
 
 def _check(uri: str, size: int, etag: str, part: Path) -> None:
-    """Compare a download with its object; one that differs is deleted.
-
-    Raises
-    ------
-    InkdaskError
-        When the size or the MD5 differs, or the object is another one by now.
-    """
+    """Compare size, MD5 and ETag of a download with its object; delete a download that differs."""
     with part.open("rb") as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    # The ETag of an object uploaded in one piece is its MD5, unless a managed key encrypts it.
+    # The ETag of an object in one piece is its MD5, unless a managed key encrypts the object.
     damaged = _IS_MD5.fullmatch(etag) and md5 != etag and not _has_managed_key(uri)
     if part.stat().st_size != size or damaged or _size_and_etag(uri) != (size, etag):
         part.unlink()

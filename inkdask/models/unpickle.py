@@ -1,16 +1,16 @@
-"""Tensors out of a torch file that also holds other objects, with nothing of the file executed.
+"""Tensors from a torch file that also holds other objects, without executing anything in it.
 
-``torch.load(weights_only=True)`` refuses a file as soon as it names a class that torch does not
-know; Lightning checkpoints do so in their hyper-parameters. `tensors_only` reads such a file with
-an interpreter of the pickle language that has no way to call anything the file names:
+``torch.load(weights_only=True)`` refuses a file that names a class unknown to torch, as the
+hyper-parameters of Lightning checkpoints do. `tensors_only` reads such a file with an interpreter
+of the pickle language that cannot call anything that the file names:
 
-- It knows only opcodes that build plain values; any other ends the reading.
-- A name is never imported. The names of torch's storages and of its functions that rebuild a
-  tensor select builders written here; any other name becomes an `Inert` value, and so does
-  whatever the file wants to call, construct or fill with it.
-- State that the file wants to set on an object is dropped.
-- A name that has no business beside weights, such as ``os.system``, ends the reading with a
-  sentence that says so: it would have done nothing here, but the file was made to do harm.
+- Only opcodes that build plain values are known. Any other opcode ends the reading.
+- No name is imported. Names of torch's storages, and of its functions that rebuild a tensor, select
+  builders of this module. Any other name becomes an `Inert` value, and so does the result of
+  calling it.
+- State of objects is dropped.
+- A harmful name, such as ``os.system``, ends the reading with a sentence that says so. The name
+  could do nothing here, but the file was made to do harm.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from inkdask.errors import InkdaskError
 
-# What opens a door out of the file. The lists decide between refusing the file aloud and ignoring
-# what it names: neither runs anything.
+# Modules and names with which a file does harm. A file that names them is refused, other names are
+# ignored; neither runs anything.
 _HARMFUL_MODULES = {
     "_ctypes", "_pickle", "_posixsubprocess", "cPickle", "ctypes", "imp", "importlib", "marshal",
     "nt", "os", "pdb", "pickle", "pip", "posix", "pty", "requests", "runpy", "shutil", "socket",
@@ -63,7 +63,7 @@ _DTYPES = {
 
 
 class Inert:
-    """Stands for an object of the file that is not a plain value: it does nothing."""
+    """An object that does nothing, in place of an object of the file that is no plain value."""
 
     __slots__ = ()
 
@@ -72,20 +72,20 @@ INERT = Inert()
 
 
 def tensors_only(path: Path) -> Any:
-    """Return what a torch file holds: tensors and plain values, `Inert` for all the rest.
+    """Return the content of a torch file: tensors, plain values, and `Inert` for other objects.
 
     Parameters
     ----------
     path
-        A file written by ``torch.save`` in its zip format (the format since torch 1.6). Tensors
-        are views of the mapped file.
+        A file of ``torch.save`` in its zip format (the format since torch 1.6). Tensors are views
+        of the mapped file.
 
     Raises
     ------
     InkdaskError
         When the file names something harmful.
     Exception
-        Of whatever kind a broken file leads to.
+        When the file is broken; of many types.
     """
     with zipfile.ZipFile(path) as archive:
         records = _Records(path, archive)
@@ -94,25 +94,19 @@ def tensors_only(path: Path) -> Any:
 
 
 def look_for_harm(path: Path) -> None:
-    """Read the row of pickles that torch's old format, or plain pickle, begins with.
-
-    Raises
-    ------
-    InkdaskError
-        When the file names something harmful.
-    """
+    """Refuse a file in torch's old format, or in plain pickle, that names something harmful."""
     with path.open("rb") as file:
         try:
             while True:
                 _Unpickler(file, path).load()
         except InkdaskError:
             raise
-        except Exception:  # the pickles are over, and numbers follow
+        except Exception:  # because numbers follow the pickles
             return
 
 
 class _Records:
-    """The storages of a zip file, each mapped from the file as a tensor of one dimension."""
+    """The storages of a zip file, each a tensor (n) that is mapped from the file."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path, self.archive = path, archive
@@ -128,7 +122,7 @@ class _Records:
         return torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
 
     def storage(self, pid: Any) -> Tensor:
-        """Return the storage that a pickle refers to: ('storage', type, key, device, length)."""
+        """Return the storage of a reference ('storage', type, key, device, length)."""
         kind, dtype, key, _, length = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) is not str:
             raise ValueError(f"a reference to {kind!r}")
@@ -136,7 +130,7 @@ class _Records:
         size = length * dtype.itemsize
         if record.compress_type != zipfile.ZIP_STORED or not 0 <= size <= record.file_size:
             raise ValueError(f"storage {key} is not {length} numbers")
-        # A record follows its local header of 30 bytes, a name and an extra field.
+        # The local header of a record has 30 bytes, a name and an extra field.
         header = self.bytes[record.header_offset : record.header_offset + 30].tolist()
         start = record.header_offset + 30
         start += header[26] + 256 * header[27] + header[28] + 256 * header[29]
@@ -149,7 +143,7 @@ class _Records:
 
 
 def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-    """Build a tensor as ``torch._utils._rebuild_tensor_v2`` does, within its storage only."""
+    """Build a tensor as ``torch._utils._rebuild_tensor_v2`` does, but only within its storage."""
     if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
         raise ValueError("a tensor without a shape")
     reach = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else 0
@@ -164,7 +158,7 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
 
 
 def _mapping(*_: Any) -> dict[str, Any]:
-    """Begin a mapping; its items come with later opcodes."""
+    """Return an empty mapping, which later opcodes fill."""
     return {}
 
 
@@ -192,7 +186,7 @@ _PLAIN = (
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own unpickler with every opcode that acts replaced; others not `_PLAIN` are gone."""
+    """Python's unpickler with opcodes of `_PLAIN`, and harmless ones in place of those that act."""
 
     stack: list[Any]
     append: Callable[[Any], None]
@@ -207,8 +201,8 @@ class _Unpickler(pickle._Unpickler):
         return self.records.storage(pid) if self.records else INERT
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a global name; nothing is imported."""
-        # Up to protocol 2, and so by torch.save, names are written as Python 2 had them.
+        """Return the value that stands for a global name, without importing it."""
+        # Translated, because protocol 2, which torch.save uses, has the names of Python 2.
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
         top, last = module.partition(".")[0], name.rpartition(".")[2]
@@ -257,7 +251,7 @@ class _Unpickler(pickle._Unpickler):
         self._update(self.pop_mark())
 
     def _update(self, items: list[Any]) -> None:
-        # Weights have names: other keys are dropped, so that none of the file's values is hashed.
+        # Keys that are no names are dropped, so that no object of the file is hashed.
         if type(self.stack[-1]) is dict:
             pairs = zip(items[::2], items[1::2], strict=True)
             self.stack[-1].update((key, value) for key, value in pairs if type(key) is str)

@@ -1,8 +1,8 @@
-"""Weights fitted to their network exactly.
+"""Networks with the weights of a file.
 
-The network is built without memory for its parameters, and the tensors of the file, which is
-mapped, become them. Names may carry the prefixes that wrappers leave (`_bare`), and nothing else
-may differ: a missing, unexpected or mis-shaped weight is an error.
+A network is built without memory for its parameters, and the tensors of the mapped file become its
+parameters. Names may carry the prefixes of wrappers (`_bare`). A missing, unexpected or mis-shaped
+weight is an error.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from inkdask.specs import Network
 
 __all__ = ["Checkpoint", "build", "fit", "load", "read", "recognise"]
 
-# Wrappers leave these in names: LightningModule, DistributedDataParallel, torch.compile.
+# Prefixes of wrappers: LightningModule, DistributedDataParallel, and encoders in a larger module.
 _PREFIXES = ("model", "module", "backbone")
-# What serves training alone: the encoder's classifier, the 3-D decoder's auxiliary heads, weights
-# of a loss, and the count of averaged models.
+# Weights for training alone: the classifier of the encoder, the auxiliary heads of the 3-D decoder,
+# a loss, and the count of averaged models.
 _TRAINING_ONLY = re.compile(r"fc\.|(decoder\.)?aux_head_s[12]\.|(criterion|loss)\w*\.|n_averaged$")
 
 
@@ -40,12 +40,6 @@ def load(network: Network) -> nn.Module:
     ----------
     network
         From `inkdask.models.registry.resolve`; its ``digest`` is that of the weights file.
-
-    Raises
-    ------
-    InkdaskError
-        When the weights cannot be had or read, are not those of ``network.digest``, or are not
-        exactly those of this network.
     """
     path = hub.fetch(network.model)
     if sha256(path) != network.digest:
@@ -64,8 +58,8 @@ def load(network: Network) -> nn.Module:
 
 
 def _layers(facts: dict[str, Any]) -> int | None:
-    """Return the number of layers that a file says its network reads."""
-    # Only in_chans is believed: ink models are trained with other layers than num_frames says.
+    """Return the number of layers of a network, by its checkpoint; None if it does not say."""
+    # Only from in_chans, because ink models are trained with other numbers than num_frames.
     try:
         layers = int(facts["in_chans"])
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -74,9 +68,9 @@ def _layers(facts: dict[str, Any]) -> int | None:
 
 
 class _ParametersOnMeta(TorchFunctionMode):
-    """Makes ``torch.empty`` return tensors without memory: what a network's parameters begin as.
+    """A mode in which ``torch.empty`` returns tensors without memory.
 
-    Buffers that a network computes, such as rotary frequencies, are computed as ever.
+    Parameters begin as such tensors. Computed buffers, such as rotary frequencies, stay real.
     """
 
     def __torch_function__(
@@ -89,7 +83,7 @@ class _ParametersOnMeta(TorchFunctionMode):
 
 
 def build(network: Network, checkpoint: Checkpoint) -> nn.Module:
-    """Build the network that a checkpoint is for, its parameters on the meta device."""
+    """Build the network of a checkpoint, with parameters on the meta device."""
     options: dict[str, Any] = {"layers": network.layers, "tile": network.tile}
     if any(_bare(name).startswith("normalization.") for name in checkpoint.tensors):
         options["normalization"] = True
@@ -104,12 +98,12 @@ def build(network: Network, checkpoint: Checkpoint) -> nn.Module:
 
 
 def _from_timm(architecture: str) -> Callable[..., nn.Module]:
-    """Find the builder of a network that another package brings."""
-    importlib.import_module("inkdask.models.in_timm")  # makes timm importable
+    """Return the builder of a network that another package registered with timm."""
+    importlib.import_module("inkdask.models.in_timm")  # so that timm can be imported
     import timm
 
     if not timm.is_model(architecture):
-        registry.known()  # a package that adds the model registers its network
+        registry.known()  # because loading an entry point may register its network
     if not timm.is_model(architecture):
         raise InkdaskError(
             f"There is no network {architecture}: known are {', '.join(registry.ARCHITECTURES)}."
@@ -118,7 +112,7 @@ def _from_timm(architecture: str) -> Callable[..., nn.Module]:
 
 
 def fit(module: nn.Module, checkpoint: Checkpoint, architecture: str) -> nn.Module:
-    """Give a network the tensors of a checkpoint, all of them and no others."""
+    """Give a network exactly the tensors of a checkpoint."""
     wanted = module.state_dict()
     found = _by_bare_name(checkpoint)
     state: dict[str, Tensor] = {}
@@ -126,7 +120,7 @@ def fit(module: nn.Module, checkpoint: Checkpoint, architecture: str) -> nn.Modu
     for name, place in wanted.items():
         tensor = found.pop(_bare(name), None)
         if tensor is None and name.endswith("num_batches_tracked"):
-            # It counts training steps, and files from before torch 1.0 lack it.
+            # Zero, because files from before torch 1.0 lack this count of training steps.
             tensor = torch.zeros((), dtype=torch.int64)
         if tensor is None:
             missing.append(name)
@@ -151,7 +145,7 @@ def fit(module: nn.Module, checkpoint: Checkpoint, architecture: str) -> nn.Modu
 
 
 def _bare(name: str) -> str:
-    """Return a weight's name without what wrappers put in front of it."""
+    """Return the name of a weight without the prefixes of wrappers."""
     parts = [part for part in name.split(".") if part != "_orig_mod"]
     while len(parts) > 1 and parts[0] in _PREFIXES:
         del parts[0]
@@ -168,7 +162,7 @@ def _by_bare_name(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def recognise(names: Iterable[str]) -> str:
-    """Return a sentence on what network weights of these names belong to."""
+    """Return a sentence that names the network of weights, by the names of the weights."""
     bare = {_bare(name) for name in names}
 
     def has(start: str) -> bool:
