@@ -18,15 +18,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from inkdask.errors import InkdaskError
+    from inkdask.inkmap import InkMap
     from inkdask.pictures.exporting import export
     from inkdask.preparation import prepare
     from inkdask.segment import Segment, open_segment
     from inkdask.settings import Settings
     from inkdask.specs import ModelSpec
-    from inkdask.workflow import InkMap, check, predict, run
+    from inkdask.workflow import check, predict, run
 
 _HOME = {
-    "InkMap": "workflow",
+    "InkMap": "inkmap",
     "InkdaskError": "errors",
     "ModelSpec": "specs",
     "Segment": "segment",

@@ -55,6 +55,9 @@ def _interrupted(words: Sequence[str]) -> str:
         anew = "--overwrite" in words or Settings.of().overwrite
     except InkdaskError:
         anew = False
+    store = sys.modules.get("inkdask.store")
+    if anew and not (store and store.restarted):
+        return "interrupted before it began: give the same command again."
     without = " without --overwrite" if anew else ""
     return f"interrupted; what is done is kept, and the same command{without} resumes."
 

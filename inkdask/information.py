@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import zarr
 
-from inkdask import storage
+from inkdask.identity import Origin, Provenance, Recipe
 from inkdask.memory import expected_memory
 from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
@@ -42,7 +41,7 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     """
     if is_picture_file(path) or is_picture(path):
         return dict(_of_picture(path, read_facts(path)))
-    if _is_grid(path):
+    if GridStore.label(path):
         return dict(_of_grid(path))
     settings = Settings.of(s3_path=path, **options)
     segment = open_segment(
@@ -85,69 +84,48 @@ def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:
     if side := facts.pixel_um:
         size += f" of {side:.3g} um: {height * side / 1e4:.3g} x {width * side / 1e4:.3g} cm"
     yield "size", size
-    if "fingerprint" not in facts.origin:
+    told = facts.provenance
+    if told is None:
         yield "origin", "not recorded in the file"
         return
-    yield from _of_origin(facts.origin)
-    if shown := facts.origin.get("export"):
-        yield "export", _export_command(path, shown)
-
-
-def _is_grid(uri: str) -> bool:
-    if not storage.exists(storage.join(uri, "zarr.json")):
-        return False
-    node = storage.zarr_node(uri)
-    return isinstance(node, zarr.Group) and "fingerprint" in node.attrs
+    yield from _of_job(told.recipe, told.origin, told.ran_in, told)
+    if told.export:
+        yield "export", shlex.join([*told.export, "--to", path])
 
 
 def _of_grid(path: str) -> Iterator[tuple[str, str]]:
-    """A tile grid, and how much of it is done."""
-    store, attributes = GridStore.open(path), GridStore.attributes(path)
-    done = store.tiles_run() >= 0
+    """Describe a tile grid, and how much of it is done."""
+    grid, label = GridStore.open(path)
+    done = grid.chunks_done()
     yield "grid", path
     yield "done", f"{np.count_nonzero(done):,} of {done.size:,} chunks ({done.mean():.0%})"
-    origin = {**attributes["origin"], "ran_in": store.precisions()}
-    yield from _of_origin({"fingerprint": attributes["fingerprint"], **origin})
+    yield from _of_job(label.recipe, label.origin, grid.precisions())
 
 
-def _of_origin(origin: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """All that shaped a tile grid or a picture."""
-    made_of = origin["fingerprint"]
-    yield "segment", f"{origin['source']} (input {made_of['input']})"
-    if origin["mask"]:
-        yield "mask", origin["mask"]
-    averaged = made_of["averaged"]
-    mean = f", means of {averaged}" if averaged > 1 else ""
-    yield "layers", f"{len(made_of['layers'])} ({span(tuple(made_of['layers']))}){mean}"
-    if origin["roi_xyxy"]:
-        yield "region", ",".join(map(str, origin["roi_xyxy"])) + " (x0,y0,x1,y1)"
-    place = f" from {origin['weights_from']}" if origin["weights_from"] else ""
-    yield "model", f"{made_of['model']} ({made_of['architecture']}){place}"
-    yield "weights", f"sha256 {made_of['weights']}"
-    yield "voxels", f"clipped to {made_of['clip']:g}, divided by {made_of['divisor']:g}"
-    tiles = f"{made_of['tile']} px at stride {made_of['stride']}"
-    if window := origin.get("blend_mode"):
-        tiles += f", {window} window"
-    if window == "gaussian":
-        tiles += f" of sigma {origin['gaussian_sigma'] or made_of['tile'] / 2.5:g} px"
+def _of_job(
+    recipe: Recipe, origin: Origin, ran_in: tuple[str, ...], picture: Provenance | None = None
+) -> Iterator[tuple[str, str]]:
+    """Describe all that shaped a tile grid or a picture."""
+    yield "segment", f"{origin.source} (input {recipe.input})"
+    if origin.mask:
+        yield "mask", origin.mask
+    mean = f", means of {recipe.averaged}" if recipe.averaged > 1 else ""
+    yield "layers", f"{len(recipe.layers)} ({span(recipe.layers)}){mean}"
+    if origin.roi_xyxy:
+        yield "region", ",".join(map(str, origin.roi_xyxy)) + " (x0,y0,x1,y1)"
+    place = f" from {origin.weights_from}" if origin.weights_from else ""
+    yield "model", f"{recipe.model} ({recipe.architecture}){place}"
+    yield "weights", f"sha256 {recipe.weights}"
+    yield "voxels", f"clipped to {recipe.clip:g}, divided by {recipe.divisor:g}"
+    tiles = f"{recipe.tile} px at stride {recipe.stride}"
+    if picture:
+        tiles += f", {picture.blend_mode} window"
+        if picture.blend_mode == "gaussian":
+            tiles += f" of sigma {picture.gaussian_sigma or recipe.tile / 2.5:g} px"
     yield "tiles", tiles
-    ran_in = origin.get("ran_in")
-    yield "precision", made_of["precision"] + (f" ({' and '.join(ran_in)} ran)" if ran_in else "")
-    yield "software", ", ".join(f"{name} {v}" for name, v in origin["software"].items())
-    if "created" in origin:
-        yield "made", origin["created"]
-    repeat = origin["command"] or "inkdask.run in Python: the model was a function, no checkpoint"
-    yield "repeat", repeat if isinstance(repeat, str) else shlex.join(repeat)
-
-
-def _export_command(path: str, shown: dict[str, Any]) -> str:
-    """The command that makes the picture again of the stored prediction."""
-    words = ["inkdask", "export", shown["of"], "--to", path]
-    for name, value in shown.items():
-        if name == "scale_bar_length_um":
-            words.append("--add-scale-bar")
-        if name != "of":
-            words.append(f"--{name.replace('_', '-')}")
-        if name != "of" and value is not True:
-            words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
-    return shlex.join(words)
+    yield "precision", recipe.precision + (f" ({' and '.join(ran_in)} ran)" if ran_in else "")
+    yield "software", ", ".join(f"{name} {v}" for name, v in origin.software.items())
+    if picture:
+        yield "made", picture.created
+    repeat = "inkdask.run in Python: the model was a function, no checkpoint"
+    yield "repeat", shlex.join(origin.command) if origin.command else repeat

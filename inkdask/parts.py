@@ -16,7 +16,6 @@ from inkdask import engine
 from inkdask.halo import with_halo
 from inkdask.inference import tiles_with_data
 from inkdask.plan import Plan
-from inkdask.reading.zarr_volume import ZarrSource
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
 
@@ -49,10 +48,10 @@ def estimate(plan: Plan) -> np.ndarray:
     """Tiles of each chunk that probably have data, int32 (rows, columns)."""
     tiling = plan.tiling
     source = plan.segment.source if plan.segment else None
-    if isinstance(source, ZarrSource):  # one layer of it takes as long to read as all
-        if source.occupied is None:
-            return np.outer(*tiling.grid_chunks).astype(np.int32)
-        return _from_known(np.asarray(source.occupied.share), source.occupied.side, plan)
+    if source and source.occupancy:
+        return _from_known(np.asarray(source.occupancy.share), source.occupancy.side, plan)
+    if source and source.reads_all_layers:
+        return np.outer(*tiling.grid_chunks).astype(np.int32)
     work = np.zeros(tiling.block_shape, np.int32)
 
     def count(found: tuple[int, int, int]) -> None:

@@ -10,7 +10,9 @@ from typing import TypeAlias
 import dask.array as da
 import numpy as np
 
+from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
+from inkdask.identity import Region
 from inkdask.models.registry import resolve
 from inkdask.segment import Segment, find_mask, open_segment
 from inkdask.settings import Settings
@@ -19,8 +21,7 @@ from inkdask.tiling import Tiling
 
 log = logging.getLogger("inkdask")
 
-Source: TypeAlias = "Segment | da.Array | np.ndarray | str | os.PathLike[str]"
-Window = tuple[slice, slice]
+Given: TypeAlias = "Segment | da.Array | np.ndarray | str | os.PathLike[str]"
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,20 @@ class Plan:
     network
         The network, with the shape of its input settled.
     segment
-        Where the volume comes from; None for an array.
+        Segment that the volume comes from; None for an array.
     inside
-        The layers and pixels of the segment that are the volume; None for an array.
+        Layers and pixels of the segment that are the volume; None for an array.
+    source
+        The segment as it was given; ``segment.uri`` is another where the layers were prepared.
+        None for an array.
+    mask_path
+        The mask that was asked for.
     layers
         Numbers of the layers, in the order in which the network reads them.
+    layer_range
+        First layer (inclusive) and last (exclusive) that were asked for, or else are read.
+    is_reversed
+        Whether the layers are read from the last to the first.
     volume
         Dask uint8 (z, y, x): the pixels of all tiles that touch the picture.
     mask
@@ -44,23 +54,30 @@ class Plan:
     tiling
         Tiles and chunks of the volume.
     corner
-        Row and column where the volume begins, in pixels of the source.
-    window
-        Rows and columns of the volume that are the picture.
+        Row and column where the volume begins, in pixels of the segment's files.
+    region
+        Pixels of the volume that are the picture.
+    roi_xyxy
+        The same in pixels of the segment's files; None where the picture shows all of them.
     """
 
     network: Network
     segment: Segment | None
     inside: Segment | None
+    source: str | None
+    mask_path: str | None
     layers: tuple[int, ...]
+    layer_range: tuple[int, int]
+    is_reversed: bool
     volume: da.Array
     mask: da.Array | None
     tiling: Tiling
     corner: tuple[int, int]
-    window: Window
+    region: Box
+    roi_xyxy: Region | None
 
     @classmethod
-    def of(cls, source: Source, settings: Settings) -> Plan:
+    def of(cls, source: Given, settings: Settings) -> Plan:
         """Settle all that the settings leave open; this reads headers, and no layer.
 
         Raises
@@ -98,17 +115,45 @@ class Plan:
 
         stride = settings.stride or min(network.model.stride, network.tile)
         whole = Tiling.of(opened.shape[1:], network.tile, stride, settings.chunk_size)
-        reach, window = _reach(whole, settings.roi_xyxy)
+        reach, region = _reach(whole, settings.roi_xyxy)
         if isinstance(opened, Segment):  # reads less than slices of its volume would
-            inside = opened.take(kept).crop(*reach)
+            inside = opened.take(kept).crop(*reach.slices)
             volume, mask = inside.volume, inside.mask
         else:
             inside, mask = None, None
-            volume = opened[kept, reach[0], reach[1]]
+            volume = opened[(kept, *reach.slices)]
         volume = _average(volume, factor)
-        tiling = Tiling.of(volume.shape[1:], network.tile, stride, settings.chunk_size)
-        corner = reach[0].start, reach[1].start
-        return cls(network, segment, inside, layers, volume, mask, tiling, corner, window)
+        cropped = segment.window if segment else None
+        corner = reach.shift(cropped[0].start, cropped[1].start).corner if cropped else reach.corner
+        path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+        asked = settings.layers if path else None
+        return cls(
+            network=network,
+            segment=segment,
+            inside=inside,
+            source=path or (segment.uri if segment else None),
+            mask_path=settings.mask_path if path else None,
+            layers=layers,
+            layer_range=asked or (min(layers), max(layers) + 1),
+            is_reversed=settings.force_reverse,
+            volume=volume,
+            mask=mask,
+            tiling=Tiling.of(volume.shape[1:], network.tile, stride, settings.chunk_size),
+            corner=corner,
+            region=region,
+            roi_xyxy=region.shift(*corner).xyxy if settings.roi_xyxy or cropped else None,
+        )
+
+    @property
+    def opened(self) -> tuple[int, int]:
+        """First layer (inclusive) and last (exclusive) of those that were opened."""
+        layers = self.segment.layers if self.segment else self.layers
+        return min(layers), max(layers) + 1
+
+    @property
+    def averaged(self) -> int:
+        """Neighbouring layers that are averaged to one."""
+        return len(self.layers) // self.network.layers
 
     @property
     def middle_layer(self) -> da.Array:
@@ -124,8 +169,7 @@ class Plan:
             volume, mask = self.volume[:, rows, columns], None
         else:
             inside = self.inside.crop(rows, columns)
-            factor = len(self.layers) // self.network.layers
-            volume, mask = _average(inside.volume, factor), inside.mask
+            volume, mask = _average(inside.volume, self.averaged), inside.mask
         return volume.rechunk(-1), None if mask is None else mask.rechunk(-1)
 
     @property
@@ -134,10 +178,9 @@ class Plan:
         return self.segment.name if self.segment else "array"
 
     def __str__(self) -> str:
-        height, width = (part.stop - part.start for part in self.window)
-        averaged = len(self.layers) // self.network.layers
+        height, width = self.region.shape
         count = f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
-        means = f" as means of {averaged}" if averaged > 1 else ""
+        means = f" as means of {self.averaged}" if self.averaged > 1 else ""
         mask_uri = self.segment.mask_uri if self.segment else None
         mask = f", mask {mask_uri.rsplit('/', 1)[-1]}" if mask_uri else ""
         return (
@@ -159,6 +202,7 @@ def _network(settings: Settings, depth: int | None = None) -> Network:
     return resolve(
         settings.model,
         model_type=settings.model_type,
+        version=settings.model_version,
         layers=depth or settings.model_in_chans,
         tile=settings.tile,
         clip=settings.clip,
@@ -170,7 +214,7 @@ def _network(settings: Settings, depth: int | None = None) -> Network:
     )
 
 
-def _open(source: Source, settings: Settings, network: Network | None) -> Segment | da.Array:
+def _open(source: Given, settings: Settings, network: Network | None) -> Segment | da.Array:
     """Open a path; without a range of layers, as many as the network reads."""
     if isinstance(source, Segment):
         return source
@@ -181,7 +225,7 @@ def _open(source: Source, settings: Settings, network: Network | None) -> Segmen
             mask = mask or find_mask(place)
             place = settings.surface_volume_zarr
         return open_segment(
-            place, settings.layers, window=wanted, mask=mask, level=settings.ome_zarr_level
+            place, settings.layers, count=wanted, mask=mask, level=settings.ome_zarr_level
         )
     array = source if isinstance(source, da.Array) else np.asarray(source)
     if array.ndim != 3:
@@ -210,21 +254,17 @@ def _kept_layers(depth: int, settings: Settings) -> slice:
     return slice(kept.start, kept.stop if kept.stop >= 0 else None, kept.step)
 
 
-def _reach(whole: Tiling, roi_xyxy: tuple[int, int, int, int] | None) -> tuple[Window, Window]:
-    """Pixels of all tiles that touch the region of interest; and the region, counted in them."""
+def _reach(whole: Tiling, roi_xyxy: Region | None) -> tuple[Box, Box]:
+    """Return the pixels of all tiles that touch the region of interest; and it, counted in them."""
     height, width = whole.shape
-    x0, y0, x1, y1 = roi_xyxy or (0, 0, width, height)
-    if x1 > width or y1 > height:
+    roi = Box.of_xyxy(roi_xyxy or (0, 0, width, height))
+    if roi.right > width or roi.bottom > height:
         raise SettingsError(
-            f"ROI_XYXY {x0},{y0},{x1},{y1} reaches beyond the segment, which has {width} x "
-            f"{height} pixels (x, y)."
+            f"ROI_XYXY {','.join(map(str, roi.xyxy))} reaches beyond the segment, which has "
+            f"{width} x {height} pixels (x, y)."
         )
-    top, bottom = whole.y.reach(y0, y1)
-    left, right = whole.x.reach(x0, x1)
-    return (
-        (slice(top, bottom), slice(left, right)),
-        (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)),
-    )
+    reach = Box(*whole.y.reach(roi.top, roi.bottom), *whole.x.reach(roi.left, roi.right))
+    return reach, roi.inside(reach.corner)
 
 
 def _average(volume: da.Array, factor: int) -> da.Array:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from inkdask.errors import InkdaskError
@@ -36,8 +37,6 @@ from inkdask.models.fast import (
     prepare,
 )
 from inkdask.models.hardware import (
-    check_bfloat16,
-    check_int8,
     cores,
     device_for,
     fast_float32,
@@ -117,13 +116,9 @@ class Predictor:
     def __init__(self, network: Network) -> None:
         self.network = network
         self.device = device_for(network)
-        self.dtype = precision_for(network, self.device)
-        self.precision = "" if network.function else str(self.dtype).removeprefix("torch.")
-        if network.precision == "bfloat16" and self.precision:
-            check_bfloat16(self.device)
-        if network.precision == "int8" and self.precision:
-            check_int8(self.device)
-            self.precision = "int8"
+        self.precision = precision_for(network, self.device)
+        # In int8 a network reads float32: its layers quantise.
+        self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         self.batch_size = network.batch_size or self._default_batch()
         self._forward: Any = None  # the network, once it is loaded
         self._plain: Callable[[], nn.Module] | None = None  # gives it unpacked, where it is packed
@@ -233,7 +228,7 @@ class Predictor:
         """Upload a block (z, h, w) and view all its tiles, (h - t + 1, w - t + 1, z, t, t)."""
         voxels = voxels.to(self.device, non_blocking=True)
         t = self.network.tile
-        return voxels.unfold(1, t, 1).unfold(2, t, 1).permute(1, 2, 0, 3, 4)
+        return rearrange(voxels.unfold(1, t, 1).unfold(2, t, 1), "z y x t u -> y x z t u")
 
     def _gather(self, tiles: Tensor, at: Tensor) -> Tensor:
         """Return a batch as the network reads it, (b, 1, z, t, t)."""

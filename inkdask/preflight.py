@@ -6,6 +6,7 @@ before it is there.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections import defaultdict
@@ -17,15 +18,22 @@ from pathlib import Path
 import numpy as np
 
 from inkdask import engine, storage
-from inkdask.errors import InkdaskError
+from inkdask.box import Box
+from inkdask.errors import InkdaskError, SettingsError
+from inkdask.job import Job
 from inkdask.memory import expected_memory, memory_limit
-from inkdask.plan import Plan, Window
+from inkdask.plan import Plan
 from inkdask.progress import amount
-from inkdask.reading.volume import DecodedStack
-from inkdask.segment import Segment
+from inkdask.provenance import absolute
+from inkdask.reading.volume import Source
+from inkdask.segment import Segment, name_of, open_segment
 from inkdask.settings import Settings
+from inkdask.specs import NO_MASK
+from inkdask.storage import outputs
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
+
+log = logging.getLogger("inkdask")
 
 PICTURE = 0.5  # bytes of a pixel, of the stored picture or of the PNG, with some of it empty
 CODE = 1.0  # bytes of a probability in the tile grid, the same
@@ -42,64 +50,63 @@ class Need:
     size: float
 
 
-def check_room(plan: Plan, store: GridStore, target: str, settings: Settings) -> None:
-    """Check that the disks suffice for all that a job writes, or one part of it.
-
-    Parameters
-    ----------
-    plan
-        What the job does.
-    store
-        Its tile grid.
-    target
-        Where its picture goes, without an ending.
-    settings
-        For the rest.
-
-    Raises
-    ------
-    InkdaskError
-        Naming what is short, how much of it there is, and how much it takes.
-    """
+def check_places(job: Job, settings: Settings) -> None:
+    """Check that all that a job writes, or one part of it, has a place and the room for it."""
+    grid = storage.join(job.grid.uri, "zarr.json")
+    for file in (f"{job.target}.png", settings.result_file, grid):
+        outputs.check_writable(file)
     variable = "GRID" if settings.grid else "ZARR_OUTPUT_DIR"
-    needs = [Need("tile grid", variable, store.uri, _grid(store, settings))]
+    missing = 1.0
+    if not settings.overwrite and GridStore.label(job.grid.uri):
+        with suppress(InkdaskError):  # another part is just making it, or `run` says what is wrong
+            missing = float(np.mean(~job.grid.chunks_done()))
+    size = missing * _grid_bytes(job.grid) / settings.num_parts
+    needs = [Need("tile grid", variable, job.grid.uri, size)]
     if settings.num_parts == 1:
-        needs += _picture(plan.window, target)
-    check_disks([*needs, *_scratch(plan.segment)])
+        needs += _picture(job.region, job.target)
+    check_disks([*needs, *_scratch(job.plan.segment if job.plan else None)])
 
 
-def check_room_for_picture(window: Window, target: str) -> None:
-    """Check that the disks suffice for a picture at ``target``, which has no ending.
+def check_prepared(plan: Plan, settings: Settings) -> None:
+    """Check that a prepared array holds the layers of the segment whose picture is to be made."""
+    made_of = plan.segment.source.made_of if plan.segment else None
+    if made_of is None or not settings.surface_volume_zarr:
+        return
+    place, source = settings.surface_volume_zarr, str(plan.source)
+    if name_of(made_of.uri) != name_of(source) and not settings.output_path:
+        raise SettingsError(
+            f"SURFACE_VOLUME_ZARR {place} was prepared from {made_of.uri}, and the picture of "
+            f"S3_PATH {source} would be replaced: set OUTPUT_PATH where that is right."
+        )
+    if absolute(made_of.uri) != absolute(source):
+        return
+    layers = min(made_of.layers), max(made_of.layers) + 1
+    try:
+        now = open_segment(source, layers, mask=NO_MASK, level=settings.ome_zarr_level).identity
+    except InkdaskError as error:  # the layers may be gone, for which an array is prepared too
+        log.info("The layers of %s cannot be compared with %s: %s", source, place, error)
+        return
+    if now != made_of.identity:
+        raise InkdaskError(
+            f"SURFACE_VOLUME_ZARR {place} was prepared before the layers of {source} were changed: "
+            "run inkdask prepare again, or leave it out."
+        )
 
-    Raises
-    ------
-    InkdaskError
-        As `check_room`.
-    """
-    check_disks(_picture(window, target))
+
+def check_room_for_picture(region: Box, target: str) -> None:
+    """Check that the disks suffice for a picture at ``target``, which has no ending."""
+    check_disks(_picture(region, target))
 
 
 def check_room_to_prepare(segment: Segment, uri: str, compress: bool) -> None:
-    """Check that the disk suffices for the prepared array of a segment at ``uri``.
-
-    Raises
-    ------
-    InkdaskError
-        As `check_room`.
-    """
+    """Check that the disk suffices for the prepared array of a segment at ``uri``."""
     size = float(np.prod(segment.shape, dtype=float)) * (COMPRESSED if compress else 1)
     place = Need("surface volume", "SURFACE_VOLUME_ZARR", uri, size)
     check_disks([place, *_scratch(segment)])
 
 
 def check_memory(plan: Plan) -> None:
-    """Check that the processes of a job have the memory that it is expected to take.
-
-    Raises
-    ------
-    InkdaskError
-        Naming both amounts.
-    """
+    """Check that the processes of a job have the memory that it is expected to take."""
     where, limit, threads, processes = _processes()
 
     def expected(tiling: Tiling) -> float:
@@ -135,23 +142,23 @@ def _processes() -> tuple[str, int, int | None, int]:
 
 def _decoding(segment: Segment | None) -> float:
     """Bytes held while what cannot be cut is decoded: layers of such files, and a mask."""
-    sources = (segment.source, segment.mask_source) if segment else ()
-    return max((s.decoding_bytes for s in sources if isinstance(s, DecodedStack)), default=0)
+    return max((source.decoding_bytes for source in _sources(segment)), default=0)
 
 
-def _grid(store: GridStore, settings: Settings) -> float:
-    """Bytes of the tile grid that are still to be written by this part of the job."""
-    missing = 1.0
-    if not settings.overwrite and GridStore.attributes(store.uri):
-        with suppress(InkdaskError):  # another part is just making it, or `run` says what is wrong
-            missing = float(np.mean(store.tiles_run() < 0))
-    height, width = store.tiling.shape
-    size = CODE * store.tiling.tiles * store.k**2 + height * width / 16
-    return missing * size / settings.num_parts
+def _sources(segment: Segment | None) -> list[Source]:
+    """Layers and mask of a segment, those that are there."""
+    found = (segment.source, segment.mask_source) if segment else ()
+    return [source for source in found if source]
 
 
-def _picture(window: Window, target: str) -> list[Need]:
-    height, width = (part.stop - part.start for part in window)
+def _grid_bytes(grid: GridStore) -> float:
+    """Bytes of a whole tile grid."""
+    height, width = grid.tiling.shape
+    return CODE * grid.tiling.tiles * grid.k**2 + height * width / 16
+
+
+def _picture(region: Box, target: str) -> list[Need]:
+    height, width = region.shape
     size = PICTURE * height * width
     return [
         Need("picture", "OUTPUT_PATH", target, 2 * size),
@@ -161,25 +168,14 @@ def _picture(window: Window, target: str) -> list[Need]:
 
 def _scratch(segment: Segment | None) -> list[Need]:
     """What a process without a cluster decodes into; workers have folders of their own."""
-    sources = (segment.source, segment.mask_source) if segment else ()
-    size = sum(
-        float(np.prod(source.shape, dtype=float)) * COMPRESSED
-        for source in sources
-        if isinstance(source, DecodedStack)
-    )
+    size = sum(source.scratch_bytes for source in _sources(segment)) * COMPRESSED
     if not size or engine.current_client():
         return []
     return [Need("decoded layers", "TMPDIR", tempfile.gettempdir(), size)]
 
 
 def check_disks(needs: Iterable[Need]) -> None:
-    """Check that every local disk has the free space for all that goes there.
-
-    Raises
-    ------
-    InkdaskError
-        Naming the first that has not, and what goes there.
-    """
+    """Check that every local disk has the free space for all that goes there."""
     disks: dict[int, list[Need]] = defaultdict(list)
     for need in needs:
         if storage.is_local(need.place):

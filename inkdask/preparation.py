@@ -20,6 +20,7 @@ from zarr.codecs import ZstdCodec
 from inkdask import engine, storage
 from inkdask.errors import InkdaskError
 from inkdask.halo import with_halo
+from inkdask.identity import digest
 from inkdask.preflight import check_room_to_prepare
 from inkdask.progress import Meter
 from inkdask.reading.zarr_volume import (
@@ -32,7 +33,7 @@ from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
 from inkdask.specs import NO_MASK
 from inkdask.storage import outputs
-from inkdask.store import digest, open_array
+from inkdask.store import restarted
 from inkdask.tiling import Tiling
 
 log = logging.getLogger("inkdask")
@@ -71,8 +72,9 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
     blocks = Tiling.of(segment.shape[1:], tile=CHUNK, stride=CHUNK, chunk=SHARD)
     done = f"{uri}.done"
     source = _source(segment, settings.use_zarr_compression)
-    if not _is_begun(uri, source) or settings.overwrite:
+    if not _is_begun(uri, source, settings.overwrite) or settings.overwrite:
         check_room_to_prepare(segment, uri, settings.use_zarr_compression)
+        restarted.append(uri)
         _begin(uri, done, segment, blocks, source)
     if storage.zarr_array(uri).attrs[FINISHED_ATTRIBUTE]:
         log.info("%s is there already, made of the same files", uri)
@@ -90,10 +92,11 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
     return uri
 
 
-def _is_begun(uri: str, source: dict[str, Any]) -> bool:
+def _is_begun(uri: str, source: dict[str, Any], overwrite: bool) -> bool:
     """Whether the array is there, made of the same files in the same way.
 
-    What inkdask did not prepare is not touched, whatever is asked for.
+    An array that inkdask did not prepare is never touched; one of another segment only when that
+    is asked for.
     """
     if not storage.exists(uri):
         return False
@@ -104,7 +107,13 @@ def _is_begun(uri: str, source: dict[str, Any]) -> bool:
             attributes = {}
     if not {FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE, PREPARED_ATTRIBUTE} <= attributes.keys():
         raise InkdaskError(f"{uri} is there, and it is no array that inkdask prepared.")
-    return attributes[PREPARED_ATTRIBUTE] == source
+    there: Any = attributes[PREPARED_ATTRIBUTE]
+    if there != source and not overwrite and there.get("uri") != source["uri"]:
+        raise InkdaskError(
+            f"{uri} was prepared from {there.get('uri')}: name another place, or replace it with "
+            "--overwrite."
+        )
+    return bool(there == source)
 
 
 def _begin(uri: str, done: str, segment: Segment, blocks: Tiling, source: dict[str, Any]) -> None:
@@ -139,7 +148,7 @@ def _begin(uri: str, done: str, segment: Segment, blocks: Tiling, source: dict[s
 
 def _source(segment: Segment, compress: bool) -> dict[str, Any]:
     return {
-        "uri": segment.uri,
+        "uri": storage.absolute(segment.uri),
         "identity": segment.identity,
         "layers": list(segment.layers),
         "compressed": compress,
@@ -168,7 +177,7 @@ def _fill(uri: str, done: str, segment: Segment, blocks: Tiling, version: str) -
 def _shares(done: str, version: str) -> np.ndarray:
     """The marks of the blocks, float (rows, columns)."""
     with storage.decoded(done, ": run inkdask prepare again with --overwrite"):
-        return np.asarray(open_array(done, version)[:], float)
+        return np.asarray(storage.open_array(done, version)[:], float)
 
 
 def _copy_block(
@@ -182,5 +191,6 @@ def _copy_block(
     _, row, column = block_id
     rows, columns = blocks.y.edges[row : row + 2], blocks.x.edges[column : column + 2]
     with storage.explained(uri):
-        open_array(uri, version)[:, slice(*rows), slice(*columns)] = block
-        open_array(done, version)[row, column] = np.count_nonzero(block.any(axis=0)) / block[0].size
+        storage.open_array(uri, version)[:, slice(*rows), slice(*columns)] = block
+        share = np.count_nonzero(block.any(axis=0)) / block[0].size
+        storage.open_array(done, version)[row, column] = share

@@ -1,144 +1,161 @@
-"""What shapes a result: the fingerprint of its tile grid, and the origin that pictures carry."""
+"""From a plan and its settings to what says which job it is (`inkdask.identity`)."""
 
 from __future__ import annotations
 
 import platform
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from inkdask import storage
+from inkdask.identity import Origin, Provenance, Recipe, Said
+from inkdask.models.callables import name_of
+from inkdask.models.registry import known
 from inkdask.plan import Plan
 from inkdask.settings import Settings
-from inkdask.store import FORMAT
 
 SOFTWARE = ("inkdask", "torch", "dask", "zarr", "numpy")
 
-
-def fingerprint(plan: Plan) -> dict[str, Any]:
-    """Everything that shapes the tile probabilities, and the chunks they are stored in.
-
-    Two jobs with equal fingerprints share a stored grid. The window of the blend is not in it:
-    a grid can be blended again with another one.
-    """
-    network, tiling = plan.network, plan.tiling
-    return {
-        "format": FORMAT,
-        "input": plan.segment.identity if plan.segment else None,
-        "layers": list(plan.layers),
-        "averaged": len(plan.layers) // network.layers,
-        "corner": list(_corner(plan)),
-        "shape": list(tiling.shape),
-        "model": network.model.key,
-        "architecture": network.model.architecture,
-        "weights": network.digest,
-        "tile": tiling.tile,
-        "stride": tiling.stride,
-        "k": network.k,
-        "clip": network.clip,
-        "divisor": network.divisor,
-        "precision": network.precision,
-        "chunk": [tiling.y.step, tiling.x.step],
-    }
-
-
-def origin_of(plan: Plan, settings: Settings) -> dict[str, Any]:
-    """Where a tile grid comes from, beside what shapes it: kept with it, for its pictures."""
-    start, end = settings.layers or (min(plan.layers), max(plan.layers) + 1)
-    origin = {
-        "segment": plan.name,
-        "source": absolute(_source(plan, settings)),
-        "volume": absolute(plan.segment.uri) if plan.segment else None,
-        "ome_zarr_level": settings.ome_zarr_level,
-        "mask": absolute(plan.segment.mask_uri) if plan.segment else None,
-        "layer_range": [start, end],
-        "direction": "reverse" if settings.force_reverse else "forward",
-        "weights_from": None if plan.network.function else plan.network.model.weights,
-        "roi_xyxy": _region(plan, settings),
-        "software": {"python": platform.python_version(), **{p: version(p) for p in SOFTWARE}},
-        "command": command(plan, settings),
-    }
-    return without_secrets(origin)
-
-
-def provenance(
-    identity: Mapping[str, Any], origin: Mapping[str, Any], settings: Settings
-) -> dict[str, Any]:
-    """The origin of a picture: for zarr attributes, PNG text, TIFF tags. No secrets are in it."""
-    roi = settings.roi_xyxy or origin["roi_xyxy"]
-    said = origin["command"]
-    return {
-        "fingerprint": dict(identity),
-        **origin,
-        "roi_xyxy": list(roi) if roi else None,
-        "blend_mode": settings.blend_mode,
-        "gaussian_sigma": settings.gaussian_sigma,
-        "pixel_resolution_um": settings.pixel_resolution_um,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": said and shlex.join([*said, *_options(OF_PICTURES, settings, roi_xyxy=roi)]),
-    }
-
-
-# Parameters that shape a tile grid, beside those that `command` always says; and its pictures.
+# Parameters that change the grid, beside those that `_command` always says, and parameters that
+# change only the picture.
 OF_GRIDS = (
-    "surface_volume_zarr", "ome_zarr_level", "mask_path", "z_downsample_mean_factor",
-    "force_reverse", "model_type", "model_in_chans", "precision", "chunk_size",
+    "ome_zarr_level", "z_downsample_mean_factor", "force_reverse", "model_type", "model_in_chans",
+    "precision", "chunk_size",
 )  # fmt: skip
 OF_PICTURES = (
     "roi_xyxy", "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um",
     "add_scale_bar", "scale_bar_length_um",
 )  # fmt: skip
+# What `reduce` asks of a record also when the user does not say it: there is no word for "none".
+UNSAID = ("force_reverse", "z_downsample_mean_factor", "roi_xyxy")
 
 
-def command(plan: Plan, settings: Settings) -> list[str] | None:
-    """The command that makes the same tile grid; None when the model is no more than a function.
+def recipe_of(plan: Plan) -> Recipe:
+    """Return what shapes the tiles of a plan, and the chunks they are stored in."""
+    network, tiling, segment = plan.network, plan.tiling, plan.segment
+    return Recipe(
+        input=segment.identity if segment else None,
+        mask=segment.mask_identity if segment else None,
+        layers=plan.layers,
+        direction="reverse" if plan.is_reversed else "forward",
+        averaged=plan.averaged,
+        corner=plan.corner,
+        size=tiling.shape,
+        model=network.model.key,
+        architecture=network.model.architecture,
+        weights=network.digest,
+        clip=network.clip,
+        divisor=network.divisor,
+        precision=network.precision,
+        tile=tiling.tile,
+        stride=tiling.stride,
+        k=network.k,
+        chunk=(tiling.y.step, tiling.x.step),
+    )
 
-    What the model or the program would choose is said too, so that a later version, which might
-    choose otherwise, repeats it.
+
+def origin_of(plan: Plan, settings: Settings) -> Origin:
+    """Return where the tiles of a plan come from; source and layers are the plan's own."""
+    segment = plan.segment
+    origin = Origin(
+        segment=plan.name,
+        source=absolute(plan.source),
+        volume=absolute(segment.uri) if segment else None,
+        ome_zarr_level=settings.ome_zarr_level,
+        mask=absolute(segment.mask_uri) if segment else None,
+        layer_range=plan.layer_range,
+        opened=plan.opened,
+        weights_from=None if plan.network.function else plan.network.model.weights,
+        roi_xyxy=plan.roi_xyxy,
+        software={"python": platform.python_version(), **{p: version(p) for p in SOFTWARE}},
+        command=None,
+    )
+    origin = without_secrets(origin)
+    return replace(origin, command=_command(plan, origin, settings))
+
+
+def said_of(plan: Plan, origin: Origin, settings: Settings) -> Said | None:
+    """Return what was asked for, with all that was left open settled; None for an array."""
+    if origin.source is None:
+        return None
+    return Said(
+        s3_path=origin.source,
+        surface_volume_zarr=None if origin.volume == origin.source else origin.volume,
+        ome_zarr_level=origin.ome_zarr_level,
+        mask_path=origin.mask,
+        layers=origin.layer_range,
+        force_reverse=plan.is_reversed,
+        z_downsample_mean_factor=plan.averaged,
+        model=_model(settings.model),
+        model_in_chans=plan.network.layers,
+        clip=plan.network.clip,
+        divisor=plan.network.divisor,
+        precision=plan.network.precision,
+        tile=plan.tiling.tile,
+        stride=plan.tiling.stride,
+        roi_xyxy=origin.roi_xyxy,
+        chunk_size=settings.chunk_size,
+    )
+
+
+def asked_of(settings: Settings) -> dict[str, Any]:
+    """Return what the settings ask of a job, by the names of `Said`."""
+    asked = {
+        name: absolute(getattr(settings, name))
+        for name in Said.__dataclass_fields__
+        if name in UNSAID or (name in settings.model_fields_set and name != "model")
+    }
+    asked |= {"layers": settings.layers, "s3_path": without_secrets(absolute(settings.s3_path))}
+    if settings.model is not None:
+        asked["model"] = _model(settings.model)
+    return {name: value for name, value in asked.items() if value is not None or name in UNSAID}
+
+
+def provenance_of(
+    recipe: Recipe, origin: Origin, ran_in: tuple[str, ...], settings: Settings
+) -> Provenance:
+    """Return what a picture says of itself; no secret is in it."""
+    words = origin.command
+    if words is not None:
+        words = (*words, *_options(OF_PICTURES, settings, roi_xyxy=origin.roi_xyxy))
+    return Provenance(
+        recipe=recipe,
+        origin=replace(origin, command=words),
+        blend_mode=settings.blend_mode,
+        gaussian_sigma=settings.gaussian_sigma,
+        ran_in=ran_in,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _command(plan: Plan, origin: Origin, settings: Settings) -> tuple[str, ...] | None:
+    """Return the words of the command that makes the same grid; None for a callable.
+
+    What the model or the program would choose is said too, because a later version might choose
+    otherwise.
     """
     if plan.network.function is not None:
         return None
-    start, end = settings.layers or (min(plan.layers), max(plan.layers) + 1)
-    words = ["inkdask", "run", absolute(_source(plan, settings)), "--model", _model(plan, settings)]
+    start, end = origin.layer_range
+    words: list[Any] = ["inkdask", "run", origin.source, "--model", _model(settings.model)]
     words += ["--layers", f"{start}:{end}", "--tile", plan.tiling.tile]
     words += ["--stride", plan.tiling.stride, "--clip", f"{plan.network.clip:.15g}"]
     words += ["--divisor", f"{plan.network.divisor:.15g}"]
-    return [*map(str, words), *_options(OF_GRIDS, settings)]
-
-
-def _corner(plan: Plan) -> tuple[int, int]:
-    """Where the tiles begin: row and column of the segment's files, also where it was cropped."""
-    if plan.inside is None or plan.inside.window is None:
-        return plan.corner
-    rows, columns = plan.inside.window
-    return rows.start, columns.start
-
-
-def _region(plan: Plan, settings: Settings) -> list[int] | None:
-    """What the picture shows, in pixels of the segment's files; None for all of it."""
-    if plan.segment is None or plan.segment.window is None:
-        return list(settings.roi_xyxy) if settings.roi_xyxy else None
-    rows, columns = plan.segment.window  # in which the region of interest is counted
-    height, width = plan.segment.shape[1:]
-    x0, y0, x1, y1 = settings.roi_xyxy or (0, 0, width, height)
-    left, top = columns.start, rows.start
-    return [left + x0, top + y0, left + x1, top + y1]
-
-
-def _source(plan: Plan, settings: Settings) -> str | None:
-    """The segment as the user named it, or as it was opened."""
-    return settings.s3_path or (plan.segment.uri if plan.segment else None)
+    if origin.volume != origin.source:
+        words += ["--surface-volume-zarr", origin.volume]
+    if plan.mask_path:
+        words += ["--mask-path", without_secrets(absolute(plan.mask_path))]
+    return tuple(map(str, [*words, *_options(OF_GRIDS, settings)]))
 
 
 def _options(names: Sequence[str], settings: Settings, **instead: Any) -> Iterator[str]:
-    """Those of some parameters that are not at their defaults, as words of a command."""
+    """Yield, as words of a command, the parameters that are not at their defaults."""
     for name in names:
         value = instead.get(name, getattr(settings, name))
-        value = absolute(value) if name in ("surface_volume_zarr", "mask_path") else value
         if value != Settings.model_fields[name].default:
             yield f"--{name.replace('_', '-')}"
             if isinstance(value, tuple | list):
@@ -147,14 +164,15 @@ def _options(names: Sequence[str], settings: Settings, **instead: Any) -> Iterat
                 yield f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-def _model(plan: Plan, settings: Settings) -> str:
-    """The model as the user named it; a folder that happens to have its key is not meant."""
-    of_path = settings.model == plan.network.model.weights
-    return str(absolute(settings.model) if of_path else settings.model)
+def _model(model: Any) -> str:
+    """Return the model as the user named it; a local checkpoint with its whole path."""
+    if callable(model):
+        return name_of(model)
+    return str(model if model in known() else absolute(model))
 
 
 def absolute(value: Any) -> Any:
-    """A local path as it is everywhere on this machine; anything else as it is."""
+    """Return a local path that exists as it is from any folder; anything else as it is."""
     if isinstance(value, str) and storage.is_local(value):
         with storage.explained(value):
             if Path(value).exists():
@@ -163,9 +181,11 @@ def absolute(value: Any) -> Any:
 
 
 def without_secrets(value: Any) -> Any:
-    """The same value, where no URI says a user and a password."""
+    """Return the same value without the user and password of any URI."""
+    if isinstance(value, Origin | Provenance):
+        return type(value).from_json(without_secrets(value.to_json()), "it")
     if isinstance(value, Mapping):
         return {key: without_secrets(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
+        return type(value)(without_secrets(item) for item in value)
     return re.sub(r"://[^/@\s]+@", "://", value) if isinstance(value, str) else value

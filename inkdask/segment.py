@@ -1,7 +1,7 @@
-"""A segment: the layers of one unrolled piece of papyrus, found, checked, and described.
+"""A segment: the layers of one unrolled piece of papyrus.
 
-Opening one reads listings and headers only, and fails in seconds, in one sentence, on whatever
-would fail a job hours later: a missing, doubled, odd-sized, odd-typed or truncated layer.
+`open_segment` reads listings and headers only. It fails in seconds on what would fail a job after
+hours: a missing, doubled or truncated layer, or one of another size or type.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import dask.array as da
 import numpy as np
 
 from inkdask import showing, storage
+from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.reading import images, tiff_header
 from inkdask.reading.layers import LayerFile, asked_for, check_unique, choose_layers, find_layers
 from inkdask.reading.tiff import TiffImage
-from inkdask.reading.volume import DecodedStack, Source, TiffStack, lazy
+from inkdask.reading.volume import DecodedStack, Reading, Source, TiffStack, lazy, read_block
 from inkdask.reading.zarr_volume import open_zarr
 from inkdask.settings import layer_range
 from inkdask.specs import NO_MASK
@@ -35,31 +36,32 @@ _ZARR_FILES = {"zarr.json", ".zarray", ".zgroup"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Segment:
-    """A segment whose headers have been read, and nothing else; picklable.
+    """Segment whose headers have been read; picklable.
 
     Attributes
     ----------
     uri
-        The path it was opened by.
+        Path or URI that the segment was opened by.
     name
-        The part of it that names the segment.
+        Name of the segment's folder.
     layers
-        Numbers of the layers, in the order in which they are read.
+        Numbers of the layers, in reading order.
     dtype
         Type of the values on disk, uint8 or uint16; `volume` is always uint8.
     identity
-        Changes when an input file does: made of sizes, ETags and modification times.
+        Digest of the layer files: their places, sizes, ETags or times, and 4 KiB of each.
     source
-        The files, and how they can be cut.
+        Layer files, and how they can be cut.
     stored_bytes
-        Bytes of the layer files; 0 for zarr arrays, whose files would take long to list.
+        Bytes of the layer files; 0 for zarr arrays, because listing their files takes long.
     mask_uri
-        Picture that is non-zero where there is papyrus; None when there is none, and ``none`` when
-        none was wanted.
+        Picture that is not 0 on papyrus; None without a mask, ``none`` when the user wanted none.
     mask_source
-        The same, and how it can be cut.
-    window
-        Rows and columns that are kept, in pixels of the files; None for all (see `crop`).
+        File of the mask, and how it can be cut; None without a mask.
+    mask_identity
+        Digest of the mask, as `identity`; None without a mask.
+    box
+        Pixels of the files that are kept (see `crop`); None for all.
     """
 
     uri: str
@@ -70,62 +72,61 @@ class Segment:
     source: Source
     stored_bytes: int
     mask_uri: str | None = None
-    mask_source: DecodedStack | None = None
-    window: tuple[slice, slice] | None = None
+    mask_source: Source | None = None
+    mask_identity: str | None = None
+    box: Box | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Layers, height and width."""
-        if self.window is None:
-            return self.source.shape
-        rows, columns = self.window
-        return len(self.layers), rows.stop - rows.start, columns.stop - columns.start
+        height, width = self.box.shape if self.box else self.source.shape[1:]
+        return len(self.layers), height, width
+
+    @property
+    def window(self) -> tuple[slice, slice] | None:
+        """Rows and columns of the box; None for all."""
+        return self.box.slices if self.box else None
 
     @property
     def volume(self) -> da.Array:
-        """The layers as dask uint8 (z, y, x); chunks follow the files, and nothing is read."""
-        return lazy(self.source, f"{self.uri} {self.identity} {self.layers}", self.window)
+        """Layers as dask uint8 (z, y, x), in chunks that follow the files."""
+        return lazy(self.source, f"{self.identity} {self.layers}", self.box)
 
     @property
     def mask(self) -> da.Array | None:
-        """Dask bool (y, x), True where there is papyrus; None without a mask."""
-        if self.mask_source is None:
-            return None
-        return lazy(self.mask_source, f"{self.mask_uri} {self.identity}", self.window)[0] > 0
+        """Mask as dask bool (y, x), True on papyrus; None without a mask."""
+        return self.lazy()[1]
+
+    def lazy(self, read: Reading = read_block) -> tuple[da.Array, da.Array | None]:
+        """Return `volume` and `mask`, whose tasks call ``read`` with their `Block`."""
+        volume = lazy(self.source, f"{self.identity} {self.layers}", self.box, read)
+        if self.mask_source is None or self.mask_identity is None:
+            return volume, None
+        return volume, lazy(self.mask_source, self.mask_identity, self.box, read, is_mask=True)
 
     def take(self, layers: slice) -> Segment:
-        """Keep some layers, in the order of the slice; the others are not read."""
+        """Keep some layers, in the order of the slice."""
         return replace(self, source=self.source.take(layers), layers=self.layers[layers])
 
     def crop(self, rows: slice, columns: slice) -> Segment:
-        """Keep a window in pixels; unlike slices of `volume`, it reads only pieces that meet it.
+        """Keep rows and columns, counted in this segment's pixels.
 
-        Raises
-        ------
-        InkdaskError
-            When the window is empty or reaches beyond the segment.
+        Reads less than a slice of `volume`, which reads whole blocks.
         """
-        top, left = (span.start for span in self.window) if self.window else (0, 0)
-        _, height, width = self.shape
-        if not (
-            0 <= rows.start < rows.stop <= height and 0 <= columns.start < columns.stop <= width
-        ):
+        whole, box = Box.at((0, 0), self.shape[1:]), Box.of(rows, columns)
+        if box.is_empty or not whole.holds(box):
             raise InkdaskError(
-                f"Rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop} are "
-                f"no window of {self.uri}, which has {height} x {width} pixels."
+                f"Rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop} do "
+                f"not lie in {self.uri}, which has {whole.bottom} x {whole.right} pixels."
             )
-        window = (
-            slice(top + rows.start, top + rows.stop),
-            slice(left + columns.start, left + columns.stop),
-        )
-        return replace(self, window=window)
+        return replace(self, box=box.shift(*self.box.corner) if self.box else box)
 
     def __repr__(self) -> str:
         depth, height, width = self.shape
         return f"<Segment {self.uri}: {depth} layers of {height} x {width} {self.dtype}>"
 
     def show(self, **options: Any) -> Any:
-        """Look at the layers in Jupyter: a `Viewer`; see `inkdask.view.show_segment`."""
+        """Show the layers in Jupyter, in a `Viewer`; see `inkdask.view.show_segment`."""
         return showing.view.show_segment(self, **options)
 
     def _repr_html_(self) -> str:
@@ -136,7 +137,7 @@ def open_segment(
     uri: str | os.PathLike[str],
     layers: tuple[int, int] | str | None = None,
     *,
-    window: int | None = None,
+    count: int | None = None,
     mask: str | os.PathLike[str] | None = None,
     level: str = "0",
 ) -> Segment:
@@ -145,23 +146,17 @@ def open_segment(
     Parameters
     ----------
     uri
-        Local path or ``s3://`` URI: a folder with ``layers`` or ``surface_volume`` in it, a folder
-        of layers itself (``<id>.tifs``), a zarr array, or an OME-Zarr group.
+        Local path or ``s3://`` URI: a folder that holds ``layers`` or ``surface_volume``, a folder
+        of layers (``<id>.tifs``), a zarr array, or an OME-Zarr group.
     layers
-        First layer (inclusive) and last (exclusive), as the files are numbered; or ``"0:26"``.
-    window
-        Without ``layers``: as many layers, centred on the middle one. Default: all.
+        Numbers of the first layer (inclusive) and the last (exclusive), or ``"0:26"``.
+    count
+        Without ``layers``: number of layers around the middle. Default: all.
     mask
-        Picture that is non-zero where there is papyrus, or ``none``. Default: ``<id>_mask.png``
-        where the folder ``<id>`` has it.
+        Picture that is not 0 on papyrus, or ``none``. Default: ``<id>_mask.png`` in the folder
+        ``<id>``, where there is one.
     level
         Level of an OME-Zarr group.
-
-    Raises
-    ------
-    InkdaskError
-        When there are no layers, one is missing, there twice, unreadable or truncated, or differs
-        from the others in size or type.
     """
     uri = os.fspath(uri)
     if layers is not None:
@@ -172,24 +167,22 @@ def open_segment(
     listing = storage.list_folder(uri)
     name = name_of(uri)
     if _ZARR_FILES & {entry.name for entry in listing}:
-        source, numbers, dtype, identity = _open_array(uri, layers, window, level)
+        source, numbers, dtype, identity = _open_array(uri, layers, count, level)
         stored = 0
     else:
         if not listing:
             raise InkdaskError(f"No layers found in {uri}{asked_for(layers)}: {_what_is_at(uri)}.")
         folder, files = find_layers(uri, listing)
         check_unique(files, layers)
-        files = files[choose_layers([file.number for file in files], folder, layers, window)]
+        files = files[choose_layers([file.number for file in files], folder, layers, count)]
         source, dtype, identity = _open_files(files)
         numbers = tuple(file.number for file in files)
         stored = sum(file.size for file in files)
     mask_uri = os.fspath(mask) if mask else _find_mask(uri, name, listing)
-    mask_source = None
+    segment = Segment(uri, name, numbers, dtype, identity, source, stored, mask_uri)
     if mask_uri and mask_uri != NO_MASK:
         mask_source = _open_mask(mask_uri, source.shape[1:])
-    if mask_source:
-        identity = _digest([identity, mask_source.identity])
-    segment = Segment(uri, name, numbers, dtype, identity, source, stored, mask_uri, mask_source)
+        segment = replace(segment, mask_source=mask_source, mask_identity=mask_source.identity)
     log.debug("%s: layers %s are read, in this order", uri, " ".join(map(str, numbers)))
     return segment
 
@@ -234,7 +227,7 @@ def describe(segment: Segment) -> Description:
 
 
 def _empty_share(source: Source) -> float | None:
-    if isinstance(source, DecodedStack):
+    if not source.can_be_sampled:
         return None
     layers, height, width = source.shape
     middle = source.take(slice(layers // 2, layers // 2 + 1))
@@ -250,28 +243,28 @@ def _empty_share(source: Source) -> float | None:
 
 
 def _spread(length: int, piece: int, most: int) -> list[int]:
-    """Spread the starts of some pieces over a length, of at most every second piece."""
+    """Spread the starts of up to ``most`` pieces over a length; take half of the pieces at most."""
     count = max(1, min(most, length // piece // 2))
     return [(length - piece) * (2 * i + 1) // (2 * count) for i in range(count)]
 
 
 def _open_array(
-    uri: str, layers: tuple[int, int] | None, window: int | None, level: str
+    uri: str, layers: tuple[int, int] | None, count: int | None, level: str
 ) -> tuple[Source, tuple[int, ...], np.dtype[Any], str]:
     """Open a zarr array, and choose its layers."""
     source = open_zarr(uri, level)
     numbers = source.numbers
-    # The reference tool prepares an array (y, x, z) of just one range, and keeps no numbers.
+    # Arrays of the reference tool, (y, x, z), hold one range of layers without their numbers.
     is_of_one_range = not (source.path or source.is_numbered) and source.depth == 2
     if layers and is_of_one_range and layers[1] - layers[0] == len(numbers):
         numbers = tuple(range(*layers))
-    chosen = choose_layers(numbers, uri, layers, window)
+    chosen = choose_layers(numbers, uri, layers, count)
     return source.take(chosen), numbers[chosen], source.dtype, source.identity
 
 
 def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]:
     """Read the headers of all layers, and check that they agree."""
-    headers = for_each(_read_header, files)
+    headers, traits = zip(*for_each(_open_file, files), strict=True)
     for image in headers:
         if isinstance(image, images.Picture) and image.is_palette:
             raise InkdaskError(f"{image.uri} has colours of a palette: save it in grey.")
@@ -280,7 +273,7 @@ def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]
     odd = [image for image in headers if image.oddity]
     if odd:
         log.warning("%s has %s (%d such layers)", odd[0].uri, odd[0].oddity, len(odd))
-    identity = _digest([(file.number, file.size, file.mark) for file in files])
+    identity = _digest(traits)
     tiffs = tuple(image for image in headers if isinstance(image, TiffImage))
     if len(tiffs) == len(headers) and TiffStack(tiffs).can_be_cut:
         return TiffStack(tiffs), tiffs[0].dtype, identity
@@ -294,13 +287,16 @@ def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]
     return DecodedStack(tuple(headers), identity, words), headers[0].dtype, identity
 
 
-def _read_header(file: LayerFile) -> TiffImage | images.Picture:
+def _open_file(file: LayerFile) -> tuple[TiffImage | images.Picture, tuple[Any, ...]]:
+    """Read the header of a file, and the parts of its identity."""
     read = tiff_header.read_header if file.is_tiff else images.read_header
-    return read(file.uri, file.size)
+    image = read(file.uri, file.size, file.etag)
+    middle = storage.read_middle(file.uri, file.size, file.etag)
+    return image, (storage.absolute(file.uri), file.size, file.mark, middle)
 
 
 def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) -> None:
-    """Check that all layers have the property; the odd one out is named, not the first."""
+    """Check that a property is the same in all layers; an error names the odd one out."""
     usual = collections.Counter(map(of, headers)).most_common(1)[0][0]
     for image in headers:
         if of(image) != usual:
@@ -310,36 +306,35 @@ def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) ->
 
 
 def _what_is_at(uri: str) -> str:
-    """What there is where nothing can be listed."""
+    """Say why a listing is empty."""
     if not storage.exists(uri):
         return "it does not exist"
     return "it is a file" if not storage.entry(uri).is_folder else "it is empty"
 
 
 def find_mask(uri: str) -> str | None:
-    """Find the mask of the segment at ``uri``, or None."""
+    """Return the mask in the segment at ``uri``, or None."""
     return _find_mask(uri, name_of(uri), storage.list_folder(uri))
 
 
 def _find_mask(uri: str, name: str, listing: Sequence[storage.Entry]) -> str | None:
-    """Find the mask that lies in a segment; ``*_mask.png`` of other names say something else."""
+    """Return the mask in a segment, or None; other ``*_mask.png`` are no masks of papyrus."""
     own = f"{name}_mask.png"
     return storage.join(uri, own) if own in {entry.name for entry in listing} else None
 
 
 def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
-    entry = storage.entry(uri)
-    image = _read_header(LayerFile(0, uri, entry.size, entry.mark))
+    image, traits = _open_file(LayerFile.of(0, uri, storage.entry(uri)))
     if isinstance(image, images.Picture):
         image = replace(image, is_mask=True)
-    elif image.dtype != np.uint8:  # its high bytes alone might all be zero
+    elif image.dtype != np.uint8:  # Only high bytes are read, and they may all be 0.
         raise InkdaskError(f"The mask {uri} has {image.dtype.name} values, and a TIFF needs uint8.")
     if image.shape != shape:
         raise InkdaskError(
             f"The mask {uri} has {image.shape[1]} x {image.shape[0]} pixels, "
             f"the layers have {shape[1]} x {shape[0]}; MASK_PATH=none reads them without a mask."
         )
-    return DecodedStack((image,), _digest([entry.size, entry.mark]), image.words)
+    return DecodedStack((image,), _digest(traits), image.words)
 
 
 def _digest(parts: Sequence[Any]) -> str:
@@ -347,7 +342,7 @@ def _digest(parts: Sequence[Any]) -> str:
 
 
 def name_of(uri: str) -> str:
-    """Name a segment after its folder: ``scroll5/20240301/layers/`` is ``20240301``."""
-    path = storage.filesystem(uri)[1] if storage.is_local(uri) else uri  # "." has a name too
+    """Name a segment by its folder: ``20240301`` for ``scroll5/20240301/layers/``."""
+    path = storage.absolute(uri) if storage.is_local(uri) else uri  # resolves "."
     parts = [part for part in path.split("/") if part not in ("", "layers", "surface_volume")]
     return parts[-1].removesuffix(".tifs").removesuffix(".zarr") if parts else "segment"

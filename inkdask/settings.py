@@ -144,6 +144,11 @@ class Settings(BaseSettings):
         description="Architecture of a checkpoint that is not a known model. Default: that of the "
         "checkpoint's own description, else timesformer.",
     )
+    model_version: str | None = Field(
+        None,
+        description="Version of a model that is a Python function. Tiles of a function that uses "
+        "code of your own modules resume under a version only: change it with the code.",
+    )
     model_in_chans: int | None = Field(
         None,
         ge=1,
@@ -198,7 +203,7 @@ class Settings(BaseSettings):
     precision: Precision = Field(
         "auto",
         description="Arithmetic of the network. auto: bfloat16 where the hardware has it. int8: "
-        "faster and less exact, for TimeSformer on a CPU.",
+        "faster and less exact, for TimeSformer on a CPU without AMX.",
     )
     compile: bool = Field(
         True,

@@ -160,8 +160,10 @@ class Tiling:
     x: Axis
 
     @classmethod
-    def of(cls, shape: tuple[int, int], tile: int, stride: int, chunk: int) -> Tiling:
-        """Tile an image of ``shape`` (y, x) pixels.
+    def of(
+        cls, shape: tuple[int, int], tile: int, stride: int, chunk: int | tuple[int, int]
+    ) -> Tiling:
+        """Tile an image of ``shape`` (y, x) pixels; ``chunk`` is a side, or height and width.
 
         Raises
         ------
@@ -172,7 +174,9 @@ class Tiling:
             raise SettingsError(
                 f"STRIDE must be between 1 and TILE_SIZE ({tile}), but it is {stride}."
             )
-        return cls(*(Axis(int(length), tile, stride, chunk) for length in shape))
+        sides = chunk if isinstance(chunk, tuple) else (chunk, chunk)
+        axes = zip(shape, sides, strict=True)
+        return cls(*(Axis(int(length), tile, stride, side) for length, side in axes))
 
     @property
     def tile(self) -> int:

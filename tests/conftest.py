@@ -10,7 +10,7 @@ import uuid
 
 import pytest
 
-from inkdask import storage
+from inkdask import engine, storage
 from inkdask.settings import Environment, parameters
 from tests.faultproxy import FaultProxy
 from tests.files import SHAPE, random_volume
@@ -47,11 +47,20 @@ def own_environment(monkeypatch, tmp_path):
     for _, variable, _ in parameters():
         monkeypatch.setenv(variable, "")  # so that it is restored, whatever the job sets
         monkeypatch.delenv(variable)
+    monkeypatch.setenv("MODEL_VERSION", "1")  # imported functions may resume
     monkeypatch.setattr(Environment, "told", None)
     monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
     monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))
     monkeypatch.setenv("RESULT_FILE", str(tmp_path / "result.txt"))
     monkeypatch.setenv("CHUNK_SIZE", "128")
+
+
+@pytest.fixture
+def own_tiles(own_environment, monkeypatch, tmp_path):
+    """An environment in which `tests.jobs.network` counts its tiles, and failures wait briefly."""
+    monkeypatch.setenv("BATCH_SIZE", "8")
+    monkeypatch.setenv("TILES_LOG", str(tmp_path / "tiles.log"))
+    monkeypatch.setattr(engine, "PAUSE", 0.01)
 
 
 def free_port():

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import dask.array as da
 import numpy as np
@@ -27,11 +28,12 @@ from inkdask.pictures.png import write_png
 from inkdask.pictures.pyramid import halve, write_pyramid
 from inkdask.pictures.scale_bar import ScaleBar, with_scale_bar
 from tests.files import random_volume, read_picture, write_layers
+from tests.jobs import made_of
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
 HEIGHT, WIDTH = 620, 530
-ORIGIN = {"volume": "nowhere", "model": "tοy"}
+TOLD = replace(made_of("nowhere"), created="ποτέ")
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def pixels():
 def prediction(tmp_path, pixels):
     """A stored prediction of 8 um pixels, which begins at row 64 and column 32 of its segment."""
     uri = str(tmp_path / "prediction_toy_00_03.zarr")
-    write_pyramid(da.from_array(pixels, chunks=128), uri, ORIGIN, 8.0, (64, 32))
+    write_pyramid(da.from_array(pixels, chunks=128), uri, TOLD, 8.0, (64, 32))
     return uri
 
 
@@ -130,7 +132,7 @@ def test_an_overview_is_smaller_and_knows_its_scale(prediction, pixels, tmp_path
     with Image.open(tmp_path / "p.jpg") as image:
         assert image.size == (265, 310)
         assert image.info["dpi"] == pytest.approx((25400 / 16,) * 2, abs=1)
-        assert json.loads(image.info["comment"])["model"] == "tοy"
+        assert json.loads(image.info["comment"])["created"] == "ποτέ"
         off = np.abs(np.asarray(image).astype(int) - halve(pixels))
         assert off.mean() < 2
     inkdask.export(prediction, tmp_path / "small.png", max_side=200)
@@ -216,7 +218,7 @@ def test_a_picture_smaller_than_its_bar_is_drawn_all_the_same():
 
 def test_a_scale_bar_needs_the_size_of_a_pixel(tmp_path, pixels, capsys):
     uri = str(tmp_path / "p.zarr")
-    write_pyramid(da.from_array(pixels), uri, {})
+    write_pyramid(da.from_array(pixels), uri, None)
     with pytest.raises(SettingsError, match="PIXEL_RESOLUTION_UM"):
         inkdask.export(uri, tmp_path / "p.png", add_scale_bar=True)
     assert not (tmp_path / "p.png").exists()
@@ -245,7 +247,7 @@ def test_ink_lies_over_its_papyrus(tmp_path, segment, how, flat):
     ink = np.zeros((HEIGHT, WIDTH), np.uint8)
     ink[300:330, 200:300] = 255
     uri = str(tmp_path / "p.zarr")
-    write_pyramid(da.from_array(ink, chunks=128), uri, {"volume": str(place)}, None, (64, 32))
+    write_pyramid(da.from_array(ink, chunks=128), uri, made_of(str(place)), None, (64, 32))
     inkdask.export(uri, tmp_path / "black.png", overlay=how, opacity=1)
     inkdask.export(uri, tmp_path / "red.png", overlay=how, colour_map="Reds", opacity=1)
     black, red = (
@@ -344,7 +346,7 @@ print(peak_memory() - floor)
 def test_memory_does_not_grow_with_the_picture(tmp_path):
     uri = str(tmp_path / "prediction.zarr")
     noise = da.from_array(np.random.default_rng(0).integers(0, 9, (512, 512), dtype=np.uint8))
-    write_pyramid(da.tile(noise, (48, 8)), uri, {})
+    write_pyramid(da.tile(noise, (48, 8)), uri, None)
     files = [str(tmp_path / name) for name in ("p.png", "p.tif", "p.zarr")]
     done = subprocess.run(
         [sys.executable, "-c", EXPORT, uri, *files], capture_output=True, text=True, check=True
@@ -362,7 +364,7 @@ def test_another_zarr_is_not_replaced(home, prediction):
 
 def test_the_bar_of_an_overview_is_as_long_as_it_says(tmp_path):
     uri = str(tmp_path / "p.zarr")
-    write_pyramid(da.full((1000, 2000), 90, dtype=np.uint8, chunks=500), uri, {}, 10.0)
+    write_pyramid(da.full((1000, 2000), 90, dtype=np.uint8, chunks=500), uri, None, 10.0)
     to = tmp_path / "p.png"
     inkdask.export(uri, to, max_side=1000, add_scale_bar=True, scale_bar_length_um=2000)
     white = read_picture(to) == 255
@@ -373,7 +375,7 @@ def test_the_bar_of_an_overview_is_as_long_as_it_says(tmp_path):
 def test_a_jpeg_is_an_overview_unasked(tmp_path, monkeypatch):
     monkeypatch.setattr("inkdask.pictures.exporting.OVERVIEW", 300)
     uri = str(tmp_path / "p.zarr")
-    write_pyramid(da.zeros((620, 530), dtype=np.uint8), uri, {})
+    write_pyramid(da.zeros((620, 530), dtype=np.uint8), uri, None)
     inkdask.export(uri, [tmp_path / "p.jpg", tmp_path / "p.png"])
     assert read_picture(tmp_path / "p.jpg").shape == (155, 133)
     assert read_picture(tmp_path / "p.png").shape == (620, 530)
@@ -381,8 +383,9 @@ def test_a_jpeg_is_an_overview_unasked(tmp_path, monkeypatch):
 
 def test_a_picture_tells_no_password(tmp_path):
     uri = str(tmp_path / "p.zarr")
-    origin = {"volume": "s3://key:marked-secret@bucket/segment"}
-    write_pyramid(da.zeros((62, 53), dtype=np.uint8), uri, origin)
+    write_pyramid(
+        da.zeros((62, 53), dtype=np.uint8), uri, made_of("s3://key:marked-secret@bucket/segment")
+    )
     inkdask.export(uri, tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as image:
         assert "bucket/segment" in image.text["inkdask"]
@@ -406,7 +409,7 @@ def test_half_opacity_is_the_mean(tmp_path):
     write_layers(tmp_path / "seg" / "layers", random_volume((3, 230, 301)))
     uri, shown = str(tmp_path / "p.zarr"), {}
     volume = str(tmp_path / "seg")
-    write_pyramid(da.full((230, 301), 255, dtype=np.uint8), uri, {"volume": volume})
+    write_pyramid(da.full((230, 301), 255, dtype=np.uint8), uri, made_of(volume))
     for opacity in (0, 0.5, 1):
         inkdask.export(uri, tmp_path / "p.png", overlay="max", opacity=opacity)
         shown[opacity] = read_picture(tmp_path / "p.png").astype(int)

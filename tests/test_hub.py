@@ -10,13 +10,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
-from inkdask.models import hub, registry, sources
+from inkdask.models import hub, registry, sources, weights
 from inkdask.specs import ModelSpec
 from tests.hub_server import FakeRepo, HubServer
+from tests.oracle import naive_map, papyrus
 
 WEIGHTS = os.urandom(300_000)
 
@@ -42,9 +44,14 @@ for model in sys.argv[1:]:
 
 def settle(*models: str, **environment: str) -> subprocess.Popen[str]:
     """Start a process that asks for models one after the other."""
+    return start(SETTLE, *models, **environment)
+
+
+def start(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a process with nothing in its environment that huggingface_hub reads but this."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     return subprocess.Popen(
-        [sys.executable, "-W", "error::UserWarning", "-c", SETTLE, *models],
+        [sys.executable, "-W", "error::UserWarning", "-c", code, *arguments],
         env={**clean, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -58,45 +65,45 @@ def answers(process: subprocess.Popen[str]) -> list[dict]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[HubServer]:
     repos = {
         "ink/open": FakeRepo({"README.md": b"#", "b.ckpt": b"no", "a.safetensors": WEIGHTS}),
         "ink/private": FakeRepo({"a.ckpt": WEIGHTS}, token="hf_right"),
         "ink/gated": FakeRepo({"a.ckpt": WEIGHTS}, gated=True),
         "ink/bare": FakeRepo({"README.md": b"#"}),
-        "ink/two": FakeRepo({"epoch1.pt": b"1", "epoch2.pt": b"2", "x/y.pt": b"3"}),
+        "ink/two": FakeRepo({"epoch1.pt": b"1", "epoch2.pt": b"2", "x/y.pt": WEIGHTS[::-1]}),
     }
     with HubServer(repos) as running:
         yield running
 
 
-def test_repo_gives_the_preferred_file_and_its_commit(server: HubServer, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def visit(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """Give the answers of a process without a token by model, and the cache that it filled."""
     commit = server.repos["ink/open"].commit
-    whole, pinned, chosen, nested = answers(
-        settle(
-            "ink/open",
-            f"ink/open@{commit}",
-            "ink/open/b.ckpt",
-            "ink/two/x/y.pt@main",
-            HF_ENDPOINT=server.url,
-            HF_HOME=str(tmp_path),
-        )
-    )
+    models = ["ink/open", f"ink/open@{commit}", "ink/open/b.ckpt", "ink/two/x/y.pt@main"]
+    models += ["ink/missing", "ink/private", "ink/gated/a.ckpt", "ink/bare", "ink/two"]
+    models += ["ink/open@v9", "ink/open/c.pt"]
+    home = tmp_path_factory.mktemp("hub")
+    found = answers(settle(*models, HF_ENDPOINT=server.url, HF_HOME=str(home)))
+    assert server.downloads("a.safetensors") == [None]
+    return dict(zip(models, found, strict=True)), home
+
+
+def test_repo_gives_the_preferred_file_and_its_commit(server: HubServer, visit: tuple) -> None:
+    commit = server.repos["ink/open"].commit
+    whole, pinned, chosen, nested = list(visit[0].values())[:4]
     assert Path(whole["path"]).read_bytes() == WEIGHTS
     assert (whole["filename"], whole["revision"]) == ("a.safetensors", commit)
     assert pinned == whole
     assert Path(chosen["path"]).read_bytes() == b"no"
     assert (nested["filename"], nested["revision"]) == ("x/y.pt", commit)
-    assert server.downloads("a.safetensors") == [None]
 
 
-def test_each_fault_of_a_repo_is_one_sentence(server: HubServer, tmp_path: Path) -> None:
-    names = ["ink/missing", "ink/private", "ink/gated/a.ckpt", "ink/bare", "ink/two"]
-    names += ["ink/open@v9", "ink/open/c.pt"]
-    found = answers(settle(*names, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path)))
+def test_repo_fault_is_one_sentence(server: HubServer, visit: tuple) -> None:
     at = f"{server.url}/ink"
-    assert [answer["error"] for answer in found] == [
+    assert [answer["error"] for answer in list(visit[0].values())[4:]] == [
         f"{at}/missing does not exist, or it is private: set HF_TOKEN.",
         f"{at}/private does not exist, or it is private: set HF_TOKEN.",
         f"{at}/gated is open to those who accept its terms on that page: set HF_TOKEN.",
@@ -109,75 +116,95 @@ def test_each_fault_of_a_repo_is_one_sentence(server: HubServer, tmp_path: Path)
 
 def test_private_repo_opens_with_its_token_only(server: HubServer, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
-    right = settle("ink/private", HF_TOKEN="hf_right", **environment)
+    models = ("ink/private", "ink/missing", "ink/private/no.pt")
+    right = settle(*models, HF_TOKEN="hf_right", **environment)
     wrong = settle(
         "ink/private", HF_TOKEN="hf_wrong", **environment, HF_HUB_CACHE=str(tmp_path / "2")
     )
-    (opened,), (refused,) = answers(right), answers(wrong)
+    out, err = right.communicate(timeout=120)
+    opened, *faults = map(json.loads, out.splitlines())
     assert Path(opened["path"]).read_bytes() == WEIGHTS
+    assert all("error" in fault for fault in faults)
+    assert "hf_right" not in out + err
+    (refused,) = answers(wrong)
     assert refused["error"] == (
         f"{server.url}/ink/private does not exist, or it is private: "
         "the token in HF_TOKEN does not open it."
     )
 
 
-def test_download_cut_off_halfway_is_resumed(server: HubServer, tmp_path: Path) -> None:
-    large = os.urandom(24_000_000)  # huggingface_hub writes 10 MiB at a time
+def test_cut_off_download_is_resumed_or_explained(server: HubServer, tmp_path: Path) -> None:
+    large = os.urandom(
+        21_500_000
+    )  # of which half is sent first; huggingface_hub writes 10 MiB at a time
     server.repos["ink/large"] = FakeRepo({"a.bin": large}, cut={"a.bin": 1})
-    (found,) = answers(settle("ink/large", HF_ENDPOINT=server.url, HF_HOME=str(tmp_path)))
-    assert Path(found["path"]).read_bytes() == large
-    assert server.downloads("a.bin") == [None, f"bytes={10 * 2**20}-"]
-
-
-def test_download_that_never_arrives_whole_is_one_sentence(
-    server: HubServer, tmp_path: Path
-) -> None:
-    server.repos["ink/open"].cut["a.safetensors"] = 1000
+    server.repos["ink/broken"] = FakeRepo({"b.bin": WEIGHTS}, cut={"b.bin": 1000})
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "IMPATIENT": "1"}
-    (found,) = answers(settle("ink/open", **environment))
-    file = f"{server.url}/ink/open/a.safetensors"
-    assert found["error"] == (f"The download of {file} broke off, and trying again did not help.")
+    resumed, given_up = answers(settle("ink/large", "ink/broken", **environment))
+    assert Path(resumed["path"]).read_bytes() == large
+    assert server.downloads("a.bin") == [None, f"bytes={10 * 2**20}-"]
+    file = f"{server.url}/ink/broken/b.bin"
+    assert given_up["error"] == f"The download of {file} broke off, and trying again did not help."
 
 
-def test_eight_processes_download_a_repo_once(server: HubServer, tmp_path: Path) -> None:
+def test_processes_side_by_side_download_a_repo_once(server: HubServer, tmp_path: Path) -> None:
+    server.repos["ink/shared"] = FakeRepo({"shared.pt": WEIGHTS})
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
-    processes = [settle("ink/open", **environment) for _ in range(8)]
+    processes = [settle("ink/shared", **environment) for _ in range(3)]
     paths = {answer["path"] for process in processes for answer in answers(process)}
     assert len(paths) == 1
-    assert server.downloads("a.safetensors") == [None]
+    assert server.downloads("shared.pt") == [None]
 
 
-def test_cache_serves_when_the_hub_is_away(server: HubServer, tmp_path: Path) -> None:
-    environment = {"HF_HOME": str(tmp_path)}
-    (filled,) = answers(settle("ink/open", HF_ENDPOINT=server.url, **environment))
-    gone = {"HF_ENDPOINT": "http://127.0.0.1:9", "IMPATIENT": "1", **environment}
-    warm, cold = answers(settle("ink/open", "ink/bare", HF_HUB_OFFLINE="1", **gone))
-    assert warm == filled
+def test_cache_serves_when_the_hub_is_away(visit: tuple) -> None:
+    filled, home = visit
+    damaged = Path(filled["ink/two/x/y.pt@main"]["path"])
+    damaged.resolve().write_bytes(WEIGHTS)
+    gone = {"HF_ENDPOINT": "http://127.0.0.1:9", "IMPATIENT": "1", "HF_HOME": str(home)}
+    offline = settle("ink/open", "ink/none", "ink/two/x/y.pt", HF_HUB_OFFLINE="1", **gone)
+    away = settle("ink/open", "ink/none", "ink/none/a.pt", **gone)
+    warm, cold, refused = answers(offline)
+    assert warm == filled["ink/open"]
     assert cold["error"].endswith(
-        "/ink/bare is not in the cache, and HF_HUB_OFFLINE forbids to download it."
+        "/ink/none is not in the cache, and HF_HUB_OFFLINE forbids to download it."
     )
-    warm, cold, file = answers(settle("ink/open", "ink/bare", "ink/bare/a.pt", **gone))
-    assert warm == filled
-    away = "is not in the cache, and the Hub cannot be reached."
-    assert cold["error"] == f"http://127.0.0.1:9/ink/bare {away}"
-    assert file["error"] == f"http://127.0.0.1:9/ink/bare/a.pt {away}"
+    assert refused["error"].startswith(f"{damaged} is not the file that the Hub has")
+    warm, cold, file = answers(away)
+    assert warm == filled["ink/open"]
+    lost = "is not in the cache, and the Hub cannot be reached."
+    assert cold["error"] == f"http://127.0.0.1:9/ink/none {lost}"
+    assert file["error"] == f"http://127.0.0.1:9/ink/none/a.pt {lost}"
 
 
-def test_damaged_file_in_the_cache_is_noticed(server: HubServer, tmp_path: Path) -> None:
+DESCRIPTION = b"""
+model_type = "depth-cnn"
+layers = 5
+tile = 32
+stride = 16
+pixels_per_logit = 4
+divisor = 100
+"""
+PREDICT = """
+import sys
+import numpy as np
+import inkdask
+volume = np.load(sys.argv[1])
+ink = inkdask.predict(volume, sys.argv[2], precision="float32", compile=False)
+np.save(sys.argv[1], ink.map.compute())
+"""
+
+
+def test_described_repo_predicts_as_its_description_says(server: HubServer, tmp_path: Path) -> None:
+    demo = hub.fetch(registry.KNOWN["demo"])
+    files = {"a.safetensors": demo.read_bytes(), "inkdask.toml": DESCRIPTION}
+    server.repos["ink/described"] = FakeRepo(files)
+    volume = papyrus((5, 40, 48), holes=False)
+    np.save(tmp_path / "array.npy", volume)
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
-    (found,) = answers(settle("ink/open", **environment))
-    blob = Path(found["path"]).resolve()
-    blob.write_bytes(WEIGHTS[:-1] + b"?")
-    (refused,) = answers(settle("ink/open", **environment))
-    assert refused["error"].startswith(f"{found['path']} is not the file that the Hub has")
-
-
-def test_token_shows_in_no_message_and_no_spec(server: HubServer, tmp_path: Path) -> None:
-    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_right"}
-    found = settle("ink/private", "ink/missing", "ink/private/no.pt", **environment)
-    out, err = found.communicate(timeout=120)
-    assert len(out.splitlines()) == 3
-    assert "hf_right" not in out + err
+    answers(start(PREDICT, str(tmp_path / "array.npy"), "ink/described", **environment))
+    module = weights.load(registry.resolve("demo"))
+    expected = naive_map(volume, module, tile=32, stride=16, divisor=100)
+    np.testing.assert_allclose(np.load(tmp_path / "array.npy"), expected, atol=1e-4)
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +216,7 @@ def fetch(uri: str) -> Path:
     return hub.fetch(ModelSpec(uri, "", uri))
 
 
-def test_object_and_prefix_come_into_the_cache(s3: str) -> None:
+def test_object_and_prefix_are_cached(s3: str) -> None:
     for key in ("m/a.pt", "m/b.ckpt", "m/notes.txt", "m/deeper/c.safetensors", "empty/x.txt"):
         storage.write_bytes(f"{s3}/{key}", key.encode())
     assert fetch(f"{s3}/m/a.pt").read_bytes() == b"m/a.pt"
@@ -213,18 +240,16 @@ def test_object_is_downloaded_once_until_it_changes(s3: str) -> None:
     assert fetch(f"{s3}/a.pt").read_bytes() == b"other"
 
 
-def test_eight_processes_download_an_object_once(s3: str) -> None:
+def test_processes_side_by_side_download_an_object_once(s3: str) -> None:
     storage.write_bytes(f"{s3}/a.safetensors", WEIGHTS)
-    processes = [settle(f"{s3}/a.safetensors") for _ in range(8)]
+    processes = [settle(f"{s3}/a.safetensors") for _ in range(3)]
     found = [answer for process in processes for answer in answers(process)]
     assert len({answer["path"] for answer in found}) == 1
     assert Path(found[0]["path"]).read_bytes() == WEIGHTS
     assert sum(answer["bytes"] for answer in found) == len(WEIGHTS)
 
 
-def test_download_of_an_object_is_taken_up_where_it_was_left(
-    s3: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cut_off_download_of_an_object_is_resumed(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes(f"{s3}/a.bin", WEIGHTS)
     monkeypatch.setattr(sources, "_BLOCK", 10_000)
     read_range, asked = storage.read_range, []
@@ -266,7 +291,7 @@ def test_description_beside_an_object_is_read(s3: str) -> None:
         assert network.digest == hashlib.sha256(WEIGHTS).hexdigest()
 
 
-def test_local_weights_are_found_by_preference(tmp_path: Path) -> None:
+def test_local_folder_gives_the_preferred_file(tmp_path: Path) -> None:
     for name in ("a.bin", "b.pt", "c.ckpt", "d.txt"):
         (tmp_path / name).write_bytes(b"x")
     assert fetch(str(tmp_path)).name == "c.ckpt"
@@ -289,16 +314,16 @@ def test_local_weights_are_found_by_preference(tmp_path: Path) -> None:
         ("", None),
     ],
 )
-def test_addresses(model: str, place: dict | None) -> None:
+def test_parse_splits_an_address(model: str, place: dict | None) -> None:
     assert hub.parse(model) == place
 
 
 @pytest.mark.parametrize("model", ["/no/such.pt", "./no", "~/no", "no.ckpt", "no/such.bin"])
-def test_addresses_that_can_only_be_files(model: str) -> None:
+def test_parse_reports_a_missing_file(model: str) -> None:
     with pytest.raises(InkdaskError, match=r"do not exist\.$"):
         hub.parse(model)
 
 
-def test_uri_of_a_local_file(tmp_path: Path) -> None:
+def test_parse_takes_a_file_uri(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"x")
     assert hub.parse(f"file://{tmp_path}/a.pt") == {"weights": str(tmp_path / "a.pt")}

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from inkdask import predictor
 from inkdask.errors import InkdaskError
 from inkdask.models import hardware, int8, registry, weights
 from inkdask.models.int8 import ZERO, Int8Linear, convert, quantise_
@@ -38,7 +39,7 @@ def tiles():
 
 
 @given(seed=st.integers(0, 99), magnitude=st.floats(1e-20, 1e20))
-def test_what_is_quantised_is_within_half_a_step(seed, magnitude):
+def test_quantised_tokens_are_within_half_a_step(seed, magnitude):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(7, 12, generator=generator) * magnitude
     values, scale = quantise_(tokens.clone())
@@ -48,14 +49,14 @@ def test_what_is_quantised_is_within_half_a_step(seed, magnitude):
     assert (back - tokens.double()).abs().max() <= (0.5 + 1e-3) * scale
 
 
-def test_zeros_are_zeros():
+def test_quantised_zeros_are_zeros():
     values, _ = quantise_(torch.zeros(3, 4))
     assert (values == ZERO).all()
 
 
 @needs_vnni
 @pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_a_layer_is_the_product_of_whole_numbers(activation):
+def test_int8_layer_equals_the_product_of_whole_numbers(activation):
     torch.manual_seed(0)
     weight, bias = torch.randn(48, 64), torch.randn(48)
     weight[5] = 0
@@ -70,7 +71,7 @@ def test_a_layer_is_the_product_of_whole_numbers(activation):
 
 
 @needs_vnni
-def test_what_a_layer_adds_is_its_result():
+def test_int8_layer_adds_its_result():
     torch.manual_seed(0)
     layer = Int8Linear(torch.randn(48, 64), torch.randn(48), torch.float32)
     values, scale = quantise_(torch.randn(33, 64))
@@ -83,8 +84,8 @@ def test_what_a_layer_adds_is_its_result():
 
 @needs_vnni
 @torch.inference_mode()
-def test_the_class_token_is_spared(network, monkeypatch):
-    """Were it as coarse as the patches, all of so small a share of it would be lost."""
+def test_class_token_is_more_exact_than_patches(network, monkeypatch):
+    """So small a share would round to nothing at the scale of the patches."""
     torch.manual_seed(0)
     time, _, feed_forward = network.layers[0]
     start = torch.randn(2, 1 + LAYERS * 4, 64)
@@ -110,7 +111,7 @@ def test_the_class_token_is_spared(network, monkeypatch):
 @needs_vnni
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_network_is_nearly_the_plain_one(network, tiles, dtype):
+def test_int8_network_is_close_to_the_plain_one(network, tiles, dtype):
     expected = network(tiles).sigmoid()
     assert expected.std() > 0.1
     convert(network, dtype)
@@ -120,7 +121,7 @@ def test_the_network_is_nearly_the_plain_one(network, tiles, dtype):
 
 @needs_vnni
 @torch.inference_mode()
-def test_a_tile_does_not_depend_on_those_beside_it(network, tiles):
+def test_int8_tile_does_not_depend_on_its_batch(network, tiles):
     convert(network, torch.bfloat16)
     x = tiles.clone()
     expected = network(x)
@@ -135,9 +136,9 @@ def test_a_tile_does_not_depend_on_those_beside_it(network, tiles):
     assert not got[:2].isnan().any()
 
 
-def spec(**values):
+def spec(precision="int8", **values):
     model = ModelSpec("small", "small", "none", LAYERS, TILE, pixels_per_logit=8)
-    return Network(model, LAYERS, TILE, 2, 255.0, 255.0, "0", precision="int8", **values)
+    return Network(model, LAYERS, TILE, 2, 255.0, 255.0, "0", precision=precision, **values)
 
 
 def run(ours):
@@ -145,8 +146,15 @@ def run(ours):
     return ours.predict(block, np.array([(0, 0), (8, 24), (24, 24)]))
 
 
+@pytest.fixture
+def no_amx(monkeypatch):
+    """Run int8 on a CPU that would do better in bfloat16."""
+    monkeypatch.setattr(hardware, "has_amx", lambda: False)
+
+
 @needs_vnni
-def test_a_job_in_int8_says_so(network, monkeypatch):
+@pytest.mark.usefixtures("no_amx")
+def test_predictor_in_int8_says_so(network, monkeypatch):
     monkeypatch.setattr(weights, "load", lambda _: copy.deepcopy(network))
     ours = Predictor(spec())
     with warnings.catch_warnings():
@@ -156,12 +164,13 @@ def test_a_job_in_int8_says_so(network, monkeypatch):
 
 
 @needs_vnni
+@pytest.mark.usefixtures("no_amx")
 @pytest.mark.parametrize("precision", ["int8", "bfloat16"])
-def test_the_weights_of_the_file_are_let_go_of(network, monkeypatch, precision):
-    """They are mapped, and in memory as long as one of them is used."""
+def test_predictor_lets_go_of_mapped_weights(network, monkeypatch, precision):
+    """A mapped file stays in memory as long as one of its weights is used."""
     mapped = list(network.state_dict().values())  # kept, or the next tensor may get their address
     monkeypatch.setattr(weights, "load", lambda _: network)
-    ours = Predictor(Network(**{**vars(spec()), "precision": precision}))
+    ours = Predictor(spec(precision))
     run(ours)
     held = [
         value
@@ -179,7 +188,8 @@ def addresses(tensors):
 
 
 @needs_vnni
-def test_a_network_that_int8_distorts_runs_in_float32(network, monkeypatch):
+@pytest.mark.usefixtures("no_amx")
+def test_network_that_int8_distorts_runs_in_float32(network, monkeypatch):
     """One weight of a row is so large that the others become 0."""
     with torch.no_grad():
         network.layers[0][0].fn.to_qkv.weight[:, 0] = 1e4
@@ -190,25 +200,38 @@ def test_a_network_that_int8_distorts_runs_in_float32(network, monkeypatch):
     with pytest.warns(RuntimeWarning, match=r"fast path of 'small' \(int8 on cpu\) is more than"):
         got = run(ours)
     assert ours.precision == "float32"
-    plain = Predictor(Network(**{**vars(spec()), "precision": "float32"}))
+    plain = Predictor(spec("float32"))
     np.testing.assert_allclose(got, run(plain), atol=1e-5)
 
 
-def test_a_function_has_its_own_arithmetic():
+def test_callable_runs_in_its_own_precision():
     ours = Predictor(spec(function=lambda x: x[..., :1, ::8, ::8].mean(2)))
     assert ours.precision == ""
 
 
-def test_where_int8_cannot_run_one_sentence_says_so(monkeypatch):
+def test_int8_is_refused_where_the_hardware_lacks_it(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InkdaskError, match="needs a CPU with VNNI"):
         Predictor(spec())
+    monkeypatch.setattr(predictor, "device_for", lambda _: torch.device("cuda"))
     with pytest.raises(InkdaskError, match="this process has a GPU"):
-        hardware.check_int8(torch.device("cuda"))
+        Predictor(spec())
 
 
-def test_other_networks_are_refused_before_their_weights_are_fetched(monkeypatch):
+def test_int8_runs_in_bfloat16_with_one_warning_where_amx_is_faster(network, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(weights, "load", lambda _: copy.deepcopy(network))
+    ours = Predictor(spec(compile=False))
+    got = [run(ours) for _ in range(2)]
+    assert (ours.precision, ours.dtype) == ("bfloat16", torch.bfloat16)
+    (sentence,) = caplog.messages
+    assert sentence.startswith("Precision int8 is slower than bfloat16 on this CPU, which has AMX")
+    plain = run(Predictor(spec(compile=False, precision="bfloat16")))
+    np.testing.assert_array_equal(got, [plain, plain])
+
+
+def test_int8_is_refused_for_other_networks_before_weights_are_fetched(monkeypatch):
     monkeypatch.setattr(registry.hub, "settle", lambda _: pytest.fail("fetched"))
     with pytest.raises(InkdaskError, match="Precision int8 is for timesformer, and model demo"):
         registry.resolve("demo", precision="int8")

@@ -28,7 +28,7 @@ def network():
 @torch.inference_mode()
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 48)])
-def test_a_layer_is_the_plain_one(activation, bias):
+def test_packed_layer_equals_the_plain_one(activation, bias):
     torch.manual_seed(0)
     weight, x = torch.randn(48, 64) / 8, torch.randn(2, 7, 64)
     bias = None if bias is None else bias.bfloat16()
@@ -42,17 +42,17 @@ def test_a_layer_is_the_plain_one(activation, bias):
 
 @needs_packing
 @torch.inference_mode()
-def test_the_network_is_the_plain_one(network):
+def test_packed_network_is_close_to_the_plain_one(network):
     tiles = torch.rand(3, 1, LAYERS, TILE, TILE).bfloat16()
     prepare(network, torch.bfloat16)
     expected = network(tiles)
     assert pack_if_it_can(network)
-    assert not torch.equal(network(tiles), expected)  # rounded elsewhere: it is another way
+    assert not torch.equal(network(tiles), expected)  # packed kernels round elsewhere
     torch.testing.assert_close(network(tiles), expected, rtol=0, atol=0.02)
 
 
 @needs_packing
-def test_a_compiler_sees_the_plain_network(network, monkeypatch, tmp_path):
+def test_compiler_sees_the_plain_network(network, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(weights, "load", lambda _: copy.deepcopy(network))
     monkeypatch.setattr(Compilation, "repays", lambda *_: True)
@@ -73,7 +73,7 @@ def test_a_compiler_sees_the_plain_network(network, monkeypatch, tmp_path):
     np.testing.assert_allclose(first, second, atol=0.01)
 
 
-def test_other_networks_are_not_packed():
+def test_other_network_or_dtype_is_not_packed():
     for module in torch.nn.Linear(3, 3).bfloat16(), TimeSformer(LAYERS, TILE, patch=8, depth=1):
         before = copy.deepcopy(module).state_dict()
         assert not pack_if_it_can(module)

@@ -1,4 +1,4 @@
-"""The predictor: what it computes, in which thread and on which path, and what in trouble."""
+"""The predictor: probabilities, threads, precision, memory, cores and compilation."""
 
 import copy
 import json
@@ -100,11 +100,11 @@ def by_hand(forward, block, origins, clip=200.0, divisor=100.0):
     return np.stack(out)
 
 
-# What it computes.
+# Probabilities.
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 5, 12, 100])
-def test_probabilities_are_those_of_the_tiles_one_by_one(block, origins, batch_size):
+@pytest.mark.parametrize("batch_size", [None, 1, 5])
+def test_probabilities_are_those_of_single_tiles(block, origins, batch_size):
     got = Predictor(network(pool, batch_size=batch_size)).predict(block, origins)
     assert isinstance(got, np.ndarray)
     assert got.dtype == np.float32
@@ -118,12 +118,12 @@ def test_voxels_are_clipped_and_divided(block, origins, clip, divisor):
     np.testing.assert_allclose(got, by_hand(pool, block, origins, clip, divisor), atol=1e-6)
 
 
-def test_a_callable_may_return_numpy(block, origins):
+def test_callable_may_return_numpy(block, origins):
     got = Predictor(network(lambda x: pool(x).numpy().astype(np.float64))).predict(block, origins)
     np.testing.assert_allclose(got, by_hand(pool, block, origins), atol=1e-6)
 
 
-def test_a_callable_gets_float32_tensors_in_batches_and_no_padding(block, origins):
+def test_callable_gets_float32_batches_without_padding(block, origins):
     seen = []
 
     def record(x):
@@ -135,7 +135,7 @@ def test_a_callable_gets_float32_tensors_in_batches_and_no_padding(block, origin
     assert seen == [(torch.float32, (n, *shape)) for n in (5, 5, 2)]
 
 
-def test_no_tiles_need_no_network(block):
+def test_block_without_tiles_does_not_run_the_network(block):
     def never(x):
         raise AssertionError
 
@@ -144,7 +144,7 @@ def test_no_tiles_need_no_network(block):
     assert got.dtype == np.float32
 
 
-def test_a_block_may_be_strided_and_read_only(block, origins):
+def test_block_may_be_strided_and_read_only(block, origins):
     expected = by_hand(pool, block, origins)
     padded = np.zeros((LAYERS, 50, 60), np.uint8)
     padded[:, 5:45, 5:55] = block
@@ -156,17 +156,17 @@ def test_a_block_may_be_strided_and_read_only(block, origins):
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
-def test_a_wrong_number_of_layers_names_both(block, origins):
+def test_wrong_number_of_layers_is_reported_with_both(block, origins):
     with pytest.raises(InkdaskError, match="2 layers and the network of 'toy' reads 3"):
         Predictor(network(pool)).predict(block[:2], origins)
 
 
-def test_a_wrong_shape_of_logits_is_an_error(block, origins):
+def test_wrong_shape_of_logits_is_reported(block, origins):
     with pytest.raises(InkdaskError, match=r"shape \(4, 1, 2, 2\) for 4 tiles, not \(4, 1, 4, 4\)"):
         Predictor(network(lambda x: pool(x)[:, :, ::2, ::2], batch_size=4)).predict(block, origins)
 
 
-def test_an_error_in_a_callable_comes_through(block, origins):
+def test_error_of_a_callable_is_raised(block, origins):
     def broken(x):
         raise ZeroDivisionError("in the callable")
 
@@ -175,7 +175,7 @@ def test_an_error_in_a_callable_comes_through(block, origins):
 
 
 @pytest.mark.parametrize("batch_size", [1, 6, 7, 256])
-def test_a_gpu_gets_batches_of_few_sizes_that_waste_less_than_half(batch_size):
+def test_gpu_batches_have_few_sizes_and_waste_less_than_half(batch_size):
     ours = Predictor(network(batch_size=batch_size, precision="float32"))
     ours.device = torch.device("cuda")
     sizes = {b: ours._way(b)[1] for b in range(1, batch_size + 1)}
@@ -188,7 +188,7 @@ def test_a_gpu_gets_batches_of_few_sizes_that_waste_less_than_half(batch_size):
 # One network a process, one thread a network.
 
 
-def test_a_process_has_one_predictor_of_a_network():
+def test_process_has_one_predictor_of_a_network():
     spec = network(precision="float32")
     with ThreadPoolExecutor(8) as threads:
         found = set(threads.map(lambda _: predictor(pickle.loads(pickle.dumps(spec))), range(32)))
@@ -202,7 +202,7 @@ def test_copies_of_a_callable_share_a_predictor_by_digest():
     assert predictor(network(lambda x: pool(x), digest="b")) is not first
 
 
-def test_all_forward_passes_run_in_one_thread(block, origins):
+def test_forward_passes_run_in_one_thread(block, origins):
     names, running = set(), []
 
     def record(x):
@@ -237,19 +237,21 @@ def test_weights_are_loaded_once(block, origins, monkeypatch):
 # Precision, devices, cores.
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch, native):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_precision_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, native, expected):
+    monkeypatch.setattr(hardware, "has_amx", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    cpu = torch.device("cpu")
-    expected = torch.bfloat16 if native else torch.float32
-    assert hardware.precision_for(network(), cpu) is expected
-    assert hardware.precision_for(network(precision="float32"), cpu) is torch.float32
-    assert hardware.precision_for(network(precision="bfloat16"), cpu) is torch.bfloat16
-    assert hardware.precision_for(network(pool), cpu) is torch.float32
+    assert Predictor(network()).precision == expected
+    assert Predictor(network()).dtype is getattr(torch, expected)
+    for precision in ("float32", "bfloat16"):
+        assert Predictor(network(precision=precision)).precision == precision
+    assert (Predictor(network(pool)).precision, Predictor(network(pool)).dtype) == (
+        "",
+        torch.float32,
+    )
 
 
-def test_bfloat16_is_refused_by_name_where_a_gpu_lacks_it(monkeypatch):
+def test_precision_bfloat16_is_refused_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(inkdask.predictor, "device_for", lambda network: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
@@ -258,7 +260,7 @@ def test_bfloat16_is_refused_by_name_where_a_gpu_lacks_it(monkeypatch):
     assert Predictor(network()).precision == "float32"
 
 
-def test_a_batch_is_sized_for_the_device_unless_named(monkeypatch):
+def test_batch_size_fits_the_device_unless_given(monkeypatch):
     def size(layers, tile, **values):
         return Predictor(Network(network().model, layers, tile, 4, 1, 1, "0", **values)).batch_size
 
@@ -272,7 +274,7 @@ def test_a_batch_is_sized_for_the_device_unless_named(monkeypatch):
     assert size(62, 256, precision="float32") == 6
 
 
-def test_cores_of_a_process_of_its_own(monkeypatch):
+def test_cores_of_a_process_come_from_omp_num_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3,1")
     assert hardware.cores() == 3
     for value in ("", "0", "many"):
@@ -282,7 +284,7 @@ def test_cores_of_a_process_of_its_own(monkeypatch):
     assert hardware.cores() == hardware.CPU_COUNT
 
 
-def test_cores_of_a_dask_worker(monkeypatch):
+def test_cores_of_a_dask_worker_are_its_threads(monkeypatch):
     import distributed
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Dask's nanny sets it
@@ -295,7 +297,7 @@ def test_cores_of_a_dask_worker(monkeypatch):
         assert client.submit(hardware.cores).result() == 3
 
 
-def test_the_cores_asked_for_are_those_torch_uses(block, origins, monkeypatch):
+def test_torch_uses_the_cores_of_the_worker(block, origins, monkeypatch):
     before, seen = torch.get_num_threads(), []
     monkeypatch.setattr(inkdask.predictor, "cores", lambda: 2)
 
@@ -310,11 +312,11 @@ def test_the_cores_asked_for_are_those_torch_uses(block, origins, monkeypatch):
     assert set(seen) == {2}
 
 
-# The fast path, and the plain one it is checked against.
+# The fast path and the plain one.
 
 
 @pytest.mark.parametrize(("precision", "worst"), [("float32", 1e-5), ("bfloat16", 0.02)])
-def test_the_fast_path_agrees_with_the_plain_network(block, origins, toy, precision, worst):
+def test_fast_path_agrees_with_the_plain_network(block, origins, toy, precision, worst):
     expected = by_hand(toy, block, origins)
     ours = Predictor(network(precision=precision))
     with warnings.catch_warnings():
@@ -325,7 +327,7 @@ def test_the_fast_path_agrees_with_the_plain_network(block, origins, toy, precis
     assert np.abs(got - expected).max() < worst
 
 
-def test_a_wrong_fast_path_gives_way_with_one_warning(block, origins, monkeypatch):
+def test_wrong_fast_path_gives_way_with_one_warning(block, origins, monkeypatch):
     class WrongInBfloat16(Toy):
         def forward(self, x):
             return super().forward(x) + (3 if x.dtype is torch.bfloat16 else 0)
@@ -342,13 +344,13 @@ def test_a_wrong_fast_path_gives_way_with_one_warning(block, origins, monkeypatc
     np.testing.assert_allclose(got, [expected] * 2, atol=1e-6)
 
 
-def test_nan_is_no_agreement():
+def test_agree_is_false_for_nan():
     logits = torch.ones(2)
     assert fast.agree(logits, logits, 0.0)
     assert not fast.agree(logits * torch.nan, logits, 1.0)
 
 
-def test_preparation_keeps_what_needs_float32():
+def test_prepare_keeps_buffers_and_norms_in_float32():
     module = nn.Sequential(nn.BatchNorm3d(1), nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2)).eval()
     module.register_buffer("frequencies", torch.rand(3))
     assert not is_prepared(module, torch.bfloat16)
@@ -360,7 +362,7 @@ def test_preparation_keeps_what_needs_float32():
     assert module(torch.rand(1, 1, 3, 3, 3).bfloat16()).dtype is torch.bfloat16
 
 
-def test_what_needs_no_preparation_is_known():
+def test_is_prepared_tells_what_prepare_would_change():
     linear = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     assert is_prepared(linear, torch.float32)
     assert not is_prepared(linear, torch.bfloat16)
@@ -392,7 +394,7 @@ def out_of_memory_beyond(limit, calls, error=LACK):
         RuntimeError("FIND was unable to find an engine to execute this computation"),
     ],
 )
-def test_running_out_of_memory_halves_the_batch_and_remembers(block, origins, error):
+def test_lack_of_memory_halves_the_batch_for_good(block, origins, error):
     calls = []
     ours = Predictor(network(out_of_memory_beyond(3, calls, error), batch_size=11))
     expected = by_hand(pool, block, origins)
@@ -404,15 +406,15 @@ def test_running_out_of_memory_halves_the_batch_and_remembers(block, origins, er
     assert calls == [3] * 4
 
 
-def test_no_memory_for_a_single_tile_is_an_error(block, origins):
+def test_lack_of_memory_for_a_single_tile_is_reported(block, origins):
     ours = Predictor(network(out_of_memory_beyond(0, []), batch_size=4))
     expected = r"no room for a single tile of 'toy' \(CUDA out of memory\. Tried .* GiB\.\)\.$"
     with pytest.raises(InkdaskError, match=expected):
         ours.predict(block, origins)
 
 
-def test_less_memory_than_compiled_code_needs_lets_go_of_it(block, origins, monkeypatch):
-    """With the code go the graphs of a GPU, which keep gigabytes."""
+def test_lack_of_memory_drops_compiled_code(block, origins, monkeypatch):
+    """The CUDA graphs of compiled code keep gigabytes."""
     forgotten = []
     monkeypatch.setattr(inkdask.predictor, "forget_compiled", lambda: forgotten.append(1))
     ours = Predictor(network(pool, batch_size=4))
@@ -426,8 +428,8 @@ def test_less_memory_than_compiled_code_needs_lets_go_of_it(block, origins, monk
 # The cores of a processor.
 
 
-def test_cores_run_tiles_side_by_side(block, origins, monkeypatch):
-    """Each with one thread of torch, and in the order of the tiles; a single part has them all."""
+def test_parts_of_a_batch_run_side_by_side(block, origins, monkeypatch):
+    """Each part has one thread of torch; a single part has all threads."""
     module = Patches().eval().requires_grad_(False)
     monkeypatch.setattr(weights, "load", lambda network: module)
     monkeypatch.setattr(inkdask.predictor, "cores", lambda: 3)
@@ -451,7 +453,7 @@ def test_cores_run_tiles_side_by_side(block, origins, monkeypatch):
     assert last[1:] == (3, 2)
 
 
-def test_what_uses_all_cores_well_is_not_put_side_by_side(toy):
+def test_convolutions_are_not_split_across_cores(toy):
     module = Patches()
     assert fast.on_cores(toy, 2, 1) is toy
     assert fast.on_cores(module, 1, 1) is module
@@ -464,13 +466,13 @@ def test_what_uses_all_cores_well_is_not_put_side_by_side(toy):
 
 @pytest.fixture
 def repays(monkeypatch):
-    """Let compiling repay from the second block on, and the compiled network be the faster one."""
+    """Let compilation repay from the second block on, by a network that is twice as fast."""
     monkeypatch.setattr(Compilation, "repays", lambda self, seconds, to_come: True)
     times = iter([2.0, 1.0])
     monkeypatch.setattr(fast, "_seconds", lambda forward, x: next(times))
 
 
-def test_compiled_for_one_shape_and_padded_to_it(block, origins, toy, repays):
+def test_compiled_network_has_one_shape_to_which_batches_are_padded(block, origins, toy, repays):
     expected = by_hand(toy, block, origins)
     ours = Predictor(network(batch_size=7, precision="float32"))
     ours.predict(block, origins)
@@ -495,7 +497,7 @@ def test_compiled_for_one_shape_and_padded_to_it(block, origins, toy, repays):
     assert len(list(fast.cache_folder().iterdir())) > 1  # the compiler's own cache is there too
 
 
-def test_failing_to_compile_is_one_warning_and_no_harm(block, origins, toy, repays):
+def test_failed_compilation_is_one_warning(block, origins, toy, repays):
     ours = Predictor(network(compile_mode="no-such-mode", precision="float32"))
     first = ours.predict(block, origins)
     with pytest.warns(RuntimeWarning, match="compile failed for 'toy'") as caught:
@@ -504,7 +506,7 @@ def test_failing_to_compile_is_one_warning_and_no_harm(block, origins, toy, repa
     assert all(np.array_equal(result, first) for result in got)
 
 
-def test_a_compiled_network_that_differs_is_not_used(toy, monkeypatch):
+def test_compiled_network_that_differs_is_not_used(toy, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **options: lambda x: module(x) + 1)
     compilation = Compilation(network(compile_mode="default"), toy, 2)
     x = torch.rand(2, 1, LAYERS, TILE, TILE)
@@ -514,7 +516,7 @@ def test_a_compiled_network_that_differs_is_not_used(toy, monkeypatch):
 
 
 @pytest.mark.parametrize(("wrong", "says"), [(True, "changes the result"), (False, "failed")])
-def test_a_recording_that_is_wrong_or_fails_is_not_used(toy, monkeypatch, wrong, says):
+def test_cuda_graph_that_is_wrong_or_fails_is_not_used(toy, monkeypatch, wrong, says):
     """A CUDA graph is recorded by the second pass, and replayed from the third on."""
     x, passes, forgotten = torch.rand(2, 1, LAYERS, TILE, TILE), [], []
 
@@ -533,8 +535,8 @@ def test_a_recording_that_is_wrong_or_fails_is_not_used(toy, monkeypatch, wrong,
     assert not compilation.note.exists()
 
 
-def test_each_of_many_shapes_is_compiled(toy, monkeypatch):
-    """Torch compiles the same code a few times only, and after that runs it as it is."""
+def test_more_shapes_than_the_recompile_limit_are_compiled(toy, monkeypatch):
+    """After so many compilations of the same code, torch runs it uncompiled."""
     seen, compile_it = [], torch.compile
 
     def backend(graph, inputs):
@@ -546,16 +548,16 @@ def test_each_of_many_shapes_is_compiled(toy, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_toy)
     monkeypatch.setattr(fast, "_seconds", lambda forward, x: 1.0 if forward is toy else 0.5)
-    limit = torch._dynamo.config.recompile_limit
-    for tiles in range(1, limit + 3):
-        batch = torch.rand(tiles, 1, LAYERS, TILE, TILE)
-        compilation = Compilation(network(compile_mode="default"), toy, tiles)
-        assert compilation.compile(lambda batch=batch: batch, 0.01) is not None
-    assert len(seen) == limit + 2
-    assert torch._dynamo.config.recompile_limit == limit
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for tiles in range(1, 5):
+            batch = torch.rand(tiles, 1, LAYERS, TILE, TILE)
+            compilation = Compilation(network(compile_mode="default"), toy, tiles)
+            assert compilation.compile(lambda batch=batch: batch, 0.01) is not None
+        assert torch._dynamo.config.recompile_limit == 2
+    assert len(seen) == 4
 
 
-def test_a_compiled_network_that_is_slower_is_not_used_and_the_next_run_knows(toy, monkeypatch):
+def test_slower_compiled_network_is_not_used_by_this_and_the_next_run(toy, monkeypatch):
     times = iter([1.0, 1.25])
     monkeypatch.setattr(fast, "_seconds", lambda forward, x: next(times))
     monkeypatch.setattr(torch, "compile", lambda module, **options: lambda x: module(x))
@@ -568,14 +570,14 @@ def test_a_compiled_network_that_is_slower_is_not_used_and_the_next_run_knows(to
 
 
 @pytest.mark.parametrize("values", [{"compile": False}, {"function": pool}])
-def test_compiling_may_be_forbidden(block, origins, toy, repays, monkeypatch, values):
+def test_compilation_may_be_forbidden(block, origins, toy, repays, monkeypatch, values):
     monkeypatch.setattr(Compilation, "compile", lambda *args: pytest.fail("compiled"))
     ours = Predictor(network(**values))
     for _ in range(3):
         ours.predict(block, origins)
 
 
-def test_compiling_repays_from_a_number_of_tiles_that_experience_lowers(toy):
+def test_compilation_repays_earlier_with_experience(toy):
     compilation = Compilation(network(), toy, 4)
     cold = compilation.experience()
     enough = fast.MARGIN * cold.seconds / (0.2 * (1 - 1 / cold.gain))  # at 0.2 s a tile
@@ -589,7 +591,7 @@ def test_compiling_repays_from_a_number_of_tiles_that_experience_lowers(toy):
 
 
 @pytest.mark.parametrize(("to_come", "expected"), [(None, 12), (0, 0), (50, 50), (5000, 96)])
-def test_the_decision_is_told_how_many_tiles_are_to_come(
+def test_decision_to_compile_knows_the_tiles_to_come(
     block, origins, toy, monkeypatch, to_come, expected
 ):
     told = []
@@ -597,12 +599,12 @@ def test_the_decision_is_told_how_many_tiles_are_to_come(
     ours = Predictor(network())
     for _ in range(2):
         ours.predict(block, origins, to_come)
-    ((seconds, n),) = told  # not before the first block: nothing is known of the time a tile takes
+    ((seconds, n),) = told  # only after the first block, which measures the time of a tile
     assert n == expected
     assert seconds > 0
 
 
-def test_the_decision_can_fall_in_the_middle_of_a_block(block, origins, toy, monkeypatch):
+def test_decision_to_compile_may_fall_within_a_block(block, origins, toy, monkeypatch):
     expected = by_hand(toy, block, origins)
     told, compiled = [], []
     monkeypatch.setattr(Compilation, "repays", lambda self, seconds, n: told.append(n) or True)
@@ -618,7 +620,7 @@ def test_the_decision_can_fall_in_the_middle_of_a_block(block, origins, toy, mon
 
 
 @pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", None])
-def test_where_compiled_code_is_kept(monkeypatch, tmp_path, variable):
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path, variable):
     for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -632,7 +634,7 @@ def test_where_compiled_code_is_kept(monkeypatch, tmp_path, variable):
     assert fast.cache_folder() == expected[variable]
 
 
-def test_a_note_that_cannot_be_written_is_no_harm(toy, monkeypatch, tmp_path):
+def test_note_that_cannot_be_written_is_ignored(toy, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "below"))
     compilation = Compilation(network(), toy, 4)
@@ -646,7 +648,7 @@ def test_a_note_that_cannot_be_written_is_no_harm(toy, monkeypatch, tmp_path):
 class TestGPU:
     pytestmark = gpu
 
-    def test_the_result_is_that_of_the_cpu_as_numpy(self, block, origins, toy):
+    def test_gpu_gives_the_result_of_the_cpu_as_numpy(self, block, origins, toy):
         expected = by_hand(toy, block, origins)
         ours = Predictor(network(batch_size=5))
         got = ours.predict(block, origins)
@@ -654,8 +656,8 @@ class TestGPU:
         assert isinstance(got, np.ndarray)
         np.testing.assert_allclose(got, expected, atol=0.02)
 
-    def test_cuda_graphs_give_the_same(self, block, origins, toy, repays):
-        """Of other tiles each time, because a graph that is replayed must read them anew."""
+    def test_cuda_graphs_give_the_plain_result(self, block, origins, toy, repays):
+        """Other tiles each time, because a replayed graph must read them anew."""
         from torch._dynamo.utils import counters
 
         counters.clear()
@@ -668,7 +670,7 @@ class TestGPU:
         assert ours._compiled is not None
         assert counters["inductor"]["cudagraph_skips"] == 0
 
-    def test_real_lack_of_memory_halves_the_batch(self, block, origins):
+    def test_lack_of_gpu_memory_halves_the_batch(self, block, origins):
         class Greedy(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -687,7 +689,7 @@ class TestGPU:
     @pytest.mark.parametrize(
         ("architecture", "layers"), [("ink_timesformer", 26), ("ink_resnet3d_50", 20)]
     )
-    def test_the_networks_give_what_they_give_on_a_cpu(self, monkeypatch, architecture, layers):
+    def test_gpu_gives_the_logits_of_the_cpu(self, monkeypatch, architecture, layers):
         torch.manual_seed(0)
         module = BUILDERS[architecture](layers=layers, tile=64).eval().requires_grad_(False)
         monkeypatch.setattr(weights, "load", lambda network: copy.deepcopy(module))

@@ -1,5 +1,7 @@
 """The prepared array: the same voxels, the same picture, resumable, and never read unfinished."""
 
+import shutil
+
 import dask
 import numpy as np
 import pytest
@@ -166,3 +168,27 @@ def test_layer_numbers_that_an_array_keeps_are_believed(segment, tmp_path):
     place = inkdask.prepare(segment, layers=(0, 5))
     with pytest.raises(InkdaskError, match="05, 06 missing"):
         inkdask.run(segment, model=depth_slope, layers=(2, 7), surface_volume_zarr=place)
+
+
+def test_array_older_than_its_layers_is_refused(segment, volume):
+    prepared = inkdask.prepare(segment, layers=(1, 7))
+    options = {"model": depth_slope, "surface_volume_zarr": prepared}
+    assert inkdask.check(segment, **options)
+    write_segment(segment, 255 - volume, replace=True)
+    says = r"SURFACE_VOLUME_ZARR .* was prepared before the layers of .*seg were changed: run inkd"
+    for job in (inkdask.check, inkdask.run):
+        with pytest.raises(InkdaskError, match=says):
+            job(segment, **options)
+    shutil.rmtree(segment / "layers")  # which an array is prepared for, too
+    assert inkdask.run(segment, **options)
+
+
+def test_array_of_another_segment_is_kept_without_overwrite(segment, volume, tmp_path):
+    place = str(tmp_path / "volume.zarr")
+    inkdask.prepare(segment, surface_volume_zarr=place)
+    other = write_segment(tmp_path / "other", 255 - volume)
+    with pytest.raises(InkdaskError, match=r"volume\.zarr was prepared from .*seg: name another"):
+        inkdask.prepare(other, surface_volume_zarr=place)
+    assert np.array_equal(zarr.open_array(place, mode="r")[:], volume)
+    inkdask.prepare(other, surface_volume_zarr=place, overwrite=True)
+    assert np.array_equal(zarr.open_array(place, mode="r")[:], 255 - volume)

@@ -4,17 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import inkdask
 import inkdask.view.lazy
-from inkdask import workflow
+from inkdask import engine, workflow
 from inkdask.demo import auc, synthetic
+from inkdask.errors import InkdaskError
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
 from tests.files import grids, read_picture
+from tests.oracle import depth_slope, papyrus
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
@@ -135,9 +138,8 @@ def test_a_plain_run_goes_on_from_a_coarse_one(segment, tmp_path, monkeypatch, c
     monkeypatch.setenv("RESULT_FILE", str(tmp_path / "result.txt"))
     monkeypatch.setenv("CHUNK_SIZE", "128")
     [grid] = grids(str(tmp_path / "partitions"))
-    store = GridStore.open(grid)
+    store, _ = GridStore.open(grid)
     assert (store.passes_done() == 0).all()
-    assert (store.tiles_run() == -1).all()
     coarse = store.tiling.tiles_until(0).sum()
     capsys.readouterr()
     again = picture(inkdask.run(segment, model="demo"))
@@ -179,7 +181,7 @@ def test_a_progressive_prediction_is_stored_though_a_plain_one_was_looked_at(seg
     assert inkdask.view.background(plain) is not inkdask.view.background(fine)
     fine.focus(0, 60, 0, 60)
     fine.wait()
-    assert (fine.job.store.passes_done() >= 0).any()
+    assert (fine.job.grid.passes_done() >= 0).any()
 
 
 def test_two_windows_of_a_segment_are_two_jobs(segment):
@@ -192,8 +194,8 @@ def test_two_windows_of_a_segment_are_two_jobs(segment):
         ink.start()
         ink.wait()
         np.testing.assert_allclose(ink.so_far.compute(), ink.map.compute(), atol=1e-4)
-    assert [ink.job.origin["roi_xyxy"] for ink in inks] == [[0, 0, 120, 120], [64, 90, 184, 210]]
-    uri = inkdask.run(grid=inks[1].job.store.uri, step="reduce")
+    assert [ink.job.origin.roi_xyxy for ink in inks] == [(0, 0, 120, 120), (64, 90, 184, 210)]
+    uri = inkdask.run(grid=inks[1].job.grid.uri, step="reduce")
     expected = np.floor(255 * inks[1].map.compute())
     assert uri.endswith("_64-90-184-210.png")
     assert np.abs(picture(uri) - expected).max() <= 1
@@ -208,15 +210,44 @@ def test_a_run_takes_over_what_a_notebook_began(segment, capsys):
     assert "resumed from an earlier run" in capsys.readouterr().err
 
 
-def test_what_is_gone_of_an_early_pass_is_computed_again(tmp_path):
-    """And with it the later ones of its chunks: they hold no more than the tiles that came new."""
+def test_chunk_that_is_gone_after_an_early_pass_is_computed_again(tmp_path):
     synthetic.write_segment(tmp_path / "seg", height=HEIGHT, width=WIDTH, layers=26)
     options = {"model": "demo", "progressive": True, "compile": False}
     expected = read_picture(inkdask.run(tmp_path / "seg", **options))
     (grid,) = grids(str(tmp_path / "partitions"))
-    lost = Path(grid, "grid", "c", "0", "1", "1", "0", "0")
-    lost.unlink()
-    assert np.argwhere(GridStore.open(grid).tiles_run() < 0).tolist() == [[1, 1]]
+    store, _ = GridStore.open(grid)
+    Path(grid, "g1", "grid", "c", "1", "1", "0", "0").unlink()
+    assert np.argwhere(~store.chunks_done()).tolist() == [[1, 1]]
     again = inkdask.run(tmp_path / "seg", **{**options, "progressive": False})
-    assert (GridStore.open(grid).tiles_run() >= 0).all()
+    assert store.chunks_done().all()
     assert np.array_equal(read_picture(again), expected)
+
+
+class StoppedError(Exception):
+    """What stops a job in a test."""
+
+
+def test_changed_values_leave_nothing_of_a_coarser_pass(tmp_path, monkeypatch):
+    """A progressive run, new values, ``--overwrite`` stopped early, and a progressive run again."""
+    place = tmp_path / "volume.zarr"
+    volume = papyrus((6, 300, 420))
+    array = zarr.create_array(str(place), data=volume, chunks=(6, 128, 128))
+    options = {"model": depth_slope, "output_path": tmp_path / "out"}
+    inkdask.run(place, **options, progressive=True)
+    array[:, :128] = 255 - volume[:, :128]  # the middle is part of the identity
+    with monkeypatch.context() as context:
+        count = iter(range(100))
+        write = GridStore.write
+
+        def stopping(*arguments):
+            if next(count):
+                raise StoppedError
+            return write(*arguments)
+
+        context.setattr(GridStore, "write", stopping)
+        context.setattr(engine, "TRIES", 1)
+        with pytest.raises(InkdaskError, match="StoppedError"):
+            inkdask.run(place, **options, overwrite=True)
+    mixed = read_picture(inkdask.run(place, **options, progressive=True))
+    fresh = inkdask.run(place, **options, zarr_output_dir=tmp_path / "fresh")
+    assert np.array_equal(mixed, read_picture(fresh))

@@ -15,7 +15,7 @@ from inkdask import cli, storage
 from inkdask.demo import synthetic
 from inkdask.models.registry import known
 from inkdask.plan import Plan
-from inkdask.provenance import OF_GRIDS, OF_PICTURES, fingerprint, origin_of, without_secrets
+from inkdask.provenance import OF_GRIDS, OF_PICTURES, origin_of, recipe_of, without_secrets
 from inkdask.settings import Settings
 from tests.oracle import depth_slope
 
@@ -49,6 +49,7 @@ def test_every_kind_of_file_says_the_same(prediction, segment, tmp_path, capsys)
     inkdask.export(stored, exports)
     told = [info(capsys, path) for path in (prediction, stored, *exports)]
     kinds = [rows.pop("type").split(",")[0] for rows in told]
+    assert tifffile.imread(tmp_path / "p.tif").shape == (142, 174)  # takes no text for its own
     assert kinds == ["PNG", "OME-Zarr", "PNG", "BigTIFF", "JPEG", "OME-Zarr"]
     for rows in told:
         rows.pop("picture")
@@ -163,8 +164,8 @@ def test_the_parameters_of_the_command_exist():
 def test_the_weights_are_named_by_their_digest(prediction):
     with Image.open(prediction) as image:
         origin = json.loads(image.text["inkdask"])
-    assert origin["fingerprint"]["weights"]
-    assert origin["weights_from"] == known()["demo"].weights
+    assert origin["recipe"]["weights"]
+    assert origin["origin"]["weights_from"] == known()["demo"].weights
 
 
 @pytest.mark.parametrize("name", ["p.png", "p.tif", "p.jpg"])
@@ -190,11 +191,10 @@ def test_a_file_that_is_no_picture_is_one_sentence(tmp_path, capsys, name):
     assert len(error.splitlines()) == 1
 
 
-def test_the_digest_of_the_weights_is_in_the_fingerprint(segment):
-    """A network that was trained again, at the same place, is another job."""
+def test_retrained_weights_are_another_job(segment):
     plan = Plan.of(segment, Settings.of(model=depth_slope))
     other = replace(plan, network=replace(plan.network, digest="other"))
-    assert fingerprint(plan) != fingerprint(other)
+    assert recipe_of(plan) != recipe_of(other)
 
 
 def test_an_origin_has_no_password(segment):
@@ -207,4 +207,20 @@ def test_an_origin_has_no_password(segment):
 def test_a_region_of_a_window_is_counted_in_the_files(segment):
     cropped = inkdask.open_segment(segment).crop(slice(20, 140), slice(30, 290))
     settings = Settings.of(model=depth_slope, roi_xyxy=(5, 7, 100, 90))
-    assert origin_of(Plan.of(cropped, settings), settings)["roi_xyxy"] == [35, 27, 130, 110]
+    assert origin_of(Plan.of(cropped, settings), settings).roi_xyxy == (35, 27, 130, 110)
+
+
+def test_environment_does_not_label_what_a_notebook_predicts(segment, monkeypatch):
+    monkeypatch.setenv("S3_PATH", "s3://another/segment")
+    monkeypatch.setenv("START_LAYER", "7")
+    monkeypatch.setenv("END_LAYER", "19")
+    monkeypatch.setenv("SURFACE_VOLUME_ZARR", "s3://another/volume.zarr")
+    monkeypatch.setenv("MASK_PATH", "s3://another/mask.png")
+    settings = Settings.of(model="demo")
+    origin = origin_of(Plan.of(inkdask.open_segment(segment), settings), settings)
+    assert (origin.source, origin.volume) == (str(segment), str(segment))
+    assert origin.layer_range == (0, 26)
+    assert not {"another", "7:19", "--mask-path"} & {*" ".join(origin.command).split()}
+    assert "another" not in " ".join(origin.command)
+    array = origin_of(Plan.of(np.ones((26, 70, 70), np.uint8), settings), settings)
+    assert (array.source, array.layer_range) == (None, (0, 26))

@@ -12,12 +12,14 @@ from ome_zarr_models.v05 import Image as OmeImage
 
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError
+from inkdask.identity import Provenance
 from inkdask.information import describe
 from inkdask.pictures import pyramid
 from inkdask.pictures.picture import halved, is_picture, open_picture
 from inkdask.pictures.pyramid import halve, level_shapes, to_uint8, write_pyramid
 from inkdask.storage import outputs
 from tests.files import bound_by_rights
+from tests.jobs import PROVENANCE, store_in
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_levels_are_the_same_stored_or_not(height, width, chunk, times):
 
 def test_every_level_is_the_mean_of_the_one_before(home, pixels):
     uri = storage.join(home, "prediction.zarr")
-    write_pyramid(lazy(pixels), uri, {"model": "toy"})
+    write_pyramid(lazy(pixels), uri, PROVENANCE)
     group = zarr.open_group(storage.zarr_store(uri, read_only=True), mode="r")
     assert sorted(group.array_keys()) == ["0", "1", "2"]
     expected = pixels
@@ -71,13 +73,13 @@ def test_every_level_is_the_mean_of_the_one_before(home, pixels):
         assert group[str(level)].dtype == np.uint8
         assert np.array_equal(group[str(level)][:], expected), level
         expected = halve(expected)
-    assert group.attrs["inkdask"] == {"model": "toy"}
+    assert Provenance.from_json(group.attrs["inkdask"], uri) == PROVENANCE
     assert [entry.name for entry in storage.list_folder(home)] == ["prediction.zarr"]
 
 
 def test_metadata_are_those_of_ome_zarr(tmp_path, pixels):
     uri = str(tmp_path / "prediction_toy_00_26.zarr")
-    write_pyramid(lazy(pixels), uri, {}, pixel_um=7.91, corner=(100, 40))
+    write_pyramid(lazy(pixels), uri, None, pixel_um=7.91, corner=(100, 40))
     image = OmeImage.from_zarr(zarr.open_group(uri, mode="r"))
     (multiscale,) = image.ome_attributes.multiscales
     assert multiscale.name == "prediction_toy_00_26"
@@ -95,7 +97,7 @@ def test_metadata_are_those_of_ome_zarr(tmp_path, pixels):
 
 def test_without_a_size_of_the_pixels_there_is_no_unit(tmp_path, pixels):
     uri = str(tmp_path / "p.zarr")
-    write_pyramid(lazy(pixels), uri, {})
+    write_pyramid(lazy(pixels), uri, None)
     image = OmeImage.from_zarr(zarr.open_group(uri, mode="r"))
     assert {axis.unit for axis in image.ome_attributes.multiscales[0].axes} <= {None}
     assert open_picture(uri).pixel_um is None
@@ -103,10 +105,10 @@ def test_without_a_size_of_the_pixels_there_is_no_unit(tmp_path, pixels):
 
 def test_a_picture_is_opened_as_it_was_written(home, pixels):
     uri = storage.join(home, "p.zarr")
-    write_pyramid(lazy(pixels), uri, {"source": "here"}, 7.91, (100, 40))
+    write_pyramid(lazy(pixels), uri, PROVENANCE, 7.91, (100, 40))
     picture = open_picture(uri)
     assert (picture.pixel_um, picture.corner) == (pytest.approx(7.91), (100, 40))
-    assert picture.origin == {"source": "here"}
+    assert picture.provenance == PROVENANCE
     assert picture.shape == pixels.shape
     assert np.array_equal(picture.level(1).compute(), halve(pixels))
     assert picture.level(5).shape == (41, 22)
@@ -122,7 +124,16 @@ def test_a_plain_array_is_a_picture_too(tmp_path, pixels):
     zarr.create_array(uri, data=pixels, chunks=(100, 100))
     picture = open_picture(uri)
     assert np.array_equal(picture.level(2).compute(), halve(halve(pixels)))
-    assert picture.origin == {}
+    assert picture.provenance is None
+
+
+def test_damaged_provenance_is_told_and_the_picture_opens(tmp_path, pixels, caplog):
+    uri = str(tmp_path / "p.zarr")
+    write_pyramid(lazy(pixels), uri, PROVENANCE)
+    group = zarr.open_group(uri, mode="r+")
+    group.attrs["inkdask"] = {"fingerprint": {"format": 3}}
+    assert open_picture(uri).provenance is None
+    assert "p.zarr does not say what it was made of as this version" in caplog.text
 
 
 def test_what_is_no_picture_is_said_in_a_sentence(tmp_path):
@@ -134,11 +145,8 @@ def test_what_is_no_picture_is_said_in_a_sentence(tmp_path):
     zarr.create_array(str(tmp_path / "volume.zarr"), data=np.zeros((3, 4, 5), np.uint8))
     with pytest.raises(InkdaskError, match="no picture"):
         open_picture(str(tmp_path / "volume.zarr"))
-    grid = zarr.open_group(str(tmp_path / "grid.zarr"), mode="w")
-    grid.create_array("grid", data=np.zeros((2, 2)))
-    grid.create_array("tiles", data=np.zeros((2, 2)))
     with pytest.raises(InkdaskError, match="tile grid"):
-        open_picture(str(tmp_path / "grid.zarr"))
+        open_picture(store_in(tmp_path).uri)
     assert not any(is_picture(str(path)) for path in tmp_path.iterdir())
 
 
@@ -162,7 +170,7 @@ def test_what_is_no_picture_is_said_in_a_sentence(tmp_path):
     ],
 )
 def test_a_damaged_picture_is_one_sentence(tmp_path, pixels, spoil, message):
-    write_pyramid(lazy(pixels), str(tmp_path / "p.zarr"), {})
+    write_pyramid(lazy(pixels), str(tmp_path / "p.zarr"), None)
     spoil(tmp_path / "p.zarr")
     for opened in (open_picture, describe):
         with pytest.raises(InkdaskError, match=message) as caught:
@@ -173,7 +181,7 @@ def test_a_damaged_picture_is_one_sentence(tmp_path, pixels, spoil, message):
 def test_a_new_picture_replaces_the_old_one(home, pixels):
     uri = storage.join(home, "p.zarr")
     for picture in (pixels, pixels[:100] // 2):
-        write_pyramid(lazy(picture, 100), uri, {})
+        write_pyramid(lazy(picture, 100), uri, None)
     assert np.array_equal(open_picture(uri).levels[0].compute(), pixels[:100] // 2)
     assert len(open_picture(uri).levels) == 2
 
@@ -181,26 +189,26 @@ def test_a_new_picture_replaces_the_old_one(home, pixels):
 def test_a_picture_without_data_is_a_picture(home):
     uri = storage.join(home, "p.zarr")
     for _ in range(2):
-        write_pyramid(lazy(np.zeros((600, 700), np.uint8)), uri, {})
+        write_pyramid(lazy(np.zeros((600, 700), np.uint8)), uri, None)
     assert not open_picture(uri).level(1).compute().any()
 
 
 def test_a_failed_job_leaves_the_old_picture(tmp_path, pixels):
     uri = str(tmp_path / "p.zarr")
-    write_pyramid(lazy(pixels), uri, {})
+    write_pyramid(lazy(pixels), uri, None)
 
     def broken(block):
         raise OSError("the disk is gone")
 
     with pytest.raises(InkdaskError, match=r"^OSError: the disk is gone\.$"):
-        write_pyramid(lazy(pixels).map_blocks(broken, dtype=np.uint8), uri, {})
+        write_pyramid(lazy(pixels).map_blocks(broken, dtype=np.uint8), uri, None)
     assert np.array_equal(open_picture(uri).levels[0].compute(), pixels)
     assert [path.name for path in tmp_path.iterdir()] == ["p.zarr"]
 
 
 def test_a_window_that_begins_inside_a_chunk(tmp_path, pixels):
     uri = str(tmp_path / "p.zarr")
-    write_pyramid(lazy(pixels)[100:1290, 30:180], uri, {})
+    write_pyramid(lazy(pixels)[100:1290, 30:180], uri, None)
     assert np.array_equal(open_picture(uri).levels[0].compute(), pixels[100:1290, 30:180])
 
 
@@ -257,7 +265,7 @@ def test_what_is_copied_halfway_is_no_array(s3, faults, pixels, refused, arrays)
     uri = f"{s3}/p.zarr"
     faults.inject(["403"], match=rf"PUT .*/p\.zarr/{refused}$")
     with pytest.raises(InkdaskError, match="denied"):
-        write_pyramid(lazy(pixels), uri, {})
+        write_pyramid(lazy(pixels), uri, None)
     faults.inject()
     assert not storage.exists(f"{uri}/zarr.json")
     there = [level for level in "012" if storage.exists(f"{uri}/{level}/zarr.json")]

@@ -6,16 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from inkdask.models import resnet3d
 from inkdask.models.depth_cnn import DepthCNN
 from inkdask.models.fast import prepare
 from inkdask.models.networks import BUILDERS
+from inkdask.models.resnet3d import Decoder2D, Decoder3D, ResNet3D
 
 BLOCKS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 NORM = ("weight", "bias", "running_mean", "running_var")
-
-
-def create(name, **options):
-    return BUILDERS[name](**options).eval()
 
 
 def norm(name, channels):
@@ -104,11 +102,13 @@ DECODER_3D = {
         ("ink_resnet3d_152_decoder3d", 152, DECODER_3D),
     ],
 )
-def test_parameters_have_the_names_and_shapes_of_checkpoints(name, depth, decoder):
+def test_real_network_has_the_names_and_shapes_of_checkpoints(name, depth, decoder):
     with torch.device("meta"):
-        network = create(name, layers=26, tile=256)
+        network = BUILDERS[name](layers=26, tile=256).eval()
+        logits = network(torch.empty(1, 1, 26, 256, 256))
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     assert shapes == encoder_shapes(depth) | decoder
+    assert logits.shape == (1, 1, 64, 64)
 
 
 def restated(state, x, depth, decode):
@@ -184,18 +184,23 @@ def randomize(network):
     return network
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """Let the networks have an eighth of their channels."""
+    monkeypatch.setattr(resnet3d, "WIDTHS", (8, 16, 32, 64))
+    monkeypatch.setattr(resnet3d, "MAPS", (32, 64, 128, 256))
+
+
+DECODERS = [(Decoder2D, in_the_plane), (lambda: Decoder3D((32, 32, 64, 64)), in_space)]
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize(
-    ("name", "depth", "decode"),
-    [
-        ("ink_resnet3d_50", 50, in_the_plane),
-        ("ink_resnet3d_152_decoder3d", 152, in_space),
-    ],
-)
-def test_the_result_restated_before_and_after_preparation(name, depth, decode):
-    network = randomize(create(name))
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("decoder", "decode"), DECODERS, ids=["2d", "3d"])
+def test_logits_are_those_restated_before_and_after_preparation(decoder, decode):
+    network = randomize(ResNet3D(50, decoder()).eval())
     x = torch.rand(1, 1, 9, 64, 32)
-    expected = restated(network.state_dict(), x, depth, decode)
+    expected = restated(network.state_dict(), x, 50, decode)
     scale = expected.std()
     assert scale > 0
     got = network(x)
@@ -210,8 +215,9 @@ def test_the_result_restated_before_and_after_preparation(name, depth, decode):
 
 
 @torch.inference_mode()
-def test_normalization_is_a_batch_norm_before_the_rest():
-    network = create("ink_resnet3d_50", normalization=True)
+@pytest.mark.usefixtures("small")
+def test_normalization_is_a_batch_norm_of_the_input():
+    network = ResNet3D(50, Decoder2D(), normalization=True).eval()
     network.normalization.load_state_dict(
         {
             "weight": torch.tensor([1.5]),
@@ -228,7 +234,7 @@ def test_normalization_is_a_batch_norm_before_the_rest():
     torch.testing.assert_close(got, expected)
 
 
-def test_all_networks_are_in_the_register():
+def test_networks_are_in_the_registry_of_timm():
     importlib.import_module("inkdask.models.in_timm")
     timm = importlib.import_module("timm")
     assert set(timm.list_models("ink*")) >= {

@@ -21,11 +21,14 @@ import pytest
 import torch
 
 import inkdask
-from inkdask import engine, storage
+from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.store import GridStore
 from tests.files import grids, read_picture, write_layers
+from tests.jobs import count_tiles, network
 from tests.oracle import papyrus
+
+pytestmark = pytest.mark.usefixtures("own_tiles")
 
 LAYERS, HEIGHT, WIDTH = 5, 700, 1300  # 5 x 10 chunks
 REPOSITORY = Path(__file__).parent.parent
@@ -33,14 +36,6 @@ REPOSITORY = Path(__file__).parent.parent
 # Jobs are processes of their own that share one import of what takes long.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["inkdask.workflow", "inkdask.predictor", "distributed"])
-
-
-def network(x):
-    """Logits from the first and last layer: (b, 1, 4, 4); counts its tiles, and can be slow."""
-    with Path(os.environ["TILES_LOG"]).open("a") as log:
-        log.write(f"{len(x)}\n")
-    time.sleep(len(x) * float(os.environ.get("SECONDS_A_TILE", 0)))
-    return 300 * torch.nn.functional.adaptive_avg_pool2d(x[:, :, -1] - x[:, :, 0], 4)
 
 
 def job(environment, log):
@@ -63,13 +58,6 @@ def guarded_network(x):
         (folder / f"{os.getpid()}.waits").touch()
         time.sleep(0.01)
     return 300 * torch.nn.functional.adaptive_avg_pool2d(x[:, :, -1] - x[:, :, 0], 4)
-
-
-@pytest.fixture(autouse=True)
-def own_tiles(own_environment, monkeypatch, tmp_path):
-    monkeypatch.setenv("BATCH_SIZE", "8")
-    monkeypatch.setenv("TILES_LOG", str(tmp_path / "tiles.log"))
-    monkeypatch.setattr(engine, "PAUSE", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +111,7 @@ def share_done(folder):
     """Share of the chunks that the one store in a folder has."""
     for uri in grids(folder):
         try:
-            return (GridStore.open(uri).tiles_run() >= 0).mean()
+            return GridStore.open(uri)[0].chunks_done().mean()
         except (InkdaskError, OSError, KeyError):
             pass  # it is being made
     return 0.0
@@ -137,11 +125,7 @@ def wait_until(condition, process=None):
         time.sleep(0.02)
 
 
-def count_tiles(tmp_path):
-    return sum(map(int, (tmp_path / "tiles.log").read_text().split()))
-
-
-def test_workers_that_are_killed_change_nothing(segment, tmp_path, capsys, monkeypatch):
+def test_killed_workers_change_nothing(segment, tmp_path, capsys, monkeypatch):
     from distributed import Client
 
     guard = tmp_path / "guard"
@@ -184,7 +168,7 @@ def test_workers_that_are_killed_change_nothing(segment, tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_a_killed_client_resumes(place, start, tmp_path, request):
+def test_killed_client_resumes(place, start, tmp_path, request):
     folder = str(tmp_path / "partitions")
     if place == "s3":
         folder = f"{request.getfixturevalue('s3')}/partitions"
@@ -207,7 +191,7 @@ def test_a_killed_client_resumes(place, start, tmp_path, request):
     ("cluster", "how"),
     [("threads", signal.SIGTERM), ("threads", signal.SIGINT), ("local", signal.SIGTERM)],
 )
-def test_a_signal_stops_a_run_that_resumes(segment, tmp_path, cluster, how, capsys):
+def test_signal_stops_a_run_that_resumes(segment, tmp_path, cluster, how, capsys):
     folder = str(tmp_path / "partitions")
     command = [sys.executable, "-m", "inkdask", "run", segment, "--model", "demo", "--no-compile"]
     command += ["--layers", "0:5", "--model-in-chans", "5", "--cluster", cluster]

@@ -1,4 +1,4 @@
-"""Segments as they are in buckets and on disks: found, checked, described, and refused by name."""
+"""Segments in buckets and on disks: found, checked, identified, described, refused by name."""
 
 import logging
 import os
@@ -12,6 +12,7 @@ from PIL import Image
 
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError
+from inkdask.reading import volume
 from inkdask.segment import describe, name_of, open_segment
 from inkdask.storage import s3 as s3_module
 from tests.files import SHAPE, assert_reads, encode, random_volume, write_layers
@@ -19,8 +20,18 @@ from tests.files import SHAPE, assert_reads, encode, random_volume, write_layers
 # Where layers are.
 
 
-@pytest.mark.parametrize("folder", ["layers", "surface_volume", "", "20240301.tifs"])
-@pytest.mark.parametrize("digits", [2, 3])
+@pytest.mark.parametrize(
+    ("home", "folder", "digits"),
+    [
+        ("local", "layers", 2),
+        ("local", "surface_volume", 3),
+        ("local", "", 2),
+        ("local", "20240301.tifs", 2),
+        ("s3", "layers", 3),
+        ("s3", "", 2),
+    ],
+    indirect=["home"],
+)
 def test_layers_are_found(home, folder, digits, pixels):
     where = storage.join(home, "20240301", folder) if folder else storage.join(home, "20240301")
     write_layers(where, pixels, digits=digits)
@@ -32,7 +43,7 @@ def test_layers_are_found(home, folder, digits, pixels):
     assert_reads(segment, pixels >> 8)
 
 
-def test_a_slash_at_the_end_changes_nothing(home, pixels):
+def test_path_with_slash_at_its_end_opens_the_same_segment(home, pixels):
     write_layers(storage.join(home, "a.tifs"), pixels)
     segment = open_segment(storage.join(home, "a.tifs") + "/")
     assert segment.name == "a"
@@ -51,14 +62,18 @@ def test_a_slash_at_the_end_changes_nothing(home, pixels):
         ("layers/", "20230702"),
     ],
 )
-def test_name(path, name, tmp_path, monkeypatch):
+def test_name_is_that_of_the_folder(path, name, tmp_path, monkeypatch):
     (tmp_path / "20230702").mkdir()
     monkeypatch.chdir(tmp_path / "20230702")
     assert name_of(path) == name
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "tiff", "TIF"])
-def test_layers_of_other_kinds(home, suffix):
+@pytest.mark.parametrize(
+    ("home", "suffix"),
+    [*(("local", kind) for kind in ("png", "jpg", "jpeg", "tiff", "TIF")), ("s3", "png")],
+    indirect=["home"],
+)
+def test_layers_of_every_suffix_are_read(home, suffix):
     layers = random_volume(SHAPE, "|u1")
     for number, layer in enumerate(layers):
         if suffix.lower().startswith("tif"):
@@ -74,7 +89,7 @@ def test_layers_of_other_kinds(home, suffix):
     assert np.abs(got - layers).mean() <= (5 if suffix.startswith("jp") else 0)
 
 
-def test_colour_layers_warn_once(tmp_path, caplog, pixels):
+def test_colour_layers_are_read_with_one_warning(tmp_path, caplog, pixels):
     colours = np.stack([pixels, pixels // 2, pixels // 3], axis=-1)
     write_layers(tmp_path, colours, photometric="rgb")
     with caplog.at_level(logging.WARNING, "inkdask"):
@@ -84,7 +99,7 @@ def test_colour_layers_warn_once(tmp_path, caplog, pixels):
     assert_reads(segment, pixels >> 8)
 
 
-def test_a_jpeg_whose_size_comes_late(tmp_path, pixels):
+def test_jpeg_with_late_frame_header_is_opened(tmp_path, pixels):
     """After a preview or a profile of hundreds of kilobytes."""
     data = imagecodecs.jpeg_encode(pixels[0] >> 8 if pixels.dtype == np.uint16 else pixels[0])
     segment = b"\xff\xe2" + (65535).to_bytes(2, "big") + bytes(65533)
@@ -92,7 +107,7 @@ def test_a_jpeg_whose_size_comes_late(tmp_path, pixels):
     assert open_segment(str(tmp_path)).shape == (1, *pixels.shape[1:])
 
 
-def test_sixteen_bit_png(tmp_path, pixels):
+def test_sixteen_bit_png_is_read_as_its_high_bytes(tmp_path, pixels):
     for number, layer in enumerate(pixels):
         (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
     segment = open_segment(str(tmp_path))
@@ -109,12 +124,12 @@ def test_sixteen_bit_png(tmp_path, pixels):
         (0, {}, range(6)),
         (0, {"layers": (2, 5)}, range(2, 5)),
         (3, {"layers": (5, 9)}, range(5, 9)),
-        (0, {"window": 4}, range(1, 5)),
-        (10, {"window": 3}, range(11, 14)),
-        (0, {"layers": (1, 3), "window": 4}, range(1, 3)),
+        (0, {"count": 4}, range(1, 5)),
+        (10, {"count": 3}, range(11, 14)),
+        (0, {"layers": (1, 3), "count": 4}, range(1, 3)),
     ],
 )
-def test_choice_of_layers(tmp_path, first, options, layers, pixels, caplog):
+def test_layers_are_chosen_by_range_or_count(tmp_path, first, options, layers, pixels, caplog):
     write_layers(tmp_path / "layers", pixels, first=first)
     with caplog.at_level(logging.DEBUG, "inkdask"):
         segment = open_segment(str(tmp_path), **options)
@@ -124,7 +139,7 @@ def test_choice_of_layers(tmp_path, first, options, layers, pixels, caplog):
 
 
 @pytest.mark.parametrize(
-    ("layers", "window", "message"),
+    ("layers", "count", "message"),
     [
         (
             (6, 9),
@@ -136,14 +151,14 @@ def test_choice_of_layers(tmp_path, first, options, layers, pixels, caplog):
         (None, 26, "^Channel mismatch: 26 layers are wanted of .*/layers, but it has 6, 00 to 05"),
     ],
 )
-def test_layers_that_are_not_there(tmp_path, layers, window, message, pixels):
+def test_missing_layers_are_named(tmp_path, layers, count, message, pixels):
     write_layers(tmp_path / "layers", pixels)
     with pytest.raises(InkdaskError, match=message):
-        open_segment(str(tmp_path), layers, window=window)
+        open_segment(str(tmp_path), layers, count=count)
 
 
 @pytest.mark.parametrize("layers", [(1, 3), [1, 3], "1:3", range(1, 3), slice(1, 3)])
-def test_a_range_may_be_said_in_many_ways(tmp_path, layers, pixels):
+def test_range_of_layers_is_taken_in_every_form(tmp_path, layers, pixels):
     write_layers(tmp_path / "layers", pixels)
     assert open_segment(tmp_path, layers).layers == (1, 2)
 
@@ -157,12 +172,12 @@ def test_a_range_may_be_said_in_many_ways(tmp_path, layers, pixels):
         ((3, 1), r"^START_LAYER \(3\) must be less than END_LAYER \(1\): the range is empty\.$"),
     ],
 )
-def test_a_range_that_is_none_is_one_sentence(tmp_path, layers, message):
+def test_malformed_range_of_layers_is_refused(tmp_path, layers, message):
     with pytest.raises(SettingsError, match=message):
         open_segment(tmp_path, layers)
 
 
-def test_what_is_no_segment_is_said(tmp_path, pixels):
+def test_path_without_layers_is_explained(tmp_path, pixels):
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "empty").mkdir()
     for name, what in (
@@ -175,16 +190,16 @@ def test_what_is_no_segment_is_said(tmp_path, pixels):
     write_layers(tmp_path / "gap" / "layers", pixels)
     (tmp_path / "gap" / "layers" / "03.tif").unlink()
     with pytest.raises(InkdaskError, match="6 layers are wanted .* it has 5, 00 to 05 without 03"):
-        open_segment(tmp_path / "gap", window=6)
+        open_segment(tmp_path / "gap", count=6)
 
 
-def test_a_segment_has_a_short_name_for_people(tmp_path, pixels):
+def test_repr_shows_place_and_size(tmp_path, pixels):
     write_layers(tmp_path / "layers", pixels)
     segment = open_segment(tmp_path)
     assert repr(segment) == f"<Segment {tmp_path}: 6 layers of 100 x 130 uint16>"
 
 
-def test_nothing_there(home):
+def test_missing_folder_is_named_with_the_range(home):
     for path in ("nothing", "no/such/folder"):
         uri = storage.join(home, path)
         with pytest.raises(
@@ -193,17 +208,17 @@ def test_nothing_there(home):
             open_segment(uri, (0, 26))
 
 
-def test_a_gap_is_named_when_it_is_inside(tmp_path, pixels):
+def test_gap_in_the_range_is_named(tmp_path, pixels):
     write_layers(tmp_path, pixels)
     (tmp_path / "03.tif").unlink()
-    for options in ({}, {"window": 4}, {"layers": (2, 6)}):
+    for options in ({}, {"count": 4}, {"layers": (2, 6)}):
         with pytest.raises(InkdaskError, match="^Layer 03 missing in"):
             open_segment(str(tmp_path), **options)
     assert open_segment(str(tmp_path), (4, 6)).layers == (4, 5)
 
 
 @pytest.mark.parametrize("double", ["003.tif", "03.png"])
-def test_a_double_layer_names_both_files(tmp_path, double, pixels):
+def test_layer_in_two_files_is_refused(tmp_path, double, pixels):
     write_layers(tmp_path, pixels)
     (tmp_path / double).write_bytes(b"whatever")
     with pytest.raises(InkdaskError, match=r"Layer 03 is there twice: .*03\.\w+ and .*03\.\w+\."):
@@ -231,11 +246,11 @@ def test_a_double_layer_names_both_files(tmp_path, double, pixels):
         (b"<html>", r"04\.tif cannot be read as a TIFF"),
     ],
 )
-def test_an_odd_layer_is_named(home, odd, message, pixels):
-    write_layers(home, pixels)
-    storage.write_bytes(storage.join(home, "04.tif"), odd)
+def test_odd_layer_is_named(tmp_path, odd, message, pixels):
+    write_layers(tmp_path, pixels)
+    (tmp_path / "04.tif").write_bytes(odd)
     with pytest.raises(InkdaskError, match=message) as caught:
-        open_segment(home)
+        open_segment(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -243,20 +258,20 @@ def test_an_odd_layer_is_named(home, odd, message, pixels):
     ("name", "data"),
     [("00.png", b"\x89PNG"), ("00.jpg", b"nothing"), ("00.png", b"\x89PNG\r\n\x1a\n" + bytes(30))],
 )
-def test_a_broken_picture_is_named(tmp_path, name, data):
+def test_broken_picture_is_named_at_opening(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InkdaskError, match=rf"{name} cannot be read as a PNG or JPEG"):
         open_segment(str(tmp_path))
 
 
-def test_a_truncated_picture_is_named_when_read(tmp_path, pixels):
+def test_truncated_picture_is_named_at_reading(tmp_path, pixels):
     (tmp_path / "00.png").write_bytes(imagecodecs.png_encode(pixels[0])[:-3000])
     segment = open_segment(str(tmp_path))
     with pytest.raises(InkdaskError, match=r"00\.png is truncated or corrupt"):
         segment.volume.compute()
 
 
-def test_a_file_that_shrinks_later_is_named(tmp_path, pixels):
+def test_file_shortened_after_opening_is_named(tmp_path, pixels):
     write_layers(tmp_path, pixels)
     segment = open_segment(str(tmp_path))
     (tmp_path / "02.tif").write_bytes(b"")
@@ -264,7 +279,7 @@ def test_a_file_that_shrinks_later_is_named(tmp_path, pixels):
         segment.volume.compute()
 
 
-def test_denied_and_missing_buckets_are_one_sentence(s3, faults):
+def test_denied_or_missing_bucket_is_named(s3, faults):
     with pytest.raises(InkdaskError, match="^The bucket of s3://not-there/seg does not exist"):
         open_segment("s3://not-there/seg")
     faults.inject(["403"])
@@ -272,13 +287,79 @@ def test_denied_and_missing_buckets_are_one_sentence(s3, faults):
         open_segment(f"{s3}/seg")
 
 
-def test_a_server_that_falls_silent_after_the_listing(s3, faults, monkeypatch, pixels):
+def test_server_silent_after_the_listing_is_named(s3, faults, monkeypatch, pixels):
     write_layers(f"{s3}/layers", pixels)
     monkeypatch.setattr(s3_module, "READ_TIMEOUT", 0.3)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "silent")
     faults.inject(["stall"], match=r"GET .*\.tif")
     with pytest.raises(InkdaskError, match=rf"^{s3}/layers/0\d\.tif does not answer"):
         open_segment(s3)
+
+
+# Which segment it is.
+
+
+def test_identity_of_unpacked_copies_differs_by_place(tmp_path, pixels):
+    identities = set()
+    for folder in ("a", "b"):
+        write_layers(tmp_path / folder / "segment", pixels)
+        for file in (tmp_path / folder / "segment").iterdir():
+            os.utime(file, ns=(10**18, 10**18))
+        identities.add(open_segment(tmp_path / folder / "segment").identity)
+    assert len(identities) == 2
+
+
+def test_identity_is_the_same_however_the_path_is_written(tmp_path, pixels, monkeypatch):
+    write_layers(tmp_path / "layers", pixels)
+    monkeypatch.chdir(tmp_path)
+    paths = [tmp_path, ".", f"{tmp_path}/", f"file://{tmp_path}", "../" + tmp_path.name]
+    assert len({open_segment(path).identity for path in paths}) == 1
+
+
+def test_identity_changes_with_bytes_in_the_middle_of_a_file(tmp_path):
+    write_layers(tmp_path, random_volume((2, 200, 200)))
+    path = tmp_path / "01.tif"
+    before, times = open_segment(tmp_path).identity, path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert open_segment(tmp_path).identity != before
+
+
+def test_identity_of_links_changes_with_their_targets(tmp_path, pixels):
+    write_layers(tmp_path / "kept", pixels)
+    (tmp_path / "layers").mkdir()
+    for file in (tmp_path / "kept").iterdir():
+        (tmp_path / "layers" / file.name).symlink_to(file)
+    before = open_segment(tmp_path).identity
+    time = (tmp_path / "kept" / "00.tif").stat().st_mtime + 5
+    os.utime(tmp_path / "kept" / "00.tif", (time, time))
+    assert open_segment(tmp_path).identity != before
+
+
+def test_linked_folder_of_layers_is_read(tmp_path, pixels):
+    write_layers(tmp_path / "elsewhere", pixels)
+    (tmp_path / "segment").mkdir()
+    (tmp_path / "segment" / "layers").symlink_to(tmp_path / "elsewhere")
+    assert_reads(open_segment(tmp_path / "segment"), pixels >> 8)
+
+
+@pytest.mark.parametrize("codec", [None, "lzw"])
+def test_layer_rewritten_on_s3_after_opening_is_refused(s3, pixels, monkeypatch, codec):
+    monkeypatch.setattr(volume, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(volume, "BLOCK_SIDE", 10)  # compressed layers are decoded as a whole
+    write_layers(f"{s3}/layers", pixels, compression=codec)
+    write_mask(f"{s3}/m.png", pixels[0] > 0)
+    segment = open_segment(s3, mask=f"{s3}/m.png")
+    write_layers(f"{s3}/layers", pixels[:1] + 256, compression=codec)
+    write_mask(f"{s3}/m.png", pixels[0] == 0)
+    for array, name in ((segment.volume, "layers/00.tif"), (segment.mask, "m.png")):
+        with pytest.raises(InkdaskError) as caught:
+            array.compute()
+        assert str(caught.value) == (
+            f"{s3}/{name} has changed since it was opened: run the job again."
+        )
 
 
 # Masks.
@@ -293,7 +374,7 @@ def mask():
     return np.random.default_rng(5).random(SHAPE[1:]) < 0.5
 
 
-def test_mask_beside_the_layers(home, pixels, mask):
+def test_mask_in_the_segment_is_found(home, pixels, mask):
     uri = storage.join(home, "20230702")
     write_layers(storage.join(uri, "layers"), pixels)
     write_mask(storage.join(uri, "20230702_supervision_mask.png"), mask)  # of something else
@@ -303,15 +384,15 @@ def test_mask_beside_the_layers(home, pixels, mask):
     segment = pickle.loads(pickle.dumps(open_segment(uri)))
     assert segment.mask_uri == storage.join(uri, "20230702_mask.png")
     assert segment.mask.dtype == bool
-    assert segment.identity != plain
+    assert segment.identity == plain
     assert open_segment(uri, mask="none").mask is None
-    assert open_segment(uri, mask="none").identity == plain
+    assert open_segment(uri, mask="none").mask_identity is None
     np.testing.assert_array_equal(segment.mask.compute(), mask)
     cropped = segment.crop(slice(10, 60), slice(70, 120))
     np.testing.assert_array_equal(cropped.mask.compute(), mask[10:60, 70:120])
 
 
-def test_mask_by_path(tmp_path, pixels, mask):
+def test_mask_by_path_is_read(tmp_path, pixels, mask):
     write_layers(tmp_path / "layers", pixels)
     write_mask(str(tmp_path / "b_mask.png"), mask)
     assert open_segment(str(tmp_path)).mask is None
@@ -323,14 +404,14 @@ def test_mask_by_path(tmp_path, pixels, mask):
     np.testing.assert_array_equal(segment.mask.compute(), mask)
 
 
-def test_a_mask_whose_high_bytes_are_zero_is_refused(tmp_path, pixels, mask):
+def test_mask_of_uint16_tiff_is_refused(tmp_path, pixels, mask):
     write_layers(tmp_path / "layers", pixels)
     tifffile.imwrite(tmp_path / "mask.tif", mask.astype(np.uint16))
     with pytest.raises(InkdaskError, match=r"mask\.tif has uint16 values, and a TIFF needs uint8"):
         open_segment(str(tmp_path), mask=str(tmp_path / "mask.tif"))
 
 
-def test_a_mask_of_another_size_or_place_is_refused(tmp_path, pixels, mask):
+def test_mask_of_another_size_or_missing_is_refused(tmp_path, pixels, mask):
     write_layers(tmp_path / "layers", pixels)
     write_mask(str(tmp_path / "small.png"), mask[:50])
     with pytest.raises(
@@ -353,7 +434,7 @@ def test_a_mask_of_another_size_or_place_is_refused(tmp_path, pixels, mask):
         ({"tile": (64, 64), "compression": "zlib"}, "TIFF, 64 x 64 tiles, DEFLATE"),
     ],
 )
-def test_describe(tmp_path, options, layout):
+def test_description_reads_little_of_a_segment(tmp_path, options, layout):
     write_layers(tmp_path / "layers", random_volume((6, 1000, 1000)), **options)
     segment = open_segment(str(tmp_path), (1, 4))
     before = storage.counters()
@@ -369,7 +450,7 @@ def test_describe(tmp_path, options, layout):
     assert description.empty_share == pytest.approx(0.2, abs=0.1)
 
 
-def test_describe_reads_no_whole_pictures(tmp_path, pixels):
+def test_description_of_pictures_reads_nothing(tmp_path, pixels):
     for number, layer in enumerate(pixels):
         (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
     segment = open_segment(str(tmp_path))
@@ -380,7 +461,7 @@ def test_describe_reads_no_whole_pictures(tmp_path, pixels):
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_alpha_is_no_papyrus(tmp_path, pixels, mode):
+def test_mask_ignores_alpha(tmp_path, pixels, mode):
     write_layers(tmp_path / "layers", pixels)
     image = Image.new(mode, (130, 100), tuple([0] * (len(mode) - 1) + [255]))
     image.paste(tuple([255] * len(mode)), (20, 10, 60, 50))
@@ -390,18 +471,21 @@ def test_alpha_is_no_papyrus(tmp_path, pixels, mode):
     assert mask.sum() == 40 * 40
 
 
-def test_a_mask_that_is_written_anew_is_another(tmp_path, pixels):
+def test_mask_identity_changes_when_the_mask_is_written_anew(tmp_path, pixels):
     write_layers(tmp_path / "layers", pixels)
     Image.new("L", (130, 100), 255).save(tmp_path / "m.png")
     found = set()
     for time in (0, 10**9):
         os.utime(tmp_path / "m.png", ns=(time, time))
-        found.add(open_segment(str(tmp_path), mask=tmp_path / "m.png").identity)
+        segment = open_segment(str(tmp_path), mask=tmp_path / "m.png")
+        found.add((segment.identity, segment.mask_identity, segment.mask.name))
     assert len(found) == 2
+    assert len({identity for identity, *_ in found}) == 1
+    assert len({name for *_, name in found}) == 2
 
 
 @pytest.mark.parametrize("name", ["03.tif.aux.xml", "03.tiff_old", "04.tif.part", "07.tif/"])
-def test_what_is_only_called_like_a_layer_is_none(tmp_path, pixels, name):
+def test_file_named_almost_like_a_layer_is_ignored(tmp_path, pixels, name):
     write_layers(tmp_path, pixels)
     if name.endswith("/"):
         (tmp_path / name).mkdir()
@@ -410,20 +494,20 @@ def test_what_is_only_called_like_a_layer_is_none(tmp_path, pixels, name):
     assert open_segment(str(tmp_path)).layers == tuple(range(6))
 
 
-def test_a_png_among_tiffs_is_a_layer_too(tmp_path, pixels):
+def test_png_among_tiffs_is_read(tmp_path, pixels):
     write_layers(tmp_path, pixels, rowsperstrip=16)
     (tmp_path / "02.tif").unlink()
     (tmp_path / "02.png").write_bytes(imagecodecs.png_encode(pixels[2]))
     assert_reads(open_segment(str(tmp_path)), pixels >> 8)
 
 
-def test_a_colour_png_gives_its_first_channel(tmp_path):
+def test_colour_png_is_read_as_its_first_channel(tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (100, 130, 4), dtype=np.uint8)
     (tmp_path / "00.png").write_bytes(imagecodecs.png_encode(colours))
     assert_reads(open_segment(str(tmp_path)), colours[None, ..., 0])
 
 
-def test_a_palette_is_refused_in_a_layer_and_no_matter_in_a_mask(tmp_path, pixels):
+def test_palette_is_refused_in_a_layer_and_taken_in_a_mask(tmp_path, pixels):
     """A layer's values would be the red of its colours, and not what was scanned."""
     write_layers(tmp_path / "layers", pixels)
     image = Image.fromarray((pixels[0] >> 8).astype(np.uint8)).convert("P")

@@ -1,4 +1,4 @@
-"""Local paths and S3 behind the same calls: what is there, what is read, and every way to fail."""
+"""Local paths and S3 behind the same calls: listings, reads, writes, and failures."""
 
 import multiprocessing
 import os
@@ -12,16 +12,17 @@ import zarr
 
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError, UnavailableError
+from inkdask.storage import outputs
 from inkdask.storage import s3 as s3_module
 
 
-def test_join_knows_the_root_and_stray_slashes():
+def test_join_gives_single_slashes():
     assert storage.join("s3://bucket/a/", "b", "c") == "s3://bucket/a/b/c"
     assert storage.join("/data", "b") == "/data/b"
     assert storage.join("/", "b") == "/b"
 
 
-def test_write_list_and_read(home):
+def test_file_written_is_listed_and_read(home):
     uri = storage.join(home, "a", "b.bin")
     assert not storage.exists(uri)
     storage.write_bytes(uri, bytes(range(200)))
@@ -39,6 +40,40 @@ def test_write_list_and_read(home):
         assert listed(storage.join(home, "nothing")) == []
 
 
+def test_entry_of_link_is_that_of_its_target(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"12345")
+    os.utime(tmp_path / "file", (50, 50))
+    for name, target in (("a", "folder"), ("b", "file"), ("c", "nothing")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    a, b, c, *_ = storage.list_folder(str(tmp_path))
+    assert (a.is_folder, b.is_folder, c.is_folder) == (True, False, False)
+    assert (b.size, b.mark, c.size) == (5, "50.0", 0)
+    assert [a, b] == [storage.entry(str(tmp_path / name)) for name in "ab"]
+
+
+def test_remove_of_link_keeps_its_target(tmp_path):
+    (tmp_path / "array.zarr").mkdir()
+    (tmp_path / "array.zarr" / "zarr.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "array.zarr")
+    outputs.remove(str(tmp_path / "link"))
+    assert storage.list_files(str(tmp_path)) == ["array.zarr/zarr.json"]
+
+
+def test_read_of_rewritten_object_is_refused(s3):
+    storage.write_bytes(f"{s3}/x", b"before")
+    etag = storage.entry(f"{s3}/x").etag
+    assert storage.read_range(f"{s3}/x", 1, 3, etag) == b"ef"
+    assert storage.read_bytes(f"{s3}/x", etag) == b"before"
+    storage.write_bytes(f"{s3}/x", b"after!")
+    before = storage.counters()
+    for read in (storage.read_bytes, lambda uri, etag: storage.read_range(uri, 1, 3, etag)):
+        with pytest.raises(InkdaskError) as caught:
+            read(f"{s3}/x", etag)
+        assert str(caught.value) == f"{s3}/x has changed since it was opened: run the job again."
+    assert storage.counters().retries == before.retries
+
+
 def test_mark_changes_with_the_file(home):
     uri = storage.join(home, "x")
     storage.write_bytes(uri, b"one")
@@ -48,7 +83,7 @@ def test_mark_changes_with_the_file(home):
     assert storage.entry(uri).mark != before
 
 
-def test_put_file(home, tmp_path):
+def test_put_file_copies_a_local_file(home, tmp_path):
     local = tmp_path / "local.bin"
     local.write_bytes(b"ink" * 1000)
     uri = storage.join(home, "sub", "copy.bin")
@@ -70,7 +105,7 @@ def _raise_disk_full(*_):
     raise OSError(28, "No space left on device")
 
 
-def test_range_beyond_the_end_is_a_truncated_file(home):
+def test_range_beyond_the_end_is_refused(home):
     uri = storage.join(home, "short")
     storage.write_bytes(uri, b"0123456789")
     with pytest.raises(InkdaskError, match=r"short is truncated: bytes 8 to 20 .* 2 are there"):
@@ -84,7 +119,7 @@ def test_missing_file_is_named(home):
             read(uri)
 
 
-def test_missing_bucket_is_named_at_once(s3):
+def test_missing_bucket_is_named_without_retries(s3):
     before = storage.counters()
     for ask in (storage.list_folder, storage.read_bytes):
         with pytest.raises(InkdaskError, match="bucket of s3://no-such-bucket/x does not exist"):
@@ -103,7 +138,7 @@ def test_bugs_keep_their_traceback(monkeypatch):
         storage.read_range("/tmp/x", 0, 1)
 
 
-def test_denied_is_one_sentence_at_once(s3, faults):
+def test_denied_access_is_named_without_retries(s3, faults):
     faults.inject(["403"])
     before = storage.counters()
     with pytest.raises(InkdaskError, match=rf"^Access to {s3}/layers is denied: AccessDenied\.$"):
@@ -111,7 +146,7 @@ def test_denied_is_one_sentence_at_once(s3, faults):
     assert storage.counters().retries == before.retries
 
 
-def test_public_buckets_need_no_credentials(s3, monkeypatch):
+def test_public_bucket_is_read_without_credentials(s3, monkeypatch):
     for name in ("public", "private"):
         storage.write_bytes(f"{s3}/{name}", name.encode())
     storage.s3_filesystem().chmod(f"{s3}/public", "public-read")
@@ -122,14 +157,14 @@ def test_public_buckets_need_no_credentials(s3, monkeypatch):
         storage.read_bytes(f"{s3}/private")
 
 
-def test_unknown_profile_is_an_error_of_the_user(s3, monkeypatch):
+def test_unknown_profile_is_named(s3, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(InkdaskError, match="profile .*nobody.* could not be found"):
         storage.read_bytes(f"{s3}/x")
 
 
-def test_requester_pays(s3, monkeypatch):
+def test_requester_pays_is_sent_with_every_request(s3, monkeypatch):
     storage.write_bytes(f"{s3}/folder/x", b"ink")
     asked = []
 
@@ -150,7 +185,7 @@ def test_requester_pays(s3, monkeypatch):
         assert {value for _, value in asked} <= {said, said and said.decode()}
 
 
-def test_one_connection_for_each_process_and_setting(s3, monkeypatch):
+def test_connection_is_one_for_each_process_and_setting(s3, monkeypatch):
     assert storage.s3_filesystem() is storage.s3_filesystem()
     assert storage.s3_filesystem() is not storage.s3_filesystem(asynchronous=True)
     before = storage.s3_filesystem()
@@ -160,7 +195,7 @@ def test_one_connection_for_each_process_and_setting(s3, monkeypatch):
     assert storage.s3_filesystem() is not storage.s3_filesystem(asynchronous=True)
 
 
-def test_pickled_connection_holds_no_secret(s3):
+def test_pickled_connection_holds_no_credentials(s3):
     for connection in (storage.s3_filesystem(), storage.zarr_store(f"{s3}/x.zarr")):
         assert b"testing-secret" not in pickle.dumps(connection)
     assert pickle.loads(pickle.dumps(storage.s3_filesystem())) is storage.s3_filesystem()
@@ -175,7 +210,7 @@ def test_counters_count_bodies_and_requests(home):
     assert storage.counters() - before == storage.Counters(bytes_read=1100, requests=2, retries=0)
 
 
-def test_zarr_store(home):
+def test_zarr_store_counts_its_reads(home):
     uri = storage.join(home, "x.zarr")
     written = zarr.create_array(storage.zarr_store(uri), shape=(20, 20), chunks=(5, 20), dtype="u1")
     written[:] = pixels = np.arange(400).reshape(20, 20).astype(np.uint8)
@@ -185,8 +220,19 @@ def test_zarr_store(home):
     assert (storage.counters() - before).bytes_read > 4 * 20
 
 
-@pytest.mark.parametrize("kind", ["503", "500", "reset", "truncate"])
-def test_passing_faults_are_retried_and_counted(s3, faults, kind):
+def test_open_array_is_opened_anew_for_another_version(tmp_path):
+    uri = str(tmp_path / "x.zarr")
+    zarr.create_array(uri, shape=(4,), chunks=(2,), dtype="u1")
+    array = storage.open_array(uri, "1")
+    array[1] = 7
+    assert storage.open_array(uri, "1") is array
+    zarr.create_array(uri, shape=(5,), chunks=(5,), dtype="u1", overwrite=True)
+    assert storage.open_array(uri, "1").shape == (4,)
+    assert storage.open_array(uri, "2").shape == (5,)
+
+
+@pytest.mark.parametrize("kind", ["503", "reset", "truncate"])
+def test_temporary_faults_are_retried_and_counted(s3, faults, kind):
     data = np.random.default_rng(0).bytes(100_000)
     storage.write_bytes(f"{s3}/x", data)
     faults.inject([kind], every=3, match="GET .*/x$")
@@ -211,7 +257,7 @@ def test_writes_are_retried(s3, faults):
     ]
 
 
-def test_lasting_faults_end(s3, faults, monkeypatch):
+def test_lasting_fault_is_raised_after_all_tries(s3, faults, monkeypatch):
     monkeypatch.setattr(s3_module, "TRIES", 3)
     faults.inject(["503"])
     with pytest.raises(InkdaskError, match=f"^{s3}/x: .*SlowDown"):
@@ -219,8 +265,8 @@ def test_lasting_faults_end(s3, faults, monkeypatch):
     assert faults.injected() == {"503": 3}
 
 
-def test_silence_is_an_error_within_a_minute(s3, faults, monkeypatch):
-    # The true time limits are too long for a test; what they add up to is not.
+def test_silent_server_is_an_error_within_a_minute(s3, faults, monkeypatch):
+    # Check the sum of the true limits, and wait for short ones.
     assert s3_module.TRIES_IN_SILENCE * (s3_module.READ_TIMEOUT + 1) < 60
     monkeypatch.setattr(s3_module, "READ_TIMEOUT", 0.3)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "new-connection")
@@ -242,15 +288,23 @@ def test_unreachable_endpoint_is_named(no_credentials, monkeypatch):
         storage.read_bytes("s3://bucket/x")
 
 
-@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "endpoint_url"])
-@pytest.mark.parametrize("url", ["minio:9000", "http://minio_1:9000", "http://[::1"])
-def test_an_endpoint_that_is_no_url_is_named(no_credentials, monkeypatch, tmp_path, variable, url):
+@pytest.mark.parametrize(
+    ("variable", "url", "asks"),
+    [
+        ("AWS_ENDPOINT_URL", "minio:9000", [storage.exists, storage.list_folder]),
+        ("AWS_ENDPOINT_URL_S3", "http://minio_1:9000", [storage.zarr_node]),
+        ("endpoint_url", "http://[::1", [storage.list_folder]),
+    ],
+)
+def test_endpoint_that_is_no_url_is_named(
+    no_credentials, monkeypatch, tmp_path, variable, url, asks
+):
     if variable == "endpoint_url":
         (tmp_path / "config").write_text(f"[default]\nendpoint_url = {url}\n")
         monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     else:
         monkeypatch.setenv(variable, url)
-    for ask in (storage.exists, storage.list_folder, storage.zarr_node):
+    for ask in asks:
         with pytest.raises(SettingsError, match=rf"^{variable} must be a URL such as .*: Invalid "):
             ask("s3://bucket/x")
 
@@ -263,6 +317,7 @@ def test_forked_process_connects_anew(s3):
     child.start()
     assert receiver.poll(60)
     assert receiver.recv() == b"from the parent"
+    child.kill()  # its end would wait for threads that the fork cut off
     child.join(10)
 
 
@@ -270,7 +325,7 @@ def _read_into(sender, uri):
     sender.send(storage.read_bytes(uri))
 
 
-def test_a_copy_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
+def test_copy_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     uri = str(tmp_path / "file")
     storage.write_bytes(uri, b"old")
     (tmp_path / "local").write_bytes(b"new")

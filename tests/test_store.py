@@ -1,8 +1,9 @@
-"""The stored grid: nothing lost in 16 bits, done or not done, and independent writers."""
+"""The stored grid: nothing lost in 16 bits, done or not done, generations, independent writers."""
 
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import dask.array as da
@@ -16,19 +17,20 @@ from hypothesis.extra.numpy import arrays
 from inkdask import storage
 from inkdask.errors import DamagedError, InkdaskError
 from inkdask.pictures.pyramid import write_pyramid
-from inkdask.specs import InferredChunk
+from inkdask.specs import InferredChunk, Passes
 from inkdask.storage import outputs
 from inkdask.storage import s3 as s3_module
-from inkdask.store import GridStore, decode, differences, digest, encode, save_chunk
+from inkdask.store import GridStore, decode, encode, save_chunk
 from inkdask.tiling import Tiling
+from tests.jobs import ORIGIN, PROVENANCE, RECIPE, SAID, store_in
 
 probabilities = st.floats(0, 1, width=32)
 
 
 @given(arrays(np.float32, (3, 4, 2, 2), elements=probabilities))
-def test_sixteen_bits_are_enough(grid):
+def test_probability_survives_sixteen_bits(grid):
     grid[1, 2] = np.nan
-    back = decode(encode(grid)[None])
+    back = decode(encode(grid))
     assert back.dtype == np.float32
     assert np.array_equal(np.isnan(back), np.isnan(grid))
     assert np.nanmax(np.abs(back - grid)) <= 1 / 131068 + 1e-7
@@ -42,19 +44,26 @@ def chunk_of(tiling, row, column, value, k=4):
     return InferredChunk(grid, valid)
 
 
+def fill(store, value=0.5):
+    """Write all chunks; returns where they lie."""
+    places = list(np.ndindex(store.tiling.block_shape))
+    for place in places:
+        store.write(chunk_of(store.tiling, *place, value), *place)
+    return places
+
+
 @pytest.fixture
 def tiling():
-    return Tiling.of((300, 431), tile=64, stride=16, chunk=128)
+    return Tiling.of(RECIPE.size, RECIPE.tile, RECIPE.stride, RECIPE.chunk)
 
 
-def test_what_is_written_is_read_and_the_rest_is_missing(tmp_path, tiling):
-    store = GridStore.of(str(tmp_path), "seg", {"a": 1}, tiling, k=4)
-    store.create({"a": 1}, {})
-    assert (store.tiles_run() == -1).all()
+def test_written_chunk_is_read_and_the_rest_is_missing(tmp_path, tiling):
+    store = store_in(tmp_path)
+    assert (store.passes_done() == -1).all()
     assert store.write(chunk_of(tiling, 1, 2, 0.25), 1, 2) == np.prod(
         [tiling.y.grid_chunks[1], tiling.x.grid_chunks[2]]
     )
-    assert np.argwhere(store.tiles_run() >= 0).tolist() == [[1, 2]]
+    assert np.argwhere(store.chunks_done()).tolist() == [[1, 2]]
     grid, valid = store.grid().compute(), store.valid().compute()
     ours = (slice(tiling.y.rows[1], None), slice(tiling.x.rows[2], None))
     np.testing.assert_allclose(grid[ours], 0.25, atol=1e-5)
@@ -64,134 +73,179 @@ def test_what_is_written_is_read_and_the_rest_is_missing(tmp_path, tiling):
     assert valid.sum() == tiling.y.chunks[1] * tiling.x.chunks[2]
 
 
-def test_the_arithmetic_of_each_chunk_is_kept(tmp_path, tiling):
-    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
-    store.create({}, {})
+def test_arithmetic_of_each_chunk_is_kept(tmp_path, tiling):
+    store = store_in(tmp_path)
     store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
-    assert store.precisions() == []
+    assert store.precisions() == ()
     for column, precision in enumerate(("bfloat16", "float32", "bfloat16")):
         chunk = chunk_of(tiling, 0, column, 0.5)._replace(precision=precision)
         store.write(chunk, 0, column)
-    assert store.precisions() == ["float32", "bfloat16"]
+    assert store.precisions() == ("float32", "bfloat16")
 
 
-def test_an_empty_chunk_is_done_too(tmp_path, tiling):
-    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
-    store.create({}, {})
+def test_empty_chunk_is_done(tmp_path, tiling):
+    store = store_in(tmp_path)
     assert store.write(chunk_of(tiling, 0, 0, np.nan), 0, 0) == 0
-    assert store.tiles_run()[0, 0] == 0
+    assert store.chunks_done()[0, 0]
+
+
+def test_pass_is_merged_into_the_earlier_ones(tmp_path, tiling):
+    store = store_in(tmp_path)
+    full = chunk_of(tiling, 0, 0, 0.5)
+    ran = 0
+    for last in range(tiling.passes):
+        part = np.where(tiling.in_passes(0, 0, last - 1, last)[..., None, None], full.grid, np.nan)
+        ran += store.write(full._replace(grid=part.astype(np.float32)), 0, 0, last)
+        assert store.passes_done()[0, 0] == last
+        assert store.chunks_done()[0, 0] == (last == tiling.passes - 1)
+        rows, columns = tiling.y.grid_chunks[0], tiling.x.grid_chunks[0]
+        there = ~np.isnan(store.grid()[:rows, :columns, 0, 0].compute())
+        assert np.array_equal(there, tiling.in_passes(0, 0, -1, last))
+    assert ran == rows * columns
 
 
 @pytest.mark.parametrize("name", ["grid", "valid"])
-def test_a_chunk_whose_data_are_gone_is_not_done(home, tiling, name):
+def test_chunk_whose_data_are_gone_is_missing(home, tiling, name):
     """As after a copy that broke off: zarr would read them as empty, and the picture had a hole."""
-    store = GridStore.of(home, "seg", {}, tiling, k=4)
-    store.create({}, {})
+    store = store_in(home)
     for place in np.ndindex(tiling.block_shape):
         chunk = chunk_of(tiling, *place, np.nan if place == (0, 1) else 0.5)
         store.write(chunk._replace(valid=chunk.valid & (place != (0, 0))), *place)
-    assert (store.tiles_run() >= 0).all()
-    assert (store.passes_done() == store.tiling.passes - 1).all()
-    (file,) = (
-        file for file in storage.list_files(store.uri) if re.match(rf"{name}/c(/2)?/1/1\b", file)
-    )
+    assert store.chunks_done().all()
+    (file,) = (f for f in storage.list_files(store.uri) if re.match(rf"g1/{name}/c/1/1\b", f))
     fs, path = storage.filesystem(storage.join(store.uri, file))
     fs.rm(path)
     gone = np.zeros(tiling.block_shape, bool)
     gone[1, 1] = True
-    assert np.array_equal(store.tiles_run() < 0, gone)
-    assert np.array_equal(store.passes_done() < 0, gone)
+    assert np.array_equal(~store.chunks_done(), gone)
+    store.create(RECIPE, ORIGIN)  # takes the mark back, so that a first pass is not taken for all
+    store.write(chunk_of(tiling, 1, 1, 0.5), 1, 1, 0)
+    assert store.passes_done()[1, 1] == 0
 
 
-def test_writers_side_by_side_lose_nothing(tmp_path, tiling):
-    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
-    store.create({}, {})
-    rows, columns = tiling.block_shape
-    places = [(i, j) for i in range(rows) for j in range(columns)]
+def test_concurrent_writers_lose_nothing(tmp_path, tiling):
+    store = store_in(tmp_path)
+    places = list(np.ndindex(tiling.block_shape))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda p: store.write(chunk_of(tiling, *p, sum(p) / 10), *p), places))
-    assert (store.tiles_run() > 0).all()
+    assert store.chunks_done().all()
     grid = store.grid().compute()
     for i, j in places:
         at = grid[tiling.y.rows[i], tiling.x.rows[j], 0, 0]
         assert at == pytest.approx((i + j) / 10, abs=1e-5)
 
 
-def test_a_folder_of_other_things_is_no_place_for_a_grid(home, tiling):
+def test_folder_of_other_things_is_refused(home, tiling):
     """A segment, say, would be taken for a zarr group from then on."""
     store = GridStore(storage.join(home, "segment"), tiling, 4)
     storage.write_bytes(storage.join(store.uri, "layers", "00.tif"), b"layer")
     with pytest.raises(InkdaskError, match=r"segment is there, and it is no tile grid: .* layers"):
-        store.create({}, {})
+        store.create(RECIPE, ORIGIN)
     tried = GridStore(storage.join(home, "tried"), tiling, 4)  # by another part, or one killed then
     storage.write_bytes(storage.join(tried.uri, f"zarr.json.0123abcd{outputs.PROBE}"), b"")
-    tried.create({}, {})
+    tried.create(RECIPE, ORIGIN)
     assert storage.list_files(store.uri) == ["layers/00.tif"]
 
 
 @pytest.mark.parametrize("kind", ["picture", "volume"])
-def test_another_zarr_is_no_place_for_a_grid(tmp_path, tiling, kind):
+def test_another_zarr_is_refused(tmp_path, tiling, kind):
     place = str(tmp_path / "precious.zarr")
     if kind == "picture":
-        write_pyramid(da.ones((60, 70), dtype=np.uint8), place, {"volume": "elsewhere"})
+        write_pyramid(da.ones((60, 70), dtype=np.uint8), place, PROVENANCE)
     else:
         zarr.create_array(place, data=np.ones((3, 4, 5), np.uint8))
     before = sorted(storage.list_files(place))
     with pytest.raises(InkdaskError, match=r"precious\.zarr is there, and it is no tile grid"):
-        GridStore(place, tiling, 4).create({}, {})
+        GridStore(place, tiling, 4).create(RECIPE, ORIGIN)
     assert sorted(storage.list_files(place)) == before
 
 
 def test_creating_again_keeps_what_is_done(tmp_path, tiling):
-    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
-    store.create({}, {})
+    store = store_in(tmp_path)
     store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
-    store.write(chunk_of(tiling, 1, 1, 0.5), 1, 1)
-    store.create({}, {})
-    assert store.tiles_run()[0, 0] > 0
-    store.forget(np.arange(tiling.block_shape[1]) == np.zeros((tiling.block_shape[0], 1)))
-    assert np.argwhere(store.tiles_run() >= 0).tolist() == [[1, 1]]
+    store.create(RECIPE, ORIGIN, SAID)
+    assert np.argwhere(store.chunks_done()).tolist() == [[0, 0]]
+    assert GridStore.open(store.uri)[1].said == SAID
 
 
-@pytest.mark.parametrize("name", ["grid", "valid", "tiles", "ran_in", "work"])
-def test_what_is_damaged_is_named_and_made_anew(tmp_path, tiling, name):
-    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
-    store.create({}, {})
+def test_restarted_grid_is_empty_and_out_of_reach_of_late_writers(home, tiling):
+    store = store_in(home)
+    fill(store, 0.25)
+    late = GridStore.open(store.uri)[0]
+    fresh = store.restart()
+    again = GridStore.of(home, "seg", RECIPE)
+    assert again == fresh != late
+    with pytest.raises(InkdaskError, match="was started anew by another job"):
+        late.check_current()
+    again.create(RECIPE, ORIGIN)
+    again.check_current()
+    assert (again.passes_done() == -1).all()
+    fill(late, 0.125)
+    assert (again.passes_done() == -1).all()
+    fill(again, 0.75)
+    np.testing.assert_allclose(again.grid().compute(), 0.75, atol=1e-5)
+    again.remove_earlier()
+    assert not storage.exists(storage.join(store.uri, "g1"))
+    np.testing.assert_allclose(again.grid().compute(), 0.75, atol=1e-5)
+
+
+def test_parts_that_restart_at_once_agree(home):
+    stores = [store_in(home) for _ in range(2)]
+    assert stores[0].restart() == stores[1].restart() == GridStore.of(home, "seg", RECIPE)
+
+
+def test_grid_at_the_place_of_an_earlier_one_meets_no_stale_handle(tmp_path):
+    """In one process, and in workers that live on."""
+    place = str(tmp_path / "mine.zarr")
+    for shape in ((300, 431), (190, 250)):
+        recipe = replace(RECIPE, size=shape)
+        store = GridStore.at(place, recipe)
+        store.create(recipe, ORIGIN)
+        fill(store)
+        assert store.grid().shape == (*store.tiling.grid_shape, 4, 4)
+        assert store.valid().compute().all()
+        outputs.remove(place)
+
+
+@pytest.mark.parametrize("name", ["grid", "valid", "done", "ran_in", "work"])
+def test_damaged_array_is_named_and_restarting_makes_it_anew(tmp_path, tiling, name):
+    store = store_in(tmp_path)
     places = list(np.ndindex(tiling.block_shape))
 
-    def fill():
+    def write_all(store):
         store.plan_work(np.ones(tiling.block_shape, np.int32))
         for place in places:
             store.write(chunk_of(tiling, *place, 0.5)._replace(precision="float32"), *place)
 
-    def read():
-        store.grid().compute(), store.valid().compute(), store.tiles_run(), store.precisions()
+    def read(store):
+        store.grid().compute(), store.valid().compute(), store.passes_done(), store.precisions()
 
-    fill()
-    for file in (Path(store.uri) / name / "c").rglob("0"):
+    write_all(store)
+    for file in (Path(store.uri) / "g1" / name / "c").rglob("0"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-5])
+    assert store.has_any(np.ones(tiling.block_shape, bool))
     if name == "work":  # is estimated again
         assert store.work() is None
     else:
-        with pytest.raises(
-            DamagedError, match=rf"seg-.*\.zarr/{name} cannot be .* --overwrite, or"
-        ):
-            read()
-    store.forget(np.ones(tiling.block_shape, bool))
-    fill()
-    read()
-    assert (store.tiles_run() > 0).all()
+        says = rf"seg-.*\.zarr/g1/{name} cannot be .* --overwrite, or"
+        with pytest.raises(DamagedError, match=says):
+            read(store)
+    store = store.restart()
+    store.create(RECIPE, ORIGIN)
+    assert not store.has_any(np.ones(tiling.block_shape, bool))
+    write_all(store)
+    read(store)
+    assert store.chunks_done().all()
     assert (store.work() == 1).all()
 
 
-def test_a_server_that_is_down_is_no_damage(s3, faults, tiling, monkeypatch):
+def test_server_that_is_down_is_no_damage(s3, faults, monkeypatch):
     monkeypatch.setattr(s3_module, "TRIES", 2)
-    store = GridStore.of(s3, "seg", {}, tiling, k=4)
-    store.create({}, {})
+    store = store_in(s3)
     lazily = store.grid(), store.valid()
     faults.inject(["503"])
-    readers = (store.tiles_run, store.passes_done, store.work, store.precisions, store.grid)
+    readers = (store.passes_done, store.work, store.precisions)
     for read in (*readers, *(array.compute for array in lazily)):
         with pytest.raises(InkdaskError, match=rf"^{s3}/.*SlowDown") as caught:
             read()
@@ -200,79 +254,70 @@ def test_a_server_that_is_down_is_no_damage(s3, faults, tiling, monkeypatch):
 
 def test_many_may_create_one_store_at_once(home, tiling):
     """Nobody removes what another has done already."""
-    store = GridStore.of(home, "seg", {"a": [1, 2]}, tiling, k=4)
-    rows, columns = tiling.block_shape
-    places = [(i, j) for i in range(rows) for j in range(columns)]
+    store = GridStore.of(home, "seg", RECIPE)
+    places = list(np.ndindex(tiling.block_shape))
 
     def work(place):
-        store.create({"a": (1, 2)}, {"source": "here"})
+        store.create(RECIPE, ORIGIN, SAID)
         return store.write(chunk_of(tiling, *place, 0.5), *place)
 
     with ThreadPoolExecutor(len(places)) as pool:
         list(pool.map(work, places))
-    assert (store.tiles_run() > 0).all()
-    assert store.attributes(store.uri) == {
-        "fingerprint": {"a": [1, 2]},
-        "origin": {"source": "here"},
-    }
+    assert store.chunks_done().all()
+    label = store.label(store.uri)
+    assert (label.recipe, label.origin, label.said, label.generation) == (RECIPE, ORIGIN, SAID, 1)
 
 
-def test_a_grid_of_another_job_is_refused_and_what_differs_named(tmp_path, tiling):
-    uri = str(tmp_path / "mine.zarr")
-    first = {"stride": 16, "model": "a", "layers": [0, 1]}
-    store = GridStore(uri, tiling, k=4)
-    store.create(first, {})
-    store.create({**first, "layers": (0, 1)}, {})
-    with pytest.raises(
-        InkdaskError, match=r"mine.zarr is another job's: stride is 16 there and 32 h"
-    ):
-        store.create({**first, "stride": 32}, {})
+def test_grid_of_another_job_is_refused_with_what_differs(tmp_path, tiling):
+    store = GridStore(str(tmp_path / "mine.zarr"), tiling, k=4)
+    store.create(RECIPE, ORIGIN)
+    says = r"mine.zarr is another job's: stride is 16 there and 32 h"
+    with pytest.raises(InkdaskError, match=says):
+        store.create(replace(RECIPE, stride=32), ORIGIN)
     with pytest.raises(InkdaskError, match=r"no tile grid"):
         GridStore.open(str(tmp_path / "other.zarr"))
 
 
-def test_other_jobs_have_other_places(tmp_path, tiling):
-    places = {
-        GridStore.of(str(tmp_path), "seg", identity, tiling, 4).uri
-        for identity in ({"stride": 16}, {"stride": 32}, {"layers": [1, 2]}, {"layers": [2, 1]})
-    }
-    assert len(places) == 4
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+def test_other_recipes_have_other_places(tmp_path):
+    recipes = [RECIPE, replace(RECIPE, stride=32), replace(RECIPE, layers=(2, 1, 0))]
+    assert len({GridStore.of(str(tmp_path), "seg", recipe).uri for recipe in recipes}) == 3
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_an_unwritable_place_is_one_sentence(tmp_path, tiling):
+def test_unwritable_place_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(InkdaskError, match="permission denied"):
-        GridStore.of(str(tmp_path), "seg", {}, tiling, 4).create({}, {})
+        store_in(tmp_path)
 
 
-def test_a_place_below_a_file_is_one_sentence(tmp_path, tiling):
+def test_place_below_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InkdaskError, match="file"):
-        GridStore.of(str(tmp_path / "file"), "seg", {}, tiling, 4).create({}, {})
+        store_in(tmp_path / "file")
 
 
-def test_a_grid_of_an_older_format_is_not_opened(tmp_path, tiling):
-    shape = {"shape": [300, 431], "tile": 64, "stride": 16, "chunk": [128, 128], "k": 4}
-    store = GridStore.of(str(tmp_path), "seg", {"format": 1, **shape}, tiling, k=4)
-    store.create({"format": 1, **shape}, {})
+@pytest.mark.parametrize(
+    "attributes", [{"fingerprint": {"format": 3}}, {"format": 3, "recipe": {}}], ids=["3", "other"]
+)
+def test_grid_of_another_format_is_not_opened(tmp_path, attributes):
+    place = str(tmp_path / "old.zarr")
+    zarr.create_group(place, attributes=attributes)
     with pytest.raises(InkdaskError, match="no tile grid that this version"):
-        GridStore.open(store.uri)
+        GridStore.open(place)
+    with pytest.raises(InkdaskError, match="no tile grid that this version"):
+        GridStore.at(place, RECIPE)
 
 
-def test_a_file_that_is_half_written_is_no_chunk(tmp_path, tiling):
-    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
-    store.create({}, {})
+def test_half_written_file_is_no_chunk(tmp_path, tiling):
+    store = store_in(tmp_path)
     store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
-    storage.write_bytes(storage.join(store.uri, "valid", "c", "0", "1.partial"), b"")
-    assert np.argwhere(store.tiles_run() >= 0).tolist() == [[0, 0]]
+    storage.write_bytes(storage.join(store.uri, "g1", "valid", "c", "0", "1.partial"), b"")
+    assert np.argwhere(store.chunks_done()).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("name", ["grid", "valid"])
-def test_a_chunk_is_marked_when_all_of_it_is_there(tmp_path, tiling, monkeypatch, name):
-    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
-    store.create({}, {})
+def test_chunk_is_marked_after_all_of_it_is_there(tmp_path, tiling, monkeypatch, name):
+    store = store_in(tmp_path)
     data = GridStore._data
 
     def full(self, which):
@@ -283,18 +328,16 @@ def test_a_chunk_is_marked_when_all_of_it_is_there(tmp_path, tiling, monkeypatch
     monkeypatch.setattr(GridStore, "_data", full)
     with pytest.raises(InkdaskError, match="No space"):
         store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
-    assert store._read("tiles").max() == -1
+    assert store._read("done").max() == -1
 
 
-def test_a_report_counts_each_tile_once(tmp_path, tiling):
-    store = GridStore.of(str(tmp_path), "seg", {}, tiling, k=4)
-    store.create({}, {})
+@pytest.mark.parametrize("last", [0, 2])
+def test_report_counts_each_tile_once(tmp_path, tiling, last):
+    store = store_in(tmp_path)
     chunk = chunk_of(tiling, 0, 0, 0.5)
+    wanted = tiling.in_passes(0, 0, -1, last)
+    chunk.grid[~wanted] = np.nan
     chunk.grid[:2] = np.nan
-    report = save_chunk(chunk, store, block_id=(0, 0))
-    rows, columns = tiling.y.grid_chunks[0], tiling.x.grid_chunks[0]
-    assert (report.ran, report.empty) == ((rows - 2) * columns, 2 * columns)
-
-
-def test_what_a_fingerprint_lacks_is_a_difference():
-    assert differences({}, {"stride": 16}) == "stride is None there and 16 here"
+    passes = Passes(np.full(tiling.block_shape, -1), last)
+    report = save_chunk(chunk, store, passes, block_id=(0, 0))
+    assert (report.ran, report.empty) == (wanted[2:].sum(), wanted[:2].sum())

@@ -92,7 +92,7 @@ def plain_pickle(value: Any, path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("write", [new_format, newest_protocol, old_format, plain_pickle])
-def test_payloads_are_refused_by_name(
+def test_harmful_file_is_refused_by_name(
     write: Callable[[Any, Path], None], marker: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "evil.ckpt"
@@ -107,8 +107,8 @@ def test_payloads_are_refused_by_name(
 
 
 @pytest.mark.parametrize("name", list(payloads(Path("x"))))
-def test_payloads_would_do_harm_elsewhere(name: str, tmp_path: Path) -> None:
-    """Hold the payloads themselves to account: unpickled carelessly, they act."""
+def test_payload_does_harm_when_unpickled(name: str, tmp_path: Path) -> None:
+    """The payloads are real."""
     marker = tmp_path / "harm"
     marker.with_name("inner.pt").write_bytes(b"")
     marker.with_name("code.py").write_text("")
@@ -145,7 +145,7 @@ class Tattletale(dict):
 
 
 @pytest.mark.parametrize("marked", [False, True])
-def test_classes_of_hyper_parameters_never_run(marked: bool, marker: Path, tmp_path: Path) -> None:
+def test_class_of_a_hyper_parameter_never_runs(marked: bool, marker: Path, tmp_path: Path) -> None:
     path = tmp_path / "curious.ckpt"
     told = Tattletale()
     torch.save({"hyper_parameters": {"a": told, (told,): told}, "state_dict": STATE}, path)
@@ -179,7 +179,7 @@ def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
-def test_modules_are_never_imported(
+def test_module_named_by_a_file_is_not_imported(
     marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "inkdask_trap.py").write_text(f"open({str(marker)!r}, 'w').close()")
@@ -221,7 +221,7 @@ CRAFTED = {
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", CRAFTED)
-def test_handwritten_pickles_do_nothing(kind: str, marker: Path, tmp_path: Path) -> None:
+def test_handwritten_pickle_does_nothing(kind: str, marker: Path, tmp_path: Path) -> None:
     path = tmp_path / "crafted.pt"
     data = CRAFTED[kind].replace(b"{marker}", str(marker).encode())
     archive(path, data)
@@ -251,7 +251,7 @@ def test_zip_in_a_zip_is_not_opened(marker: Path, tmp_path: Path) -> None:
         weights.read(path)
 
 
-def test_compiled_archives_are_not_run(marker: Path, tmp_path: Path) -> None:
+def test_compiled_archive_is_not_run(marker: Path, tmp_path: Path) -> None:
     path = tmp_path / "script.pt"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", pickle.dumps({}, 2))
@@ -265,7 +265,7 @@ def test_compiled_archives_are_not_run(marker: Path, tmp_path: Path) -> None:
     ("offset", "size", "stride"),
     [(0, (7,), (1,)), (5, (2,), (1,)), (0, (2, 2), (5, 1)), (-1, (1,), (1,)), (0, (-1,), (1,))],
 )
-def test_tensors_stay_within_their_storage(
+def test_tensor_beyond_its_storage_is_refused(
     offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> None:
     storage = torch.arange(100.0)[50:56]
@@ -333,7 +333,7 @@ def damaged_pickles(draw: st.DrawFn) -> bytes:
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.one_of(damaged_files(), damaged_pickles()))
-def test_damaged_files_are_loaded_or_explained(data: bytes, tmp_path: Path) -> None:
+def test_damaged_file_is_loaded_or_explained(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "damaged.ckpt"
     path.write_bytes(data)
     sentence, tensors = "", {}

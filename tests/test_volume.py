@@ -1,4 +1,4 @@
-"""Layers as a lazy volume: what is read for it, when, and by whom."""
+"""Layers as a lazy volume: what is read, when, and where."""
 
 import logging
 import pickle
@@ -16,7 +16,7 @@ from inkdask.storage.parallel import THREADS
 from tests.files import SHAPE, assert_reads, random_volume, write_layers
 
 
-def test_nothing_is_read_when_it_is_built(tmp_path, pixels):
+def test_building_the_volume_reads_nothing(tmp_path, pixels):
     write_layers(tmp_path, pixels)
     segment = open_segment(str(tmp_path))
     before = storage.counters()
@@ -27,7 +27,7 @@ def test_nothing_is_read_when_it_is_built(tmp_path, pixels):
     assert storage.counters() == before
 
 
-def test_names_follow_from_the_files(tmp_path, pixels):
+def test_dask_names_follow_from_files_layers_and_crop(tmp_path, pixels):
     write_layers(tmp_path, pixels)
     first = open_segment(str(tmp_path))
     assert first.volume.name == open_segment(str(tmp_path)).volume.name
@@ -45,7 +45,7 @@ def test_names_follow_from_the_files(tmp_path, pixels):
     assert len(set(names)) == len(names)
 
 
-def test_tasks_survive_a_journey(tmp_path, pixels):
+def test_tasks_are_picklable(tmp_path, pixels):
     write_layers(tmp_path, pixels)
     segment = pickle.loads(pickle.dumps(open_segment(str(tmp_path))))
     assert isinstance(segment, Segment)
@@ -68,12 +68,53 @@ def test_tasks_survive_a_journey(tmp_path, pixels):
         ((26, 9000, 9000), {"unit": (4096, 4096)}, (4096, 4096)),
     ],
 )
-def test_blocks_follow_the_files(shape, options, steps):
+def test_block_size_follows_layout_and_limits(shape, options, steps):
     unit = options.get("unit", (1, shape[2]))
     assert volume.block_step(shape, unit) == steps
 
 
-def test_crop(tmp_path, pixels):
+@pytest.mark.parametrize("options", [{"tile": (32, 32)}, {"rowsperstrip": 16}])
+def test_cost_of_tiffs_is_what_a_read_fetches(tmp_path, options):
+    write_layers(tmp_path, random_volume((3, 200, 300)), compression="lzw", **options)
+    segment = open_segment(tmp_path)
+    for source in (segment.source, segment.source.take(slice(1, 2))):
+        for window in ((slice(0, 200), slice(0, 300)), (slice(30, 70), slice(0, 32))):
+            before = storage.counters().bytes_read
+            source.block(*window).read()
+            assert source.cost(*window) == storage.counters().bytes_read - before
+    assert segment.source.can_be_sampled
+    assert not segment.source.reads_all_layers
+    assert segment.source.decoding_bytes == segment.source.scratch_bytes == 0
+
+
+def test_decoded_layers_say_what_they_take_in_memory_and_on_disk(tmp_path, pixels):
+    for number, layer in enumerate(pixels):
+        (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
+    source = open_segment(tmp_path).source
+    assert source.scratch_bytes == pixels.size
+    assert source.decoding_bytes == 2 * pixels.nbytes
+    assert source.cost(slice(0, 10), slice(0, 10)) == pixels.size  # one chunk of the copy
+    assert not source.can_be_sampled
+
+
+def test_blocks_are_read_by_the_function_given(tmp_path, pixels):
+    write_layers(tmp_path / "layers", pixels, tile=(32, 32))
+    imagecodecs.imwrite(tmp_path / "m.png", (pixels[0] > 0).astype(np.uint8))
+    segment = open_segment(tmp_path, mask=tmp_path / "m.png").crop(slice(10, 60), slice(0, 130))
+    volume, mask = segment.lazy(inverted)
+    assert volume.name != segment.volume.name
+    assert (volume.dtype, mask.dtype) == (np.uint8, bool)
+    np.testing.assert_array_equal(volume, 255 - (pixels[:, 10:60] >> 8))
+    np.testing.assert_array_equal(mask, pixels[0, 10:60] == 0)
+    assert len(mask.dask) == mask.npartitions  # nothing is mapped over what was read
+
+
+def inverted(block):
+    """Read a block, and turn light to dark."""
+    return ~block.read()
+
+
+def test_crop_of_a_crop_counts_from_its_corner(tmp_path, pixels):
     write_layers(tmp_path, pixels)
     segment = open_segment(str(tmp_path)).crop(slice(10, 90), slice(20, 130))
     assert_reads(segment, (pixels >> 8)[:, 10:90, 20:130])
@@ -82,13 +123,14 @@ def test_crop(tmp_path, pixels):
         ((0, 81), (0, 1)),
         ((5, 5), (0, 1)),
         ((0, 1), (-1, 4)),
+        ((-5, 50), (0, 50)),
         ((0, 1), (9, 111)),
     ]:
-        with pytest.raises(InkdaskError, match="are no window of .* 80 x 110 pixels"):
+        with pytest.raises(InkdaskError, match="do not lie in .* 80 x 110 pixels"):
             segment.crop(slice(*rows), slice(*columns))
 
 
-def test_reading_through_faults_gives_the_same(s3, faults, pixels):
+def test_reading_through_faults_gives_the_same_pixels(s3, faults, pixels):
     write_layers(f"{s3}/layers", pixels, tile=(32, 32), compression="zlib")
     faults.inject(["503", "truncate", "500", "reset"], every=3)
     before = storage.counters()
@@ -104,7 +146,7 @@ def test_reading_through_faults_gives_the_same(s3, faults, pixels):
 
 
 @pytest.mark.parametrize("kind", ["one-strip", "png"])
-def test_what_cannot_be_cut_is_decoded_once(tmp_path, kind, monkeypatch, caplog):
+def test_layers_that_cannot_be_cut_are_decoded_once(tmp_path, kind, monkeypatch, caplog):
     monkeypatch.setattr(volume, "BLOCK_SIDE", 64)
     monkeypatch.setattr(volume, "BLOCK_BYTES", 3 * 64 * 64)
     monkeypatch.setattr(volume, "WHOLE_BYTES", 3 * 64 * 64)
@@ -132,7 +174,7 @@ def test_what_cannot_be_cut_is_decoded_once(tmp_path, kind, monkeypatch, caplog)
 
 
 def test_many_layers_and_threads_decode_each_layer_once(tmp_path, monkeypatch):
-    """More layers than the pool has threads, each read inside it; none may wait for ever."""
+    """More layers than the pool has threads: they must not wait for each other."""
     monkeypatch.setattr(volume, "BLOCK_SIDE", 32)
     monkeypatch.setattr(volume, "BLOCK_BYTES", 32 * 32)
     monkeypatch.setattr(volume, "WHOLE_BYTES", 32 * 32)
@@ -147,8 +189,9 @@ def test_many_layers_and_threads_decode_each_layer_once(tmp_path, monkeypatch):
     assert (storage.counters() - before).requests == THREADS + 5
 
 
-def test_scratch_lies_with_the_worker(tmp_path, pixels):
+def test_scratch_lies_in_the_folder_of_the_worker(tmp_path, pixels, monkeypatch):
     distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(images, "_scratches", {})
     for number, layer in enumerate(pixels):
         (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
     segment = open_segment(str(tmp_path))
@@ -157,6 +200,7 @@ def test_scratch_lies_with_the_worker(tmp_path, pixels):
         distributed.LocalCluster(
             n_workers=1,
             threads_per_worker=2,
+            processes=False,
             dashboard_address=None,
             local_directory=str(scratch),
         ) as cluster,
@@ -167,18 +211,12 @@ def test_scratch_lies_with_the_worker(tmp_path, pixels):
     assert not list(scratch.rglob("*.zarr"))
 
 
-def test_a_window_before_the_first_row_is_refused(tmp_path, pixels):
-    write_layers(tmp_path, pixels)
-    with pytest.raises(InkdaskError, match="are no window of"):
-        open_segment(str(tmp_path)).crop(slice(-5, 50), slice(0, 50))
-
-
-def test_a_picture_on_a_silent_server_is_not_corrupt(tmp_path, pixels, monkeypatch):
-    """What does not answer is tried again, and what is corrupt is not."""
+def test_picture_on_a_silent_server_is_unavailable_not_corrupt(tmp_path, pixels, monkeypatch):
+    """A job tries again what is unavailable, and not what is corrupt."""
     (tmp_path / "00.png").write_bytes(imagecodecs.png_encode(pixels[0]))
     segment = open_segment(str(tmp_path))
 
-    def silent(uri):
+    def silent(uri, etag):
         raise UnavailableError(f"{uri} does not answer.")
 
     monkeypatch.setattr(storage, "read_bytes", silent)

@@ -20,7 +20,7 @@ from timesformer_pytorch import TimeSformer
 from torch import Tensor, nn
 
 from inkdask.errors import InkdaskError
-from inkdask.models import registry, weights
+from inkdask.models import registry, timesformer, weights
 from inkdask.models.depth_cnn import DepthCNN
 from inkdask.specs import ModelSpec, Network
 
@@ -88,7 +88,7 @@ SAVERS = [
 
 
 @pytest.mark.parametrize("save", SAVERS)
-def test_every_layout_loads_into_the_same_network(
+def test_weights_of_every_layout_load(
     save: Callable[[State, Path], None], state: State, tmp_path: Path
 ) -> None:
     path = tmp_path / "weights.ckpt"
@@ -124,11 +124,18 @@ def test_half_precision_weights_become_float32(state: State, tmp_path: Path) -> 
     torch.testing.assert_close(module.state_dict(), state, rtol=1e-3, atol=1e-3)
 
 
-def test_timesformer_checkpoint_with_normalization(tmp_path: Path) -> None:
+def test_timesformer_checkpoint_with_normalization_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     oracle = TimeSformer(
-        dim=512, image_size=64, patch_size=16, num_frames=26, num_classes=16, channels=1,
-        depth=8, heads=6, dim_head=64,
+        dim=32, image_size=64, patch_size=16, num_frames=26, num_classes=16, channels=1,
+        depth=2, heads=2, dim_head=16,
     )  # fmt: skip
+
+    def small(layers: int, tile: int, normalization: bool = False) -> nn.Module:
+        return timesformer.TimeSformer(layers, tile, 16, 32, 2, 2, 16, normalization)
+
+    monkeypatch.setitem(weights.BUILDERS, "ink_timesformer", small)
     norm = nn.BatchNorm3d(1)
     norm.running_mean += 0.25
     path = tmp_path / "scroll5.ckpt"
@@ -145,7 +152,7 @@ def test_timesformer_checkpoint_with_normalization(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_resnet3d_checkpoint_without_its_training_heads() -> None:
+def test_resnet3d_checkpoint_loads_without_its_training_heads() -> None:
     spec = ModelSpec("r", "ink_resnet3d_152_decoder3d", "")
     network = Network(spec, 62, 256, 64, 200, 200, "")
     plain = weights.build(network, weights.Checkpoint(Path("x"), {}))
@@ -167,38 +174,38 @@ def test_resnet3d_checkpoint_without_its_training_heads() -> None:
 
 
 @pytest.mark.parametrize("nest", ["model", "net", "state_dict_ema"])
-def test_names_of_training_scripts(state: State, tmp_path: Path, nest: str) -> None:
+def test_weights_under_the_name_of_a_training_script_load(
+    state: State, tmp_path: Path, nest: str
+) -> None:
     path = tmp_path / "weights.pt"
     optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
     torch.save({nest: state, "optimizer": optimizer, "epoch": 3}, path)
     assert same(weights.load(resolved(path)).state_dict(), state)
 
 
-def test_two_sets_of_weights_are_not_chosen_from(state: State, tmp_path: Path) -> None:
+def test_two_sets_of_weights_are_refused(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"model": state, "model_ema": state}, path)
     with pytest.raises(InkdaskError, match=r"weights\.pt holds several sets .*, model, model_ema:"):
         weights.load(resolved(path))
 
 
-def test_what_serves_training_alone_is_no_fault(state: State, tmp_path: Path) -> None:
+def test_weights_for_training_alone_are_ignored(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     training = {"criterion.pos_weight": torch.ones(1), "n_averaged": torch.tensor(7)}
     torch.save({"state_dict": {f"module.{name}": w for name, w in state.items()} | training}, path)
     assert same(weights.load(resolved(path)).state_dict(), state)
 
 
-def test_layers_that_are_named_like_a_classifier_are_not_left_out(
-    state: State, tmp_path: Path
-) -> None:
-    """Squeeze and excitation have an ``fc`` in each block."""
+def test_layer_named_like_a_classifier_is_not_ignored(state: State, tmp_path: Path) -> None:
+    """Blocks with squeeze and excitation have layers named ``fc``."""
     path = tmp_path / "weights.pt"
     torch.save(state | {"depth.0.se.fc.weight": torch.ones(3)}, path)
     with pytest.raises(InkdaskError, match=r"1 unexpected, first depth\.0\.se\.fc\.weight"):
         weights.load(resolved(path))
 
 
-def test_missing_step_counts_are_no_fault(state: State, tmp_path: Path) -> None:
+def test_missing_step_counts_are_zero(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     counts = {name: torch.tensor(0) for name in state if name.endswith("num_batches_tracked")}
     torch.save({name: value for name, value in state.items() if name not in counts}, path)
@@ -216,7 +223,7 @@ class Config(dict):
     """As Lightning's AttributeDict."""
 
 
-def test_checkpoints_with_other_objects_give_their_tensors(state: State, tmp_path: Path) -> None:
+def test_checkpoint_with_other_objects_gives_its_tensors(state: State, tmp_path: Path) -> None:
     path = tmp_path / "lightning.ckpt"
     others = {
         "namespace": argparse.Namespace(a=1),
@@ -248,7 +255,7 @@ def test_checkpoints_with_other_objects_give_their_tensors(state: State, tmp_pat
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_views_types_and_shared_storages_survive(protocol: int, tmp_path: Path) -> None:
+def test_views_dtypes_and_shared_storages_are_kept(protocol: int, tmp_path: Path) -> None:
     path = tmp_path / "views.pt"
     base = torch.arange(24.0).view(4, 6)
     kinds = (torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.uint8, torch.bool)
@@ -262,7 +269,7 @@ def test_views_types_and_shared_storages_survive(protocol: int, tmp_path: Path) 
 # --- files that are not what they should be
 
 
-def test_an_empty_file(tmp_path: Path) -> None:
+def test_empty_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "empty.ckpt"
     path.touch()
     with pytest.raises(InkdaskError, match=rf"^The weights file {path} is empty\.$"):
@@ -271,7 +278,7 @@ def test_an_empty_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save", SAVERS)
 @pytest.mark.parametrize("left", [0.1, 0.5, 0.999])
-def test_a_truncated_file(
+def test_truncated_file_is_reported(
     save: Callable[[State, Path], None], left: float, state: State, tmp_path: Path
 ) -> None:
     path = tmp_path / "weights.ckpt"
@@ -292,7 +299,9 @@ def test_a_truncated_file(
         (struct.pack("<Q", 2**62) + b"{}", "no whole safetensors file"),
     ],
 )
-def test_no_checkpoint_at_all(content: bytes, sentence: str, tmp_path: Path) -> None:
+def test_file_that_is_no_checkpoint_is_reported(
+    content: bytes, sentence: str, tmp_path: Path
+) -> None:
     path = tmp_path / "weights.ckpt"
     path.write_bytes(content)
     with pytest.raises(InkdaskError, match=sentence) as caught:
@@ -311,7 +320,9 @@ def test_no_checkpoint_at_all(content: bytes, sentence: str, tmp_path: Path) -> 
         ({"a": torch.ones(2, device="meta")}, "The weight a in .* is not a plain tensor"),
     ],
 )
-def test_torch_files_without_weights(content: Any, sentence: str, tmp_path: Path) -> None:
+def test_torch_file_without_weights_is_reported(
+    content: Any, sentence: str, tmp_path: Path
+) -> None:
     path = tmp_path / "weights.pt"
     torch.save(content, path)
     with pytest.raises(InkdaskError, match=sentence):
@@ -347,14 +358,12 @@ def test_weights_of_another_network_are_recognised(state: State, tmp_path: Path)
         (["fc.weight"], ""),
     ],
 )  # fmt: skip
-def test_networks_are_recognised_by_the_names_of_their_weights(
-    names: list[str], looks: str
-) -> None:
+def test_network_is_recognised_by_the_names_of_weights(names: list[str], looks: str) -> None:
     known, unknown = f"It looks like the weights of {looks}.", "It is of no network known here."
     assert weights.recognise(names) == (known if looks else unknown)
 
 
-def test_misshaped_weights_are_named(state: State, tmp_path: Path) -> None:
+def test_misshaped_weight_is_reported(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     name, value = next(iter(state.items()))
     torch.save(state | {name: value[:1]}, path)
@@ -362,7 +371,7 @@ def test_misshaped_weights_are_named(state: State, tmp_path: Path) -> None:
         weights.load(resolved(path))
 
 
-def test_a_weight_given_twice_is_an_error(state: State, tmp_path: Path) -> None:
+def test_weight_given_twice_is_reported(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     name, value = next(iter(state.items()))
     torch.save(state | {f"module.{name}": value}, path)
@@ -371,7 +380,7 @@ def test_a_weight_given_twice_is_an_error(state: State, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [save_file, torch.save])
-def test_weights_for_30_layers_do_not_read_26(
+def test_weights_for_other_layers_are_refused(
     save: Callable[..., None], state: State, tmp_path: Path
 ) -> None:
     path = tmp_path / "weights.ckpt"
@@ -386,7 +395,7 @@ def test_weights_for_30_layers_do_not_read_26(
     assert weights.load(resolved(path, layers=30)) is not None
 
 
-def test_weights_that_changed_since_they_were_resolved(state: State, tmp_path: Path) -> None:
+def test_weights_that_changed_after_resolving_are_refused(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(state, path)
     network = resolved(path)
@@ -395,7 +404,7 @@ def test_weights_that_changed_since_they_were_resolved(state: State, tmp_path: P
         weights.load(network)
 
 
-def test_an_unknown_network(state: State, tmp_path: Path) -> None:
+def test_unknown_network_is_reported(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(state, path)
     network = resolved(path)
@@ -404,7 +413,7 @@ def test_an_unknown_network(state: State, tmp_path: Path) -> None:
         weights.load(Network(spec, 26, 64, 16, 200, 200, network.digest))
 
 
-def test_reading_leaves_what_the_user_trusts(tmp_path):
+def test_reading_keeps_the_safe_globals_of_the_user(tmp_path):
     class Trusted:
         pass
 
@@ -414,7 +423,7 @@ def test_reading_leaves_what_the_user_trusts(tmp_path):
         assert Trusted in torch.serialization.get_safe_globals()
 
 
-def test_an_optimizer_is_no_network(tmp_path):
+def test_optimizer_state_is_not_taken_for_weights(tmp_path):
     torch.save({"state_dict": {}, "optimizer": {"m": torch.ones(1)}}, tmp_path / "w.pt")
     with pytest.raises(InkdaskError, match="holds no weights"):
         weights.read(tmp_path / "w.pt")

@@ -47,9 +47,9 @@ def test_run_gives_the_naive_picture(segment, volume, tmp_path):
     assert (tmp_path / "result.txt").read_text() == uri
     stored = zarr.open_group(uri.replace(".png", ".zarr"), mode="r")
     assert np.array_equal(stored["0"][:], got)
-    assert stored.attrs["inkdask"]["fingerprint"]["layers"] == [0, 1, 2, 3, 4, 5]
+    assert stored.attrs["inkdask"]["recipe"]["layers"] == [0, 1, 2, 3, 4, 5]
     with Image.open(uri) as image:
-        assert json.loads(image.text["inkdask"])["fingerprint"]["stride"] == 16
+        assert json.loads(image.text["inkdask"])["recipe"]["stride"] == 16
 
 
 def test_predict_is_lazy_and_gives_the_same_map(segment, volume):

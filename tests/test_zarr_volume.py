@@ -1,5 +1,6 @@
 """Segments that are zarr arrays: plain, prepared, OME-Zarr, and damaged."""
 
+import itertools
 import pickle
 import shutil
 import time
@@ -11,25 +12,32 @@ import zarr
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
+from inkdask.reading.volume import MadeOf, Occupied
 from inkdask.segment import describe, open_segment
 from tests.files import SHAPE, assert_reads, ome, random_volume
 
 
 def create(uri, data, **options):
     array = zarr.create_array(
-        storage.zarr_store(uri), shape=data.shape, dtype=data.dtype, **options
+        storage.zarr_store(str(uri)), shape=data.shape, dtype=data.dtype, **options
     )
     array[:] = data
     return array
 
 
-@pytest.mark.parametrize("zarr_format", [2, 3])
-@pytest.mark.parametrize("dtype", ["|u1", "<u2", ">u2"])
-@pytest.mark.parametrize("order", ["depth first", "depth last"])
-def test_zarr_arrays(home, zarr_format, dtype, order):
+@pytest.mark.parametrize(
+    ("home", "zarr_format", "dtype", "order"),
+    [
+        *itertools.product(["local"], [2, 3], ["|u1", "<u2", ">u2"], ["depth first", "depth last"]),
+        ("s3", 2, "<u2", "depth last"),
+        ("s3", 3, "|u1", "depth first"),
+    ],
+    indirect=["home"],
+)
+def test_array_of_every_kind_is_read(home, zarr_format, dtype, order):
     data = random_volume(SHAPE, dtype)
     stored = data if order == "depth first" else np.moveaxis(data, 0, -1)
-    chunks = (3, 32, 32) if order == "depth first" else (32, 32, 3)
+    chunks = (3, 64, 64) if order == "depth first" else (64, 64, 3)
     uri = storage.join(home, "volume.zarr")
     create(uri, stored, chunks=chunks, zarr_format=zarr_format)
     expected = data if dtype == "|u1" else data >> 8
@@ -42,23 +50,77 @@ def test_zarr_arrays(home, zarr_format, dtype, order):
     assert_reads(segment.crop(slice(7, 50), slice(100, 130)), expected[4:0:-1, 7:50, 100:130])
 
 
-@pytest.mark.parametrize("zarr_format", [2, 3])
-def test_an_array_that_is_written_anew_is_another(home, zarr_format):
+@pytest.mark.parametrize(
+    ("home", "zarr_format"), [("local", 2), ("local", 3), ("s3", 2)], indirect=["home"]
+)
+def test_identity_of_an_array_changes_when_it_is_written_anew(home, zarr_format):
     uri = storage.join(home, "volume.zarr")
     identities = []
-    for seed in range(2):
-        data = random_volume(SHAPE, "|u1", seed)
-        create(uri, data, chunks=(3, 32, 32), zarr_format=zarr_format, overwrite=True)
+    data = random_volume(SHAPE, "|u1")
+    for value in range(2):
+        if value and home.startswith("s3"):
+            time.sleep(1.1)  # S3 counts whole seconds
+        data[0, 0, 0] = value  # not in the middle chunk
+        create(uri, data, chunks=(6, 64, 64), zarr_format=zarr_format, overwrite=True)
         identities += [open_segment(uri).identity, open_segment(uri).identity]
-        time.sleep(1.1)  # a second: S3 counts no finer
     assert identities[0] == identities[1]
     assert identities[2] == identities[3]
     assert identities[0] != identities[2]
 
 
-def test_sharded_zarr(home):
+def test_identity_of_two_arrays_of_one_group_differs(tmp_path):
+    data = random_volume(SHAPE, "|u1")
+    uri = str(tmp_path / "x.zarr")
+    group = zarr.create_group(uri, zarr_format=2, attributes=ome("0.4"))
+    for level in "01":
+        group.create_array(level, data=data, chunks=(3, 32, 32))
+    assert open_segment(uri).identity != open_segment(uri, level="1").identity
+    assert open_segment(uri).identity == open_segment(storage.join(uri, "0")).identity
+
+
+@pytest.mark.parametrize("shards", [None, (6, 64, 64)])
+def test_identity_of_an_array_changes_with_its_middle_chunk(tmp_path, shards):
+    uri = str(tmp_path / "x.zarr")
+    identities = []
+    array = create(uri, np.zeros(SHAPE, "|u1"), chunks=(6, 32, 32), shards=shards)
+    for value in (0, 1, 2):
+        array[:, 64:96, 64:96] = value
+        identities.append(open_segment(uri).identity)
+    assert len(set(identities)) == 3
+
+
+@pytest.mark.parametrize(("thickness", "reads_all"), [(2, False), (4, True), (8, True)])
+def test_cost_of_an_array_is_what_a_read_fetches(tmp_path, thickness, reads_all):
+    data = random_volume((8, 64, 96), "<u2")
+    create(tmp_path / "x.zarr", data, chunks=(thickness, 32, 32), compressors=None)
+    source = open_segment(tmp_path / "x.zarr", (4, 8)).take(slice(None, None, -1)).source
+    assert source.reads_all_layers is reads_all
+    assert source.can_be_sampled
+    for part in (source, source.take(slice(1, 2))):
+        for window in ((slice(0, 64), slice(0, 96)), (slice(31, 33), slice(0, 32))):
+            part.block(*window).read()  # opens the array
+            before = storage.counters().bytes_read
+            part.block(*window).read()
+            assert part.cost(*window) == storage.counters().bytes_read - before
+
+
+def test_prepared_array_says_what_it_is_made_of_and_where_data_are(tmp_path):
+    said = {"uri": "/data/seg", "identity": "abc", "layers": [3, 4], "compressed": False}
+    occupied = {"side": 16, "share": [[0, 0.5], [1, 0]]}
+    create(
+        tmp_path / "x.zarr",
+        random_volume((2, 30, 20), "|u1"),
+        chunks=(2, 8, 8),
+        attributes={"prepared_from": said, "occupied": occupied},
+    )
+    source = open_segment(tmp_path / "x.zarr").source
+    assert source.made_of == MadeOf("/data/seg", "abc", (3, 4))
+    assert source.occupancy == Occupied(16, ((0, 0.5), (1, 0)))
+
+
+def test_array_in_shards_is_read(tmp_path):
     data = random_volume((4, 200, 300), "|u1")
-    uri = storage.join(home, "volume.zarr")
+    uri = str(tmp_path / "volume.zarr")
     create(uri, data, chunks=(4, 32, 32), shards=(4, 128, 128))
     segment = open_segment(uri)
     assert "in shards" in describe(segment).layout
@@ -66,14 +128,14 @@ def test_sharded_zarr(home):
     assert_reads(segment, data)
 
 
-def test_axes_by_name(tmp_path):
+def test_named_axes_decide_over_lengths(tmp_path):
     """Named axes decide even when the volume is deeper than it is wide."""
     data = random_volume((40, 30, 20), "|u1")
     create(str(tmp_path / "a.zarr"), data, chunks=(40, 8, 8), dimension_names=("z", "y", "x"))
     assert_reads(open_segment(str(tmp_path / "a.zarr")), data)
 
 
-def test_a_prepared_array_keeps_its_layer_numbers(tmp_path):
+def test_prepared_array_keeps_its_layer_numbers(tmp_path):
     data = random_volume((4, 30, 20), "|u1")
     named = str(tmp_path / "named.zarr")
     create(named, data, chunks=(4, 8, 8), attributes={"layers": [5, 6, 7, 8]})
@@ -84,7 +146,7 @@ def test_a_prepared_array_keeps_its_layer_numbers(tmp_path):
         open_segment(named, (0, 4))
 
 
-def test_an_array_made_for_the_range_counts_it_once(tmp_path):
+def test_array_of_the_reference_tool_is_the_range_asked_for(tmp_path):
     """The range 5 to 9 of an array of four layers is all of it, not layers 5 to 9 of it."""
     data = random_volume((4, 30, 20), "|u1")
     uri = str(tmp_path / "reference.zarr")
@@ -95,7 +157,7 @@ def test_an_array_made_for_the_range_counts_it_once(tmp_path):
 
 
 @pytest.mark.parametrize("is_group", [True, False])
-def test_other_arrays_count_from_zero_though_the_range_is_as_long(tmp_path, is_group):
+def test_other_arrays_of_that_length_count_from_zero(tmp_path, is_group):
     uri = str(tmp_path / "segment.zarr")
     where = f"{uri}/0" if is_group else uri
     if is_group:
@@ -108,24 +170,28 @@ def test_other_arrays_count_from_zero_though_the_range_is_as_long(tmp_path, is_g
         open_segment(uri, (20, 30))
 
 
-@pytest.mark.parametrize(("version", "zarr_format"), [("0.4", 2), ("0.5", 3)])
-def test_ome_zarr(home, version, zarr_format):
+@pytest.mark.parametrize(
+    ("home", "version", "zarr_format"),
+    [("local", "0.4", 2), ("local", "0.5", 3), ("s3", "0.4", 2)],
+    indirect=["home"],
+)
+def test_levels_of_ome_zarr_are_read(home, version, zarr_format):
     data = random_volume((10, 60, 70), "|u1")
     uri = storage.join(home, "segment.zarr")
     group = zarr.create_group(
         storage.zarr_store(uri), zarr_format=zarr_format, attributes=ome(version)
     )
     for level, pixels in enumerate([data, data[::2, ::2, ::2]]):
-        array = group.create_array(str(level), shape=pixels.shape, chunks=(10, 16, 16), dtype="u1")
+        array = group.create_array(str(level), shape=pixels.shape, chunks=(10, 32, 32), dtype="u1")
         array[:] = pixels
-    assert_reads(open_segment(uri, window=4), data[3:7])
+    assert_reads(open_segment(uri, count=4), data[3:7])
     assert_reads(open_segment(uri, level="1"), data[::2, ::2, ::2])
     assert_reads(open_segment(storage.join(uri, "1")), data[::2, ::2, ::2])
     with pytest.raises(InkdaskError, match=r"segment\.zarr has no level '7'; it has 0, 1"):
         open_segment(uri, level="7")
 
 
-def test_singleton_axes_do_not_count(tmp_path):
+def test_axes_of_length_one_are_ignored(tmp_path):
     data = random_volume((4, 30, 20), "|u1")
     group = zarr.create_group(str(tmp_path / "x.zarr"), attributes=ome("0.5", "tczyx"))
     array = group.create_array("0", shape=(1, 1, 4, 30, 20), chunks=(1, 1, 4, 8, 8), dtype="u1")
@@ -141,13 +207,13 @@ def test_singleton_axes_do_not_count(tmp_path):
         (np.zeros((2, 4, 30, 20), "u1"), "no volume: its shape is"),
     ],
 )
-def test_other_arrays_are_refused(tmp_path, data, message):
+def test_array_that_is_no_volume_is_refused(tmp_path, data, message):
     create(str(tmp_path / "x.zarr"), data, chunks=data.shape)
     with pytest.raises(InkdaskError, match=rf"x\.zarr is {message}"):
         open_segment(str(tmp_path / "x.zarr"))
 
 
-def test_a_group_without_arrays_is_refused(tmp_path):
+def test_group_without_arrays_is_refused(tmp_path):
     zarr.create_group(str(tmp_path / "x.zarr"))
     with pytest.raises(InkdaskError, match=r"x\.zarr is a zarr group without an array '0'"):
         open_segment(str(tmp_path / "x.zarr"))
@@ -174,7 +240,7 @@ def with_unknown_codec(path):
         ),
     ],
 )
-def test_a_damaged_array_is_one_sentence(tmp_path, zarr_format, spoil, message):
+def test_damaged_array_is_named(tmp_path, zarr_format, spoil, message):
     uri = tmp_path / "x.zarr"
     version = {2: "0.4", 3: "0.5"}[zarr_format]
     group = zarr.create_group(str(uri), zarr_format=zarr_format, attributes=ome(version))
@@ -187,7 +253,7 @@ def test_a_damaged_array_is_one_sentence(tmp_path, zarr_format, spoil, message):
 
 
 @pytest.mark.parametrize("name", [".zgroup", ".zattrs", "zarr.json"])
-def test_a_damaged_group_is_one_sentence(tmp_path, name):
+def test_damaged_group_is_named(tmp_path, name):
     uri = tmp_path / "x.zarr"
     zarr_format = 3 if name == "zarr.json" else 2
     zarr.create_group(str(uri), zarr_format=zarr_format, attributes=ome("0.4"))
@@ -196,14 +262,14 @@ def test_a_damaged_group_is_one_sentence(tmp_path, name):
         open_segment(str(uri))
 
 
-def test_multiscales_without_paths_are_one_sentence(tmp_path):
+def test_multiscales_without_paths_are_named(tmp_path):
     attributes = {"multiscales": [{"version": "0.4", "datasets": [{}]}]}
     zarr.create_group(str(tmp_path / "x.zarr"), zarr_format=2, attributes=attributes)
     with pytest.raises(InkdaskError, match=r"x\.zarr cannot be read \(KeyError: 'path'\)\.$"):
         open_segment(str(tmp_path / "x.zarr"))
 
 
-def test_a_group_in_the_place_of_a_level_is_named(tmp_path):
+def test_group_in_the_place_of_a_level_is_named(tmp_path):
     """As bioformats2raw writes them: the image is a group inside the group."""
     outer = zarr.create_group(str(tmp_path / "x.zarr"), zarr_format=2)
     inner = outer.create_group("0", attributes=ome("0.4"))
@@ -216,7 +282,7 @@ def test_a_group_in_the_place_of_a_level_is_named(tmp_path):
     assert_reads(open_segment(str(tmp_path / "x.zarr" / "0")), data)
 
 
-def test_a_corrupt_chunk_names_array_and_position(tmp_path):
+def test_corrupt_chunk_names_array_and_position(tmp_path):
     uri = tmp_path / "x.zarr"
     create(str(uri), random_volume((4, 64, 64), "|u1"), chunks=(4, 32, 32))
     (uri / "c" / "0" / "1" / "0").write_bytes(b"spoiled")

@@ -1,7 +1,8 @@
-"""What this process may compute with: device, precision, cores."""
+"""Device, precision and cores of this process."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from dask.system import CPU_COUNT
 from inkdask.errors import InkdaskError
 from inkdask.specs import Network
 
+log = logging.getLogger("inkdask")
+
 
 def device_for(network: Network) -> torch.device:
-    """Return the first GPU this process sees, or the CPU.
+    """Return the device of a network: the first GPU of this process, or the CPU.
 
-    A callable gets its tiles where its parameters are, if it has any, and on the CPU otherwise.
+    A callable runs where its parameters are, and on the CPU without parameters.
     """
     if network.function is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,11 +28,27 @@ def device_for(network: Network) -> torch.device:
     return next((p.device for p in parameters), torch.device("cpu"))
 
 
-def precision_for(network: Network, device: torch.device) -> torch.dtype:
-    """Return the dtype that a network reads; in int8, where layers quantise, it is float32."""
-    if network.function is not None or network.precision in ("float32", "int8"):
-        return torch.float32
-    return torch.bfloat16 if network.precision == "bfloat16" else native_dtype(device)
+def precision_for(network: Network, device: torch.device) -> str:
+    """Return the arithmetic of a network: ``float32``, ``bfloat16`` or ``int8``.
+
+    Empty for a callable, which has its own.
+    """
+    if network.function is not None:
+        return ""
+    if network.precision == "auto":
+        return str(native_dtype(device)).removeprefix("torch.")
+    if network.precision == "bfloat16":
+        _check_bfloat16(device)
+    if network.precision == "int8":
+        _check_int8(device)
+        if has_amx():
+            log.warning(
+                "Precision int8 is slower than bfloat16 on this CPU, which has AMX: "
+                "%s runs in bfloat16.",
+                network.model.key,
+            )
+            return "bfloat16"
+    return network.precision
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
@@ -40,12 +59,17 @@ def native_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        native = has_amx() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
 
+def has_amx() -> bool:
+    """Whether this CPU multiplies tiles of bfloat16 (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def has_int8(device: torch.device) -> bool:
-    """Whether TimeSformer can run in int8: only where the hardware does, others emulate it."""
+    """Whether this is a CPU with instructions for int8 (VNNI); other CPUs emulate it."""
     return device.type == "cpu" and torch.cpu._is_vnni_supported()
 
 
@@ -55,12 +79,12 @@ def has_packed_bfloat16(device: torch.device) -> bool:
         device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and not torch.ops.mkldnn._is_mkldnn_acl_supported()  # ARM's have no activation in them
+        and not torch.ops.mkldnn._is_mkldnn_acl_supported()  # ARM's kernels fuse no activation
     )
 
 
-def check_bfloat16(device: torch.device) -> None:
-    """Raise an `InkdaskError` where a GPU would only emulate bfloat16, slowly or not at all."""
+def _check_bfloat16(device: torch.device) -> None:
+    """Raise an `InkdaskError` where a GPU would only emulate bfloat16."""
     if device.type == "cuda" and native_dtype(device) is not torch.bfloat16:
         raise InkdaskError(
             f"Precision bfloat16 needs a GPU of compute capability 8.0 or newer, and "
@@ -68,7 +92,7 @@ def check_bfloat16(device: torch.device) -> None:
         )
 
 
-def check_int8(device: torch.device) -> None:
+def _check_int8(device: torch.device) -> None:
     """Raise an `InkdaskError` where a network cannot run in int8."""
     if device.type != "cpu":
         raise InkdaskError(
@@ -82,9 +106,10 @@ def check_int8(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error is one of the many in which a device says that it lacks memory.
+    """Whether an error says that a device lacks memory.
 
-    Torch's allocator has a type for it; the libraries that take their own have words.
+    Torch's allocator raises a type of its own. Other libraries allocate memory, too, and their
+    errors differ in their words only.
     """
     said = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or any(word in said for word in _NO_MEMORY)
@@ -100,24 +125,23 @@ _NO_MEMORY = (
 
 
 def cores() -> int:
-    """Return how many cores a forward pass may use; to be asked in a task's own thread.
+    """Return the number of cores for a forward pass; call it in the thread of a task.
 
-    Dask starts worker processes with ``OMP_NUM_THREADS=1``, which is meant for tasks that run side
-    by side. All forward passes of a worker go through one thread, so that thread may have every
-    core the worker counts as its own.
+    Dask starts worker processes with ``OMP_NUM_THREADS=1``, because tasks run side by side. But
+    one thread runs all forward passes of a worker, so that thread may use all cores of the worker.
     """
     if distributed := sys.modules.get("distributed"):
         try:
             worker = distributed.get_worker().state
             return int(worker.total_resources.get("cores", worker.nthreads))
         except ValueError:
-            pass  # not in a task of a worker
+            pass  # this thread runs no task of a worker
     named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return int(named) if named.isdigit() and int(named) else CPU_COUNT
 
 
 def fast_float32(device: torch.device) -> None:
-    """Let a GPU compute float32 products in TF32, and choose its convolutions by trying them."""
+    """Let a GPU compute float32 products in TF32, and try which convolutions are fastest."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
@@ -126,7 +150,7 @@ def fast_float32(device: torch.device) -> None:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute float32 in float32, for comparison."""
+    """Compute float32 without TF32, for comparison."""
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

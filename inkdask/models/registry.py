@@ -7,22 +7,20 @@ torch, except to try a callable.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import tomllib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path, PurePosixPath
-from types import FunctionType
 from typing import Any
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.models import hub
+from inkdask.models.callables import resolve_callable
 from inkdask.models.sources import Source, sha256
 from inkdask.specs import ModelSpec, Network, Precision
 
@@ -109,6 +107,7 @@ def resolve(
     model: str | Callable[[Any], Any],
     *,
     model_type: str | None = None,
+    version: str | None = None,
     layers: int | None = None,
     tile: int | None = None,
     clip: float | None = None,
@@ -128,6 +127,8 @@ def resolve(
         or prefix, or a callable ``(b, 1, layers, tile, tile) float32 -> (b, 1, k, k)`` logits.
     model_type
         A key of `ARCHITECTURES`, or a timm name that one of `known` has.
+    version
+        Of a callable: stands for the code that its pickle only names.
     layers, tile
         Layers the network reads, and side of its tiles in pixels.
     clip, divisor
@@ -147,7 +148,7 @@ def resolve(
         When the model is unknown, its weights cannot be had, or the values do not fit.
     """
     if callable(model):
-        spec, digest, k = _try_function(model, layers, tile)
+        spec, digest, k = resolve_callable(model, layers, tile, version)
     else:
         spec = _described(model, model_type)
         if precision == "int8" and spec.architecture != ARCHITECTURES["timesformer"]:
@@ -176,18 +177,6 @@ def resolve(
         compile_mode=compile_mode,
         function=model if callable(model) else None,
     )
-
-
-def known_of(model: str | Callable[[Any], Any]) -> dict[str, str]:
-    """Key of a model, and the digest of its weights where they are a local file.
-
-    Nothing is downloaded; a stored grid is found by it when the weights are gone.
-    """
-    if callable(model):
-        return {"model": _name(model)}
-    path = Path(model)
-    with storage.explained(model):
-        return {"model": model, **({"weights": sha256(path)} if path.is_file() else {})}
 
 
 def _described(model: str, model_type: str | None) -> ModelSpec:
@@ -260,57 +249,3 @@ def _read_sidecar(path: Path, shown: str) -> dict[str, Any]:
     if kind := values.pop("model_type", None):
         values["architecture"] = ARCHITECTURES.get(kind, kind)
     return values
-
-
-def _try_function(
-    function: Callable[[Any], Any], layers: int | None, tile: int | None
-) -> tuple[ModelSpec, str, int]:
-    """Return spec, digest and k of a callable, which is tried on one tile of zeros."""
-    import cloudpickle  # type: ignore[import-untyped]
-    import torch
-
-    name = _name(function)
-    if getattr(function, "training", False):
-        raise InkdaskError(f"The model {name} is in training mode: call its eval() first.")
-    parameters: Callable[[], Iterable[Any]] = getattr(function, "parameters", tuple)
-    device = next((parameter.device for parameter in parameters()), "cpu")
-    spec = ModelSpec(name, "", "", layers=layers or 26, tile=tile or 64)
-    shape = (1, 1, spec.layers, spec.tile, spec.tile)
-    try:
-        pickled = cloudpickle.dumps(function)
-    except Exception as error:
-        raise InkdaskError(f"The model {name} cannot travel to workers: {error}.") from error
-    try:
-        with torch.inference_mode():
-            logits = function(torch.zeros(shape, device=device))
-    except Exception as error:
-        raise InkdaskError(
-            f"The model {name} failed on a tile of shape {shape}: {type(error).__name__}: {error}."
-        ) from error
-    got = tuple(logits.shape) if hasattr(logits, "shape") else ()
-    k = got[-1] if got else 0
-    if got != (1, 1, k, k) or not 1 <= k <= spec.tile:
-        what = f"shape {got}" if hasattr(logits, "shape") else type(logits).__name__
-        raise InkdaskError(
-            f"The model {name} must return logits of shape (1, 1, k, k) for a tile of shape "
-            f"{shape}, not {what}."
-        )
-    digest = hashlib.sha256(pickled + _source_code(function)).hexdigest()
-    return replace(spec, pixels_per_logit=spec.tile // k), digest, k
-
-
-def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__)).strip("<>")
-
-
-def _source_code(function: Any) -> bytes:
-    """Return the file that defines a callable, or nothing where there is none.
-
-    What can be imported is pickled by its name alone, so that an edited function would be taken
-    for the one whose tiles are stored already.
-    """
-    try:
-        kind = function if isinstance(function, FunctionType) else type(function)
-        return Path(inspect.getfile(kind)).read_bytes()
-    except (OSError, TypeError):
-        return b""

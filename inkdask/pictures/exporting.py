@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import dask.array as da
@@ -55,6 +55,10 @@ class Look:
         Halve the picture until neither side has more pixels. Default: 4096 for JPEG.
     compression
         Of TIFF.
+    reverse_video
+        Show ink dark on light ground.
+    scale_bar_um
+        Length of a scale bar, in micrometers; None draws none.
     """
 
     overlay: Flattening | None = None
@@ -63,6 +67,14 @@ class Look:
     colour_map: str | None = None
     max_side: int | None = None
     compression: Compression = "deflate"
+    reverse_video: bool = False
+    scale_bar_um: float | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, **look: Any) -> Look:
+        """Return the look that the settings ask for; ``look`` are the other attributes."""
+        bar = settings.scale_bar_length_um if settings.add_scale_bar else None
+        return cls(reverse_video=settings.reverse_video, scale_bar_um=bar, **look)
 
     def __post_init__(self) -> None:
         for name, allowed in (("overlay", Flattening), ("compression", Compression)):
@@ -75,6 +87,10 @@ class Look:
             raise SettingsError(f"opacity must be between 0 and 1, but is {self.opacity}.")
         if self.max_side is not None and self.max_side < 1:
             raise SettingsError(f"max_side must be 1 pixel or more, but is {self.max_side}.")
+        if self.overlay and self.reverse_video:
+            raise SettingsError(
+                "REVERSE_VIDEO is for the ink alone: over papyrus it is dark as it is."
+            )
         if self.colour_map:
             colour_table(self.colour_map)
 
@@ -121,16 +137,16 @@ def export(
     InkdaskError
         In one sentence; each file is there whole or not at all.
     """
-    look = Look(overlay, segment, opacity, colour_map, max_side, compression)
     settings = Settings.of(**options)
+    look = Look.of(
+        settings, overlay=overlay, segment=segment, opacity=opacity, colour_map=colour_map,
+        max_side=max_side, compression=compression,
+    )  # fmt: skip
     uri = os.fspath(prediction).rstrip("/")
     each = [to] if isinstance(to, str | os.PathLike) else to
     targets = [os.fspath(target).rstrip("/") for target in each]
     for target in targets:
         _check(target, look)
-    if look.overlay and settings.reverse_video:
-        raise SettingsError("REVERSE_VIDEO is for the ink alone: over papyrus it is dark as it is.")
-
     picture = open_picture(uri)
     if settings.pixel_resolution_um:
         picture = replace(picture, pixel_um=settings.pixel_resolution_um)
@@ -138,49 +154,51 @@ def export(
         settings.require("pixel_resolution_um")
     if settings.roi_xyxy:
         picture = picture.crop(settings.roi_xyxy)
-    picture = replace(picture, origin=_origin(picture, look, settings))
     ground = open_ground(picture, look.overlay, look.segment) if look.overlay else None
+    if picture.provenance:
+        words = _command(picture, look, settings)
+        picture = replace(
+            picture, provenance=replace(without_secrets(picture.provenance), export=words)
+        )
     for target in targets:
-        write(picture, target, look, settings, ground)
+        write(picture, target, look, ground)
     return targets
 
 
-def write(
-    picture: Picture, target: str, look: Look, settings: Settings, ground: Ground | None = None
-) -> None:
+def write(picture: Picture, target: str, look: Look, ground: Ground | None = None) -> None:
     """Write a picture to a file of the kind that its name says, whole or not at all."""
     kind = kind_of(target)
     if kind == "zarr":  # which has all sizes, and leaves the rest to the viewer
-        write_pyramid(picture.levels[0], target, picture.origin, picture.pixel_um, picture.corner)
+        write_pyramid(
+            picture.levels[0], target, picture.provenance, picture.pixel_um, picture.corner
+        )
         return
     level = _level(picture.shape, look.max_side or (OVERVIEW if kind == "jpeg" else None))
     pixel_um = picture.pixel_um and picture.pixel_um * 2**level
-    canvas = render(picture, level, look, settings, ground)
+    canvas = render(picture, level, look, ground)
+    said = "" if picture.provenance is None else json.dumps(picture.provenance.to_json())
     with storage.writing(target) as path:
         if kind == "png":
-            write_png(canvas, path, {ORIGIN: json.dumps(picture.origin)}, pixel_um)
+            write_png(canvas, path, {ORIGIN: said} if said else {}, pixel_um)
         elif kind == "tiff":
-            write_tiff(canvas, path, picture.origin, pixel_um, look.compression)
+            write_tiff(canvas, path, said, pixel_um, look.compression)
         else:
-            write_jpeg(canvas, path, picture.origin, pixel_um)
+            write_jpeg(canvas, path, said, pixel_um)
 
 
-def render(
-    picture: Picture, level: int, look: Look, settings: Settings, ground: Ground | None
-) -> da.Array:
+def render(picture: Picture, level: int, look: Look, ground: Ground | None) -> da.Array:
     """What a file shows, lazily: dask uint8 (y, x), or (y, x, 3) in colour."""
     canvas = picture.level(level)
     table = colour_table(look.colour_map) if look.colour_map else None
-    if settings.reverse_video:
+    if look.reverse_video:
         canvas = 255 - canvas
     if ground is not None:
         canvas = laid_over(canvas, ground, level, look.opacity, table)
     elif table is not None:
         canvas = coloured(canvas, table)
-    if settings.add_scale_bar and picture.pixel_um:
-        length = settings.scale_bar_length_um
-        bar = ScaleBar.of(canvas.shape, picture.pixel_um * 2**level, length)
-        is_paper = settings.reverse_video and canvas.ndim == 2
+    if look.scale_bar_um and picture.pixel_um:
+        bar = ScaleBar.of(canvas.shape, picture.pixel_um * 2**level, look.scale_bar_um)
+        is_paper = look.reverse_video and canvas.ndim == 2
         canvas = (
             255 - with_scale_bar(255 - canvas, bar) if is_paper else with_scale_bar(canvas, bar)
         )
@@ -228,16 +246,18 @@ def _level(shape: tuple[int, int], max_side: int | None) -> int:
     return level
 
 
-def _origin(picture: Picture, look: Look, settings: Settings) -> dict[str, Any]:
-    """The origin of an export: that of the prediction, and how it is shown."""
-    usual = asdict(Look())
-    shown = {name: value for name, value in asdict(look).items() if value != usual[name]}
-    if settings.pixel_resolution_um:
-        shown["pixel_resolution_um"] = settings.pixel_resolution_um
-    if settings.reverse_video:
-        shown["reverse_video"] = True
-    if settings.add_scale_bar:
-        shown["scale_bar_length_um"] = settings.scale_bar_length_um
-    if settings.roi_xyxy:
-        shown["roi_xyxy"] = settings.roi_xyxy
-    return without_secrets({**picture.origin, "export": {"of": absolute(picture.uri), **shown}})
+def _command(picture: Picture, look: Look, settings: Settings) -> tuple[str, ...]:
+    """Return the words of the command that exports the picture, without the file."""
+    words: list[Any] = ["inkdask", "export", without_secrets(absolute(picture.uri))]
+    shown = {field.name: getattr(look, field.name) for field in fields(look)}
+    usual = Look()
+    if shown.pop("scale_bar_um"):
+        words.append("--add-scale-bar")
+        shown["scale_bar_length_um"] = look.scale_bar_um
+    shown |= {"pixel_resolution_um": settings.pixel_resolution_um, "roi_xyxy": settings.roi_xyxy}
+    for name, value in shown.items():
+        if value not in (None, False) and value != getattr(usual, name, None):
+            words.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                words.append(",".join(map(str, value)) if isinstance(value, tuple) else value)
+    return tuple(map(str, words))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ MOST_DENSITY = 65535  # pixels an inch
 
 
 def write_jpeg(
-    canvas: da.Array, path: Path, origin: Mapping[str, Any], pixel_um: float | None = None
+    canvas: da.Array, path: Path, description: str, pixel_um: float | None = None
 ) -> None:
     """Write a picture as JPEG.
 
@@ -30,13 +28,13 @@ def write_jpeg(
         Dask uint8 (y, x) or (y, x, 3), at most `LARGEST` pixels a side.
     path
         A local file.
-    origin
-        For the comment, as JSON.
+    description
+        For the comment.
     pixel_um
         Side of a pixel in micrometers, for the density.
     """
     options: dict[str, Any] = {}
-    comment = json.dumps(origin).encode()
+    comment = description.encode()
     if len(comment) <= MOST_COMMENT:
         options["comment"] = comment
     if pixel_um and 1 <= (per_inch := round(25400 / pixel_um)) <= MOST_DENSITY:

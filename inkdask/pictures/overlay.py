@@ -47,7 +47,7 @@ def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -
     Parameters
     ----------
     picture
-        The prediction, whose origin names the segment and its layers.
+        The prediction, which names the segment and its layers.
     how
         The maximum or the mean over the layers.
     segment
@@ -58,24 +58,23 @@ def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -
     InkdaskError
         When the segment cannot be read, or the picture does not lie in it.
     """
-    made_of = picture.origin.get("fingerprint", {})
-    place = segment or picture.origin.get("volume")
+    told = picture.provenance
+    place = segment or (told and told.origin.volume)
     if not place:
         raise InkdaskError(
             f"{picture.uri} does not say what segment it was made of: name it by --segment."
         )
-    layers, numbers = picture.origin.get("layer_range"), made_of.get("layers")
     opened = open_segment(
         place,
-        tuple(layers) if layers else None,
-        mask=NO_MASK if segment else picture.origin.get("mask"),
-        level=picture.origin.get("ome_zarr_level", "0"),
+        told.origin.opened if told else None,
+        mask=NO_MASK,
+        level=told.origin.ome_zarr_level if told else "0",
     )
-    if numbers:  # of those, the network may have read the middle ones only
-        first = opened.layers.index(min(numbers))
-        opened = opened.take(slice(first, first + len(numbers)))
-    if not segment and opened.identity != made_of.get("input"):
-        log.warning("%s is not what it was when the prediction was made", place)
+    if told:  # the network may have read the middle layers only
+        first = opened.layers.index(min(told.recipe.layers))
+        opened = opened.take(slice(first, first + len(told.recipe.layers)))
+        if not segment and opened.identity != told.recipe.input:
+            log.warning("%s is not what it was when the prediction was made", place)
     (top, left), (height, width) = picture.corner, picture.shape
     if opened.shape[1] < top + height or opened.shape[2] < left + width:
         raise InkdaskError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,10 @@ import zarr
 
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError
+from inkdask.identity import Provenance
 from inkdask.pictures.pyramid import ORIGIN, halve
+
+log = logging.getLogger("inkdask")
 
 CHUNK = 1024  # pixels: side of the chunks of levels that are not stored
 
@@ -30,15 +34,15 @@ class Picture:
         Side of a pixel of the first level, in micrometers; None where it is not known.
     corner
         Row and column of the segment where the picture begins.
-    origin
-        Where it comes from (see `inkdask.provenance`); empty where that is not known.
+    provenance
+        Where it comes from; None where that is not known.
     """
 
     uri: str
     levels: tuple[da.Array, ...]
     pixel_um: float | None
     corner: tuple[int, int]
-    origin: dict[str, Any]
+    provenance: Provenance | None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,7 +89,7 @@ def open_picture(uri: str) -> Picture:
     arrays, pixel_um, corner = {uri: node}, None, (0, 0)
     if isinstance(node, zarr.Group):
         with storage.decoded(uri):
-            if {"grid", "tiles"} <= set(node.array_keys()):
+            if "recipe" in attributes:
                 raise InkdaskError(
                     f"{uri} is a tile grid, which `inkdask reduce --grid` turns into a picture; "
                     "name the prediction_*.zarr that it writes."
@@ -99,11 +103,21 @@ def open_picture(uri: str) -> Picture:
             raise InkdaskError(
                 f"{uri} is no picture of uint8 (y, x): it has {array.dtype} of shape {array.shape}."
             )
-    origin = attributes.get(ORIGIN) or {}
     levels = tuple(
         da.from_array(_Level(array, place), array.chunks) for place, array in arrays.items()
     )
-    return Picture(uri, levels, pixel_um, corner, origin)
+    return Picture(uri, levels, pixel_um, corner, provenance_in(attributes.get(ORIGIN), uri))
+
+
+def provenance_in(fields: Any, uri: str) -> Provenance | None:
+    """Return what a picture says of itself; None, with a warning, where it cannot be read."""
+    if not isinstance(fields, dict):
+        return None
+    try:
+        return Provenance.from_json(fields, uri)
+    except InkdaskError as error:
+        log.warning("%s", error)
+        return None
 
 
 def is_picture(uri: str) -> bool:

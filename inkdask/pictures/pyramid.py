@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -31,9 +30,9 @@ from tenacity import (
 
 from inkdask import engine, storage
 from inkdask.errors import InkdaskError
+from inkdask.identity import Provenance
 from inkdask.progress import Meter
 from inkdask.storage import outputs
-from inkdask.store import open_array
 
 SMALLEST = 512  # pixels: a level that is no larger has no coarser one
 ORIGIN = "inkdask"  # the attribute that says where a picture comes from
@@ -42,7 +41,7 @@ ORIGIN = "inkdask"  # the attribute that says where a picture comes from
 def write_pyramid(
     picture: da.Array,
     uri: str,
-    origin: Mapping[str, Any],
+    provenance: Provenance | None,
     pixel_um: float | None = None,
     corner: tuple[int, int] = (0, 0),
 ) -> None:
@@ -54,8 +53,8 @@ def write_pyramid(
         Dask uint8 (y, x).
     uri
         Where the group goes; what was there is replaced.
-    origin
-        For the group's metadata: see `inkdask.provenance`.
+    provenance
+        For the group's metadata.
     pixel_um
         Side of a pixel, in micrometers.
     corner
@@ -64,7 +63,9 @@ def write_pyramid(
     unfinished = f"{uri}.{uuid4().hex[:8]}.unfinished"  # no two runs share a place
     shapes = level_shapes(picture.shape)
     try:
-        attributes = {"ome": ome(_name(uri), len(shapes), pixel_um, corner), ORIGIN: dict(origin)}
+        attributes = {"ome": ome(_name(uri), len(shapes), pixel_um, corner)}
+        if provenance:
+            attributes[ORIGIN] = provenance.to_json()
         with storage.explained(unfinished):
             zarr.create_group(storage.zarr_store(unfinished), zarr_format=3, attributes=attributes)
         writes = _fill(picture, unfinished)
@@ -149,7 +150,7 @@ def _side(sizes: tuple[int, ...]) -> int:
 
 def _coarsen(uri: str, level: int, shape: tuple[int, int]) -> list[Delayed]:
     """Create a level; return the lazy writes that fill it from the one below."""
-    side = tuple(open_array(storage.join(uri, "0")).chunks)
+    side = tuple(storage.open_array(storage.join(uri, "0")).chunks)
     _create(uri, level, shape, side)
     starts = itertools.product(
         *(range(0, length, step) for length, step in zip(shape, side, strict=True))
@@ -191,13 +192,13 @@ def _create(uri: str, level: int, shape: tuple[int, ...], side: tuple[int, ...])
 def _write_block(block: np.ndarray, uri: str, block_info: Any) -> None:
     rows, columns = block_info[0]["array-location"]
     with storage.explained(uri):
-        open_array(storage.join(uri, "0"))[slice(*rows), slice(*columns)] = block
+        storage.open_array(storage.join(uri, "0"))[slice(*rows), slice(*columns)] = block
 
 
 def _halve_block(uri: str, level: int, y: int, x: int) -> None:
     with storage.explained(uri):
-        finer = open_array(storage.join(uri, str(level - 1)))
-        array = open_array(storage.join(uri, str(level)))
+        finer = storage.open_array(storage.join(uri, str(level - 1)))
+        array = storage.open_array(storage.join(uri, str(level)))
         height, width = array.chunks
         block = np.asarray(finer[2 * y : 2 * (y + height), 2 * x : 2 * (x + width)])
         array[y : y + height, x : x + width] = halve(block)

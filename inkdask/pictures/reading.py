@@ -13,8 +13,9 @@ from PIL import Image
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
+from inkdask.identity import Provenance
 from inkdask.pictures.exporting import KINDS
-from inkdask.pictures.picture import open_picture
+from inkdask.pictures.picture import open_picture, provenance_in
 from inkdask.pictures.pyramid import ORIGIN
 
 READ_AHEAD = 1 << 18  # bytes
@@ -32,14 +33,14 @@ class Facts:
         Height and width in pixels.
     pixel_um
         Side of a pixel in micrometers; None where the file does not say.
-    origin
-        As in `inkdask.provenance`; empty where the file does not say.
+    provenance
+        Where it comes from; None where the file does not say.
     """
 
     kind: str
     shape: tuple[int, int]
     pixel_um: float | None
-    origin: dict[str, Any]
+    provenance: Provenance | None
 
 
 def is_picture_file(uri: str) -> bool:
@@ -61,12 +62,12 @@ def read_facts(uri: str) -> Facts:
     fs, path = storage.filesystem(uri)
     try:
         with fs.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead") as file:
-            return _reader(uri)(file)
+            return _reader(uri)(file, uri)
     except Exception as error:
         raise InkdaskError(f"{uri} cannot be read as a picture: {error}.") from error
 
 
-def _reader(uri: str) -> Callable[[BinaryIO], Facts]:
+def _reader(uri: str) -> Callable[[BinaryIO, str], Facts]:
     ending = uri.lower().rsplit(".", 1)[-1]
     return {"png": _of_png, "tif": _of_tiff, "tiff": _of_tiff}.get(ending, _of_jpeg)
 
@@ -75,12 +76,12 @@ def _of_zarr(uri: str) -> Facts:
     picture = open_picture(uri)
     count = len(picture.levels)
     kind = f"OME-Zarr, {count} level{'s' if count > 1 else ''}, uint8"
-    return Facts(kind, picture.shape, picture.pixel_um, picture.origin)
+    return Facts(kind, picture.shape, picture.pixel_um, picture.provenance)
 
 
-def _of_png(file: BinaryIO) -> Facts:
+def _of_png(file: BinaryIO, uri: str) -> Facts:
     reader = png.Reader(file=file)
-    origin, pixel_um = {}, None
+    provenance, pixel_um = None, None
     for name, data in reader.chunks():
         if name == b"IHDR":
             width, height = (int.from_bytes(data[at : at + 4]) for at in (0, 4))
@@ -88,13 +89,13 @@ def _of_png(file: BinaryIO) -> Facts:
         elif name == b"pHYs" and data[8] == 1:
             pixel_um = _micrometers(1e6, int.from_bytes(data[:4]))
         elif name == b"iTXt" and data.startswith(ORIGIN.encode() + b"\0"):
-            origin = _decoded(data.split(b"\0", 5)[-1])
+            provenance = _decoded(data.split(b"\0", 5)[-1], uri)
         elif name == b"IDAT":
             break
-    return Facts(kind, (height, width), pixel_um, origin)
+    return Facts(kind, (height, width), pixel_um, provenance)
 
 
-def _of_tiff(file: BinaryIO) -> Facts:
+def _of_tiff(file: BinaryIO, uri: str) -> Facts:
     with tifffile.TiffFile(file) as tiff:
         page: Any = tiff.pages.first
         centimetre = page.tags.valueof("ResolutionUnit") == tifffile.RESUNIT.CENTIMETER
@@ -106,26 +107,26 @@ def _of_tiff(file: BinaryIO) -> Facts:
             kind,
             (page.imagelength, page.imagewidth),
             _micrometers(1e4 if centimetre else 25400, per_unit / parts if per_unit > 1 else 0),
-            _decoded(page.description),
+            _decoded(page.description, uri),
         )
 
 
-def _of_jpeg(file: BinaryIO) -> Facts:
+def _of_jpeg(file: BinaryIO, uri: str) -> Facts:
     with Image.open(file) as image:
         width, height = image.size
         per_inch = image.info.get("dpi", (0, 0))[0]
-        origin = _decoded(image.info.get("comment", b""))
+        provenance = _decoded(image.info.get("comment", b""), uri)
         kind = f"JPEG, {'grey' if image.mode == 'L' else 'colour'}"
-        return Facts(kind, (height, width), _micrometers(25400, per_inch), origin)
+        return Facts(kind, (height, width), _micrometers(25400, per_inch), provenance)
 
 
 def _micrometers(unit: float, per_unit: float) -> float | None:
     return unit / per_unit if per_unit else None
 
 
-def _decoded(text: str | bytes) -> dict[str, Any]:
+def _decoded(text: str | bytes, uri: str) -> Provenance | None:
     try:
-        origin = json.loads(text)
+        fields = json.loads(text)
     except ValueError:  # somebody else's words
-        return {}
-    return origin if isinstance(origin, dict) else {}
+        return None
+    return provenance_in(fields, uri)

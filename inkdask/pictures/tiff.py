@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import dask.array as da
 import numpy as np
@@ -24,7 +23,7 @@ Compression = Literal["deflate", "zstd"]
 def write_tiff(
     canvas: da.Array,
     path: Path,
-    origin: Mapping[str, Any],
+    description: str,
     pixel_um: float | None = None,
     compression: Compression = "deflate",
 ) -> None:
@@ -36,8 +35,8 @@ def write_tiff(
         Dask uint8 (y, x) or (y, x, 3).
     path
         A local file.
-    origin
-        For the tag ImageDescription, as JSON.
+    description
+        For the tag ImageDescription.
     pixel_um
         Side of a pixel in micrometers, for the resolution tags.
     compression
@@ -55,7 +54,7 @@ def write_tiff(
             predictor=True,
             resolution=resolution,
             resolutionunit="CENTIMETER" if pixel_um else None,
-            description=json.dumps(origin),
+            description=description or None,
             software=f"inkdask {version('inkdask')}",
             metadata=None,
             maxworkers=engine.threads(),

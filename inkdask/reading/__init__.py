@@ -1,1 +1,1 @@
-"""How layers become a lazy volume: found, parsed once, read in blocks."""
+"""From the files of a segment to a lazy volume: find layers, parse headers, read blocks."""

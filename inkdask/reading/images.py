@@ -1,7 +1,7 @@
 """Layers that cannot be read in parts: PNG, JPEG, and TIFFs compressed in one piece.
 
-Each process decodes such a layer once, the first time a task needs it, into a scratch zarr on its
-own disk, and cuts all windows out of that. ``inkdask prepare`` does the same once for all.
+Each process decodes such a layer when a task first needs it, into a scratch zarr on its local disk,
+and reads all blocks from there. ``inkdask prepare`` spares later jobs the decoding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import imagecodecs
@@ -28,13 +28,13 @@ from inkdask.storage.parallel import for_each
 log = logging.getLogger(__name__)
 
 CHUNK = 1024  # pixels: side of a chunk of the scratch zarr
-DECODING_BYTES = 2 << 30  # Layers are decoded side by side while they fit in this.
-PALETTE = 3  # among the kinds of colours of a PNG
+DECODING_BYTES = 2 << 30  # limit of the layers that are decoded side by side
+PALETTE = 3  # colour type of a PNG
 _HEADER_READ, _LONG_HEADER_READ = 1 << 16, 1 << 24
 
 
 class Image(Protocol):
-    """A layer that is decoded as a whole."""
+    """Layer that is decoded as a whole."""
 
     @property
     def uri(self) -> str: ...  # noqa: D102
@@ -49,22 +49,24 @@ class Image(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG or JPEG file.
+    """PNG or JPEG file.
 
     Attributes
     ----------
     uri
-        The file.
+        Path or URI of the file.
     shape
         Height and width in pixels.
     dtype
         uint8 or uint16.
     channels
-        As many as are decoded; the first is read.
+        Number of channels, of which the first is kept.
     is_palette
-        Whether its values stand for colours.
+        Whether the values are numbers of colours in a palette.
     is_mask
-        Whether it is decoded as 1 where it is not black, and 0 elsewhere.
+        Whether to decode to 0 where it is black, and to 1 elsewhere.
+    etag
+        ETag on S3, elsewhere empty.
     """
 
     uri: str
@@ -73,26 +75,28 @@ class Picture:
     channels: int = 1
     is_palette: bool = False
     is_mask: bool = False
+    etag: str = ""
 
     @property
     def oddity(self) -> str:
-        """What is left unread of the file, for a warning; empty as a rule."""
+        """Unread contents, for a warning; mostly empty."""
         return f"{self.channels} channels, of which the first is read" if self.channels > 1 else ""
 
     @property
     def words(self) -> str:
-        """The layout as a person says it."""
+        """Human-readable layout."""
         return "PNG" if self.uri.lower().endswith("png") else "JPEG"
 
     def decode(self) -> np.ndarray:
-        """Read the whole picture as uint8 (y, x), its first channel."""
+        """Read the first channel of the whole picture, uint8 (y, x)."""
         try:
-            pixels = imagecodecs.imread(storage.read_bytes(self.uri), codec=["png", "jpeg"])
+            data = storage.read_bytes(self.uri, self.etag)
+            pixels = imagecodecs.imread(data, codec=["png", "jpeg"])
         except InkdaskError:
             raise
         except Exception as error:
             raise InkdaskError(f"{self.uri} is truncated or corrupt: {error}.") from error
-        if self.is_mask:  # what is not black, in any channel but alpha, however dark
+        if self.is_mask:  # All colours count, however dark; alpha does not.
             colours = pixels.reshape(*pixels.shape[:2], -1)
             opaque = colours[..., :-1] if colours.shape[2] in (2, 4) else colours
             return np.asarray(opaque.any(axis=2)).view(np.uint8)
@@ -103,21 +107,17 @@ class Picture:
         return pixels.astype(np.uint8, copy=False)
 
 
-def read_header(uri: str, size: int) -> Picture:
-    """Parse the header of a PNG or JPEG file of ``size`` bytes.
-
-    Raises
-    ------
-    InkdaskError
-        When it is neither.
-    """
+def read_header(uri: str, size: int, etag: str = "") -> Picture:
+    """Parse the header of a PNG or JPEG file of ``size`` bytes."""
     try:
-        return _parse(uri, storage.read_range(uri, 0, min(size, _HEADER_READ)))
+        head = storage.read_range(uri, 0, min(size, _HEADER_READ), etag)
+        return replace(_parse(uri, head), etag=etag)
     except InkdaskError:
         if size <= _HEADER_READ:
             raise
-    # What programs add to a JPEG, such as previews, may come before the size of the picture.
-    return _parse(uri, storage.read_range(uri, 0, min(size, _LONG_HEADER_READ)))
+    # Read on, because previews and profiles may precede the frame header of a JPEG.
+    head = storage.read_range(uri, 0, min(size, _LONG_HEADER_READ), etag)
+    return replace(_parse(uri, head), etag=etag)
 
 
 def _parse(uri: str, head: bytes) -> Picture:
@@ -137,16 +137,15 @@ def _parse(uri: str, head: bytes) -> Picture:
 
 
 def decoded_bytes(image: Image) -> int:
-    """Bytes of the values of a decoded layer, all channels."""
+    """Bytes of a decoded layer with all its channels."""
     return image.shape[0] * image.shape[1] * image.channels * image.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedBlock:
-    """A window of layers that are decoded as a whole, to be read in a task.
+    """Rows and columns, in pixels, of layers that are decoded as a whole; read in a task.
 
-    ``images`` are the layers, ``identity`` changes with the files, and ``rows`` and ``columns`` are
-    the window in pixels.
+    ``identity`` is the digest of the files.
     """
 
     images: tuple[Image, ...]
@@ -155,7 +154,7 @@ class DecodedBlock:
     columns: slice
 
     def read(self) -> np.ndarray:
-        """Read the window, decoding what this process has not yet: uint8 (z, y, x)."""
+        """Read the block, uint8 (z, y, x); decode layers that this process has not decoded yet."""
         scratch = _scratch()
 
         def cut(image: Image) -> np.ndarray:
@@ -165,7 +164,7 @@ class DecodedBlock:
 
 
 class _Scratch:
-    """The decoded layers of this process, on disk until it ends."""
+    """Decoded layers of this process, on disk until the process ends."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="inkdask-scratch-", dir=_local_folder())
@@ -174,7 +173,7 @@ class _Scratch:
         self._turns: dict[str, threading.Semaphore] = {}
 
     def layer(self, image: Image, identity: str) -> zarr.Array:
-        """Return the decoded layer, uint8 (y, x), decoding it when nobody has."""
+        """Return the decoded layer, uint8 (y, x); the first caller decodes it."""
         size = decoded_bytes(image)
         with self._lock:
             turns = self._turns.setdefault(
@@ -198,7 +197,7 @@ class _Scratch:
 
 
 class _Once:
-    """An array at a path of its own, which the first caller makes while the others wait."""
+    """Array at a path; the first caller makes it, and the others wait."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -217,7 +216,7 @@ _lock = threading.Lock()
 
 
 def _scratch() -> _Scratch:
-    """Return the scratch of this process; to be called in the task's own thread."""
+    """Return the scratch of this process; call it in the task's own thread (`_local_folder`)."""
     with _lock:
         if os.getpid() not in _scratches:
             _scratches[os.getpid()] = _Scratch()
@@ -225,7 +224,7 @@ def _scratch() -> _Scratch:
 
 
 def _local_folder() -> str | None:
-    """The local folder of the Dask worker that this process is; it cleans up after itself."""
+    """Return the local folder of this Dask worker, which removes it at its end; else None."""
     distributed = sys.modules.get("distributed")
     try:
         return str(distributed.get_worker().local_directory) if distributed else None

@@ -1,4 +1,4 @@
-"""Which files are the layers of a segment, and which of them a job reads: by name only."""
+"""Find the layer files of a segment, and choose those that a job reads, by their names."""
 
 from __future__ import annotations
 
@@ -16,28 +16,36 @@ _FOLDERS = ("layers", "surface_volume")
 
 @dataclass(frozen=True)
 class LayerFile:
-    """A file that is named as a layer.
+    """File whose name is that of a layer.
 
     Attributes
     ----------
     number
-        The number in its name.
+        Number in the name.
     uri
-        The file.
+        Path or URI.
     size
-        Its bytes.
+        Bytes.
     mark
-        ETag or modification time: changes when the file does.
+        ETag or modification time, which changes with the file.
+    etag
+        ETag on S3, elsewhere empty.
     """
 
     number: int
     uri: str
     size: int
     mark: str
+    etag: str
+
+    @classmethod
+    def of(cls, number: int, uri: str, entry: storage.Entry) -> LayerFile:
+        """Layer ``number`` from an entry of a listing."""
+        return cls(number, uri, entry.size, entry.mark, entry.etag)
 
     @property
     def is_tiff(self) -> bool:
-        """Whether its name says TIFF."""
+        """Whether the ending is that of a TIFF."""
         return self.uri.lower().endswith((".tif", ".tiff"))
 
 
@@ -47,22 +55,22 @@ def find_layers(uri: str, listing: Sequence[storage.Entry]) -> tuple[str, list[L
     Parameters
     ----------
     uri, listing
-        The segment, and what is in it.
+        The segment, and its listing.
 
     Returns
     -------
     str
-        ``layers`` or ``surface_volume`` in the segment, or a folder of it ending in ``.tifs``, or
-        the segment itself.
+        ``layers``, ``surface_volume`` or a folder ending in ``.tifs`` in the segment, or the
+        segment itself.
     list of LayerFile
-        Sorted by number; may be empty.
+        Layers, sorted by number; may be empty.
     """
     folders = [entry.name for entry in listing if entry.is_folder]
     inner = [name for name in _FOLDERS if name in folders]
     inner += [name for name in folders if name.endswith(".tifs")]
     folder = storage.join(uri, inner[0]) if inner else uri.rstrip("/")
     files = [
-        LayerFile(int(match[1]), storage.join(folder, entry.name), entry.size, entry.mark)
+        LayerFile.of(int(match[1]), storage.join(folder, entry.name), entry)
         for entry in (storage.list_folder(folder) if inner else listing)
         if not entry.is_folder and (match := _LAYER.fullmatch(entry.name))
     ]
@@ -73,30 +81,25 @@ def choose_layers(
     numbers: Sequence[int],
     where: str,
     layers: tuple[int, int] | None,
-    window: int | None,
+    count: int | None,
 ) -> slice:
     """Choose the layers that a job reads.
 
     Parameters
     ----------
     numbers
-        Numbers of the layers there are, ascending.
+        Numbers of the existing layers, ascending.
     where
-        The folder or array, for messages.
+        Folder or array, for messages.
     layers
         First number (inclusive) and last (exclusive).
-    window
-        Without ``layers``: as many, centred on the middle one; None for all.
+    count
+        Without ``layers``: number of layers around the middle; None for all.
 
     Returns
     -------
     slice
-        Of ``numbers``.
-
-    Raises
-    ------
-    InkdaskError
-        When there are no layers, or fewer than asked for, or one is missing or there twice.
+        Positions in ``numbers``.
     """
     asked = asked_for(layers)
     if not numbers:
@@ -110,7 +113,7 @@ def choose_layers(
             raise InkdaskError(f"No layers found in {where}{asked}: {held}.")
         chosen, wanted = slice(inside[0], inside[-1] + 1), range(*layers)
     else:
-        count = window or len(numbers)
+        count = count or len(numbers)
         if count > len(numbers):
             raise InkdaskError(
                 f"Channel mismatch: {count} layers are wanted of {where}, but {held}."
@@ -128,7 +131,7 @@ def choose_layers(
 
 
 def asked_for(layers: tuple[int, int] | None) -> str:
-    """How a message says which layers were asked for."""
+    """Return the requested range as words of a message; empty without a range."""
     return f" for START_LAYER={layers[0]}, END_LAYER={layers[1]}" if layers else ""
 
 
@@ -138,13 +141,7 @@ def _some(numbers: Sequence[int]) -> str:
 
 
 def check_unique(files: Sequence[LayerFile], layers: tuple[int, int] | None) -> None:
-    """Check that no two files have the same number, of those in the range ``layers`` (or all).
-
-    Raises
-    ------
-    InkdaskError
-        Naming both files.
-    """
+    """Check that no two files in the range ``layers``, or of all, have the same number."""
     for one, other in itertools.pairwise(files):
         is_read = layers is None or layers[0] <= one.number < layers[1]
         if one.number == other.number and is_read:

@@ -1,8 +1,9 @@
-"""LZW strips and tiles by libtiff, because they come from anywhere and may be damaged.
+"""LZW strips and tiles, decoded by libtiff.
 
-The LZW decoder of imagecodecs follows pointers that were never set when the first code after a
-clear code is no literal, which ends the process; libtiff refuses such data, and is twice as fast.
-It decodes files, so a piece becomes one: a BigTIFF (large pieces pass 4 GB) of a single strip.
+The LZW decoder of imagecodecs crashes the process on some damaged data: it follows unset pointers
+when the first code after a clear code is no literal. libtiff refuses such data, and is twice as
+fast. It decodes files only, so each piece is wrapped as a BigTIFF of a single strip (BigTIFF,
+because pieces may pass 4 GB).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import struct
 import imagecodecs
 
 _HEADER = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16)
-_SHORT, _LONG, _LONG8 = 3, 4, 16  # types of a tag's value
+_SHORT, _LONG, _LONG8 = 3, 4, 16  # types of tag values
 
 
 def decode(data: memoryview, rows: int, row_bytes: int) -> memoryview:
@@ -21,15 +22,15 @@ def decode(data: memoryview, rows: int, row_bytes: int) -> memoryview:
     Raises
     ------
     ValueError
-        When the data are damaged, or hold less than that.
+        When the data are damaged or too short.
     """
     tags = [
         (256, _LONG, row_bytes),
         (257, _LONG, rows),
-        (258, _SHORT, 8),  # bits of a value: bytes are bytes, whatever they mean
+        (258, _SHORT, 8),  # bits of a value; uint16 values are decoded as pairs of bytes
         (259, _SHORT, 5),  # LZW
         (262, _SHORT, 1),
-        (273, _LONG8, 0),  # where the strip begins: after the tags
+        (273, _LONG8, 0),  # start of the strip, set below
         (277, _SHORT, 1),
         (278, _LONG, rows),
         (279, _LONG8, len(data)),

@@ -1,9 +1,10 @@
-"""TIFF layers by byte range: only the pieces that meet a window are fetched and decoded.
+"""TIFF layers by byte ranges: a block fetches and decodes only the pieces that it meets.
 
-A `TiffImage` says where the pieces (strips or tiles) of one layer lie; `reading.tiff_header` makes
-it. A `TiffBlock` is one window of all layers: picklable, free of open files, and carrying the
-places of its own pieces only, so that the largest tables never travel twice. Pieces decode straight
-into the block's uint8 output; a uint16 layer keeps its high byte, as the models were trained.
+A `TiffImage` holds the places of the pieces (strips or tiles) of one layer, as parsed by
+`reading.tiff_header`. A `TiffBlock` is a box of all layers. It is picklable and has no open files,
+and it holds the places of its own pieces only, so that large tables are sent once. Pieces are
+decoded into the uint8 output of the block; of uint16 values the high byte is kept, because the
+models were trained so.
 """
 
 from __future__ import annotations
@@ -16,37 +17,38 @@ import numpy as np
 import tifffile
 
 from inkdask import storage
+from inkdask.box import Box
 from inkdask.errors import InkdaskError
 from inkdask.memory import pages
 from inkdask.reading import lzw
 from inkdask.storage.parallel import for_each
 
-MERGE_GAP = 256  # bytes between two pieces that are still fetched as one range
-RUN_BYTES = 8 << 20  # of a range: an S3 request costs milliseconds of CPU, however short it is
+MERGE_GAP = 256  # bytes: pieces this close are fetched as one range
+RUN_BYTES = 8 << 20  # bytes of a range; long, because each S3 request costs milliseconds of CPU
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a TIFF stores its pixels; layers written alike share one.
+    """How a TIFF stores its pixels.
 
     Attributes
     ----------
     shape
         Height and width in pixels.
     dtype
-        ``|u1``, ``<u2`` or ``>u2``: with the byte order of the file.
+        ``|u1``, ``<u2`` or ``>u2``, in the byte order of the file.
     piece
-        Height and width of a piece: a strip or a tile.
+        Height and width of a strip or tile.
     is_tiled
-        Whether pieces are tiles: those at the border are as large as all others.
+        Whether pieces are tiles, which have their full size at the border too.
     samples
-        Values for each pixel that lie together (3 for interleaved RGB); the first is read.
+        Interleaved values of a pixel (3 for RGB), of which the first is kept.
     compression, predictor
         Tags 259 and 317.
     jpeg
         Tables and colour spaces for JPEG pieces.
     words
-        The layout as a person says it.
+        Human-readable layout.
     """
 
     shape: tuple[int, int]
@@ -65,7 +67,7 @@ class Layout:
         return self.samples * np.dtype(self.dtype).itemsize
 
     def pieces(self, rows: slice, columns: slice) -> tuple[slice, slice]:
-        """Return the rows and columns of pieces that meet a window of pixels."""
+        """Return the rows and columns of pieces that meet rows and columns of pixels."""
         height, width = self.piece
         return (
             slice(rows.start // height, -(-rows.stop // height)),
@@ -106,19 +108,21 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class TiffImage:
-    """One layer: a layout, and where its pieces lie in the file.
+    """One layer: a layout, and the place of each piece in the file.
 
     Attributes
     ----------
     uri
-        The file.
+        Path or URI of the file.
     layout
-        How it stores its pixels.
+        How the file stores its pixels.
     offsets, counts
-        int64 (rows of pieces, columns of pieces): first byte, and number of bytes. A piece of no
-        bytes is all zero.
+        First byte and number of bytes of each piece, int64 (rows of pieces, columns of pieces). A
+        piece of no bytes is all zero.
     oddity
-        What is left unread of the file, for a warning; empty as a rule.
+        Unread contents, for a warning; mostly empty.
+    etag
+        ETag on S3, elsewhere empty.
     """
 
     uri: str
@@ -126,6 +130,7 @@ class TiffImage:
     offsets: np.ndarray
     counts: np.ndarray
     oddity: str = ""
+    etag: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,17 +139,17 @@ class TiffImage:
 
     @property
     def words(self) -> str:
-        """The layout as a person says it."""
+        """Human-readable layout."""
         return self.layout.words
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of a value, in this machine's byte order."""
+        """Type of the values, in this machine's byte order."""
         return np.dtype(self.layout.dtype).newbyteorder("=")
 
     @property
     def channels(self) -> int:
-        """Values of a pixel that are decoded together; the first is read."""
+        """Interleaved values of a pixel, of which the first is kept."""
         return self.layout.samples
 
     def decode(self) -> np.ndarray:
@@ -155,19 +160,21 @@ class TiffImage:
 
 @dataclass(frozen=True, eq=False)
 class TiffBlock:
-    """A window of all layers, to be read in a task.
+    """Box of all layers, read in a task.
 
     Attributes
     ----------
-    uris, layouts
-        File and layout of each layer.
+    uris, etags, layouts
+        File, ETag and layout of each layer.
     rows, columns
-        The window, in pixels.
+        The box, in pixels.
     offsets, counts
-        int64, the pieces that meet the window: layer by layer, row by row.
+        First byte and number of bytes of each piece that meets the box, int64, layer by layer and
+        row by row.
     """
 
     uris: tuple[str, ...]
+    etags: tuple[str, ...]
     layouts: tuple[Layout, ...]
     rows: slice
     columns: slice
@@ -176,7 +183,7 @@ class TiffBlock:
 
     @classmethod
     def of(cls, images: Sequence[TiffImage], rows: slice, columns: slice) -> TiffBlock:
-        """Cut a window out of all layers; reads nothing."""
+        """Cut rows and columns out of all layers; reads nothing."""
         offsets, counts = [], []
         for image in images:
             window = image.layout.pieces(rows, columns)
@@ -184,6 +191,7 @@ class TiffBlock:
             counts.append(image.counts[window].ravel())
         return cls(
             tuple(image.uri for image in images),
+            tuple(image.etag for image in images),
             tuple(image.layout for image in images),
             rows,
             columns,
@@ -201,19 +209,13 @@ class TiffBlock:
         )
 
     def read(self) -> np.ndarray:
-        """Fetch and decode the window: uint8 (z, y, x).
-
-        Raises
-        ------
-        InkdaskError
-            When a layer cannot be read or decoded, naming the file and the position in it.
-        """
+        """Fetch and decode the block, uint8 (z, y, x)."""
         out = pages(self.shape)
         for_each(lambda run: run.read_into(out), self._runs())
         return out
 
     def _runs(self) -> Iterator[_Run]:
-        """Join the pieces that lie one after the other in a file, up to `RUN_BYTES`."""
+        """Join pieces that are neighbours in a file, up to `RUN_BYTES`."""
         first = 0
         for z, layout in enumerate(self.layouts):
             down, across = layout.pieces(self.rows, self.columns)
@@ -235,24 +237,24 @@ class TiffBlock:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """Pieces of one layer that are fetched as one range."""
+    """Pieces of one layer, fetched as one range."""
 
     block: TiffBlock
     z: int
     layout: Layout
-    places: list[tuple[int, int]]  # of each piece: its first row and column
+    places: list[tuple[int, int]]  # first row and column of each piece
     offsets: np.ndarray
     counts: np.ndarray
 
     def read_into(self, out: np.ndarray) -> None:
         """Fetch the pieces, and decode them into the block ``out``, uint8 (z, y, x)."""
-        uri, start = self.block.uris[self.z], int(self.offsets[0])
-        stop = int(self.offsets[-1] + self.counts[-1])
-        data = memoryview(storage.read_range(uri, start, stop) if stop > start else b"")
+        uri, etag = self.block.uris[self.z], self.block.etags[self.z]
+        start, stop = int(self.offsets[0]), int(self.offsets[-1] + self.counts[-1])
+        data = memoryview(storage.read_range(uri, start, stop, etag) if stop > start else b"")
         spans = zip((self.offsets - start).tolist(), self.counts.tolist(), strict=True)
         for (row, column), (offset, count) in zip(self.places, spans, strict=True):
             rows = self.layout.piece[0]
-            if not self.layout.is_tiled:  # The last strip ends with the image.
+            if not self.layout.is_tiled:  # The last strip may be shorter.
                 rows = min(rows, self.layout.shape[0] - row)
             try:
                 piece = (
@@ -265,21 +267,13 @@ class _Run:
                     f"{uri} is corrupt at row {row}, column {column} "
                     f"(bytes {start + offset} to {start + offset + count}): {error}."
                 ) from error
-            _paste(piece, row, column, out[self.z], self.block.rows.start, self.block.columns.start)
-
-
-def _paste(piece: np.ndarray, row: int, column: int, out: np.ndarray, top: int, left: int) -> None:
-    """Copy what a piece at (row, column) has in common with ``out`` at (top, left)."""
-    y0, y1 = max(row, top), min(row + piece.shape[0], top + out.shape[0])
-    x0, x1 = max(column, left), min(column + piece.shape[1], left + out.shape[1])
-    _narrow(
-        piece[y0 - row : y1 - row, x0 - column : x1 - column],
-        out[y0 - top : y1 - top, x0 - left : x1 - left],
-    )
+            place = Box.at((row, column), piece.shape)
+            here, there = place.common(Box.of(self.block.rows, self.block.columns))
+            _narrow(piece[here], out[self.z][there])
 
 
 def _narrow(values: np.ndarray, out: np.ndarray) -> None:
-    """Put uint8 values, or the high bytes of uint16 values, into ``out``, in one pass."""
+    """Copy uint8 values, or the high bytes of uint16 values, to ``out`` in one pass."""
     if values.dtype.itemsize == 2 and values.dtype.isnative:
         np.right_shift(values, 8, out=out, casting="unsafe")
     else:  # The high byte of a value in the other byte order is the low byte in this one.

@@ -1,6 +1,6 @@
-"""The headers of TIFF layers, parsed once and by small range reads: the pixels stay where they are.
+"""Headers of TIFF layers, parsed by tifffile from small range reads; no pixels are read.
 
-The TIFF 6.0 specification (Adobe, 1992) has the terms; tifffile does the parsing.
+The terms are those of the TIFF 6.0 specification (Adobe, 1992).
 """
 
 from __future__ import annotations
@@ -16,24 +16,19 @@ from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.reading.tiff import Layout, TiffImage
 
-HEADER_READ = 4096  # bytes: covers the tags of most files, and little of the pixels
-CUT_BYTES, CUT_ROWS = 1 << 20, 64  # most of a piece, where the pieces can be chosen
+HEADER_READ = 4096  # bytes, which hold the tags of most files
+CUT_BYTES, CUT_ROWS = 1 << 20, 64  # limits of a piece where pieces can be chosen
 
 _JPEG = (7, 33007)
 _MEANINGS = {0: "of white that is 0, upside down; save it as MinIsBlack", 3: "colours of a palette"}
 _BYTES = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, zstd
 
 
-def read_header(uri: str, size: int) -> TiffImage:
-    """Parse the header of a TIFF of ``size`` bytes by small range reads.
-
-    Raises
-    ------
-    InkdaskError
-        When it is no TIFF, is cut short, or stores pixels in a way that cannot be read.
-    """
+def read_header(uri: str, size: int, etag: str = "") -> TiffImage:
+    """Parse the header of a TIFF of ``size`` bytes, and check that its pixels can be read."""
+    file = cast("IO[bytes]", _RangeFile(uri, size, etag))
     try:
-        with tifffile.TiffFile(cast("IO[bytes]", _RangeFile(uri, size)), _multifile=False) as tif:
+        with tifffile.TiffFile(file, _multifile=False) as tif:
             page = tif.pages.first
             more_pages = tif.pages.is_multipage
             image = _describe(uri, page)
@@ -41,7 +36,7 @@ def read_header(uri: str, size: int) -> TiffImage:
         raise
     except Exception as error:
         raise InkdaskError(f"{uri} cannot be read as a TIFF: {error}.") from error
-    # Pieces of no bytes may claim to lie anywhere.
+    # Ignore pieces of no bytes, because their offsets mean nothing.
     end = int((image.offsets + image.counts).max(initial=0, where=image.counts > 0))
     if end > size:
         raise InkdaskError(
@@ -49,11 +44,11 @@ def read_header(uri: str, size: int) -> TiffImage:
         )
     if more_pages:
         image = replace(image, oddity="several pages, of which the first is read")
-    return image
+    return replace(image, etag=etag)
 
 
 def _describe(uri: str, page: Any) -> TiffImage:
-    """Turn tifffile's page into a `TiffImage`."""
+    """Describe a page of tifffile as a `TiffImage`."""
     bits, kind = page.bitspersample, page.sampleformat
     if kind != 1 or bits not in (8, 16) or page.fillorder != 1 or page.imagedepth != 1:
         raise InkdaskError(f"{uri} is no TIFF of uint8 or uint16, but {page.dtype or bits}.")
@@ -75,7 +70,7 @@ def _describe(uri: str, page: Any) -> TiffImage:
     separate = page.planarconfig == 2
     samples = 1 if separate else page.samplesperpixel
     dtype = np.dtype(f"{page.parent.byteorder}u{bits // 8}")
-    # Planes follow each other in the tables: those of the first sample come first.
+    # The tables begin with the pieces of the first plane.
     offsets = np.array(page.dataoffsets[: grid[0] * grid[1]], np.int64).reshape(grid)
     counts = np.array(page.databytecounts[: grid[0] * grid[1]], np.int64).reshape(grid)
     words = _words(page, piece, grid)
@@ -106,13 +101,13 @@ def _describe(uri: str, page: Any) -> TiffImage:
 def _recut(
     height: int, row_bytes: int, piece: tuple[int, int], offsets: np.ndarray, counts: np.ndarray
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
-    """Cut anew an image whose uncompressed rows all follow each other, whatever its strips were."""
+    """Choose new pieces for an uncompressed image whose rows lie one after the other."""
     starts = piece[0] * np.arange(len(offsets))
     rows = np.minimum(piece[0], height - starts)
     in_order = offsets[:, 0] == offsets[0, 0] + starts * row_bytes
     if not in_order.all() or (counts[:, 0] != rows * row_bytes).any():
         return piece, offsets, counts
-    # A power of two, so that blocks made of these pieces share edges with the chunks of tiles.
+    # A power of two, so that blocks of these pieces share their edges with chunks.
     step = min(1 << max(CUT_BYTES // row_bytes, 1).bit_length() - 1, CUT_ROWS)
     starts = np.arange(0, height, step)[:, None]
     rows = np.minimum(step, height - starts)
@@ -131,11 +126,12 @@ def _words(page: Any, piece: tuple[int, int], grid: tuple[int, int]) -> str:
 
 
 class _RangeFile(io.RawIOBase):
-    """A file that fetches what is read of it, a little ahead, and keeps it: for headers."""
+    """File for tifffile that fetches ranges on demand, with a little read-ahead, and keeps them."""
 
-    def __init__(self, uri: str, size: int) -> None:
+    def __init__(self, uri: str, size: int, etag: str) -> None:
         self.name = uri
         self._size = size
+        self._etag = etag
         self._position = 0
         self._held: list[tuple[int, bytes]] = []
 
@@ -160,7 +156,8 @@ class _RangeFile(io.RawIOBase):
         for held, data in self._held:
             if held <= start and stop <= held + len(data):
                 return data[start - held : stop - held]
-        data = storage.read_range(self.name, start, min(max(stop, start + HEADER_READ), self._size))
+        stop_read = min(max(stop, start + HEADER_READ), self._size)
+        data = storage.read_range(self.name, start, stop_read, self._etag)
         self._held.append((start, data))
         return data[: stop - start]
 

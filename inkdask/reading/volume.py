@@ -1,15 +1,15 @@
-"""The surface volume as a lazy dask array, whatever its files are.
+"""The surface volume as a lazy dask array, for every kind of file.
 
-A source knows its files and how they can be cut; `lazy` makes one task for each block of it. What a
-block reads follows the files, so that a full pass fetches each byte once: full-width bands for
-strips, aligned squares for tiles and zarr chunks. Tasks carry small frozen descriptions, and
-decode straight into their uint8 output.
+A `Source` describes files and how they can be cut, and `lazy` makes one task for each block. Blocks
+follow the files, so that a full pass fetches each byte once: full-width bands for strips, aligned
+squares for tiles and zarr chunks. Tasks carry small frozen descriptions.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,26 +18,57 @@ import numpy as np
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
+from inkdask.box import Box
 from inkdask.reading.images import CHUNK, DECODING_BYTES, DecodedBlock, Image, decoded_bytes
 from inkdask.reading.tiff import TiffBlock, TiffImage
 
-# Decoded uint8 over all layers, to which a block grows: two rows of chunks are held in blocks, and
-# what is read beyond them must be little.
+# Upper bound of a read block, in decoded bytes: two rows of chunks are in memory at a time.
 BLOCK_BYTES = 32 << 20
-WHOLE_BYTES = 64 << 20  # of what may be read in one piece where cutting it costs more
-BLOCK_SIDE = 1024  # pixels: no block is taller, because the chunks with the tiles are about this
+WHOLE_BYTES = 64 << 20  # limit of a piece that is read whole because cutting it costs more
+BLOCK_SIDE = 1024  # pixels: upper bound of a block's height, about that of a chunk
+
+
+@dataclass(frozen=True)
+class Occupied:
+    """Share of pixels with data in squares of ``side`` pixels; the last square may be larger."""
+
+    side: int
+    share: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class MadeOf:
+    """Segment that an array was prepared from: URI, identity and layer numbers."""
+
+    uri: str
+    identity: str
+    layers: tuple[int, ...]
 
 
 class Block(Protocol):
-    """A window of a source, picklable and free of open files."""
+    """Box of a source; picklable, without open files."""
 
     def read(self) -> np.ndarray:
-        """Read the window: uint8 (z, y, x)."""
+        """Read the box, uint8 (z, y, x), or bool (y, x) from a mask."""
         ...
 
 
+Reading = Callable[[Block], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskBlock:
+    """Box of a mask."""
+
+    block: Block
+
+    def read(self) -> np.ndarray:
+        """Read the box, bool (y, x)."""
+        return np.asarray(self.block.read()[0] > 0)
+
+
 class Source(Protocol):
-    """Files that hold a volume."""
+    """Files of a volume."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -46,28 +77,73 @@ class Source(Protocol):
 
     @property
     def unit(self) -> tuple[int, int]:
-        """Height and width of the largest piece that can only be read whole."""
+        """Height and width of the largest piece that must be read whole."""
         ...
 
     @property
     def words(self) -> str:
-        """The layout as a person says it."""
+        """Human-readable layout."""
+        ...
+
+    @property
+    def can_be_sampled(self) -> bool:
+        """Whether a piece can be read without decoding whole layers."""
+        ...
+
+    @property
+    def reads_all_layers(self) -> bool:
+        """Whether reading one layer fetches the others too."""
+        ...
+
+    @property
+    def decoding_bytes(self) -> float:
+        """Bytes held in memory while whole layers are decoded; 0 where pieces can be read."""
+        ...
+
+    @property
+    def scratch_bytes(self) -> float:
+        """Bytes of layers that a process decodes to its own disk, before compression."""
+        ...
+
+    @property
+    def occupancy(self) -> Occupied | None:
+        """Where data are, when the files say so."""
+        ...
+
+    @property
+    def made_of(self) -> MadeOf | None:
+        """Segment that a prepared array was made from; None for other sources."""
+        ...
+
+    def cost(self, rows: slice, columns: slice) -> float:
+        """Bytes that reading those rows and columns of all layers fetches; reads nothing."""
         ...
 
     def block(self, rows: slice, columns: slice) -> Block:
-        """Cut out a window; reads nothing."""
+        """Cut out rows and columns; reads nothing."""
         ...
 
     def take(self, layers: slice) -> Source:
-        """The same files, of some layers only."""
+        """Keep some layers, in the order of the slice."""
         ...
 
 
+class _Files:
+    """Answers that are the same for all layer files."""
+
+    reads_all_layers = False
+    occupancy: Occupied | None = None
+    made_of: MadeOf | None = None
+
+
 @dataclass(frozen=True, eq=False)
-class TiffStack:
+class TiffStack(_Files):
     """TIFF layers that can be read in parts."""
 
     images: tuple[TiffImage, ...]
+
+    can_be_sampled = True
+    decoding_bytes = scratch_bytes = 0.0
 
     @property
     def shape(self) -> tuple[int, int, int]:  # noqa: D102
@@ -84,11 +160,15 @@ class TiffStack:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether a task can hold a piece of all layers; one-strip images may be too tall."""
+        """Whether a task can hold one piece of all layers; one-strip images may be too large."""
         height, width = self.unit
         is_small = self.shape[0] * height * width <= WHOLE_BYTES or height <= BLOCK_SIDE
         one_piece = any(image.offsets.size == 1 for image in self.images)
         return is_small or (self.images[0].layout.is_tiled and not one_piece)
+
+    def cost(self, rows: slice, columns: slice) -> float:  # noqa: D102
+        pieces = (image.counts[image.layout.pieces(rows, columns)] for image in self.images)
+        return float(sum(counts.sum() for counts in pieces))
 
     def block(self, rows: slice, columns: slice) -> TiffBlock:  # noqa: D102
         return TiffBlock.of(self.images, rows, columns)
@@ -98,12 +178,14 @@ class TiffStack:
 
 
 @dataclass(frozen=True, eq=False)
-class DecodedStack:
-    """Layers that are decoded as a whole (`reading.images`); ``identity`` changes with them."""
+class DecodedStack(_Files):
+    """Layers that are decoded as a whole (`reading.images`); ``identity`` is their digest."""
 
     images: tuple[Image, ...]
     identity: str
     words: str
+
+    can_be_sampled = False
 
     @property
     def shape(self) -> tuple[int, int, int]:  # noqa: D102
@@ -114,16 +196,34 @@ class DecodedStack:
         return CHUNK, CHUNK
 
     @property
-    def decoding_bytes(self) -> int:
-        """Bytes held while layers are decoded side by side: their values, and those narrowed."""
+    def decoding_bytes(self) -> float:
+        """Bytes in memory while layers are decoded side by side: values read, and uint8 copies."""
         layers, layer = len(self.images), decoded_bytes(self.images[0])
-        return 2 * max(layer, min(DECODING_BYTES, layers * layer))
+        return 2.0 * max(layer, min(DECODING_BYTES, layers * layer))
+
+    @property
+    def scratch_bytes(self) -> float:  # noqa: D102
+        return float(math.prod(self.shape))
+
+    def cost(self, rows: slice, columns: slice) -> float:
+        """Bytes that reading those rows and columns fetches from the decoded copy."""
+        return float(len(self.images) * whole_units(rows, columns, self.unit, self.shape))
 
     def block(self, rows: slice, columns: slice) -> DecodedBlock:  # noqa: D102
         return DecodedBlock(self.images, self.identity, rows, columns)
 
     def take(self, layers: slice) -> DecodedStack:  # noqa: D102
         return DecodedStack(self.images[layers], self.identity, self.words)
+
+
+def whole_units(
+    rows: slice, columns: slice, unit: tuple[int, int], shape: tuple[int, int, int]
+) -> int:
+    """Pixels of one layer in all units that meet those rows and columns."""
+    pixels = 1
+    for span, step, side in zip((rows, columns), unit, shape[1:], strict=True):
+        pixels *= min(-(-span.stop // step) * step, side) - span.start // step * step
+    return pixels
 
 
 def block_step(shape: tuple[int, int, int], unit: tuple[int, int]) -> tuple[int, int]:
@@ -134,14 +234,14 @@ def block_step(shape: tuple[int, int, int], unit: tuple[int, int]) -> tuple[int,
     shape
         Layers, height and width of the volume.
     unit
-        Height and width of what is read in one piece.
+        Height and width of a piece that is read whole.
 
     Returns
     -------
     tuple of int
-        The unit times powers of two, as large as `BLOCK_BYTES` over all layers and `BLOCK_SIDE`
-        allow (powers of two, so that blocks and the chunks made of them share their edges). Blocks
-        may be twice as wide as tall: tiles of a row follow each other, and are one request.
+        The unit times powers of two, within `BLOCK_BYTES` over all layers and `BLOCK_SIDE`. Powers
+        of two let blocks share their edges with chunks. Blocks may be twice as wide as tall,
+        because the tiles of a row are neighbours in the file and one request.
     """
     layers, height, width = shape
     rows, columns = min(unit[0], height), min(unit[1], width)
@@ -157,38 +257,46 @@ def block_step(shape: tuple[int, int, int], unit: tuple[int, int]) -> tuple[int,
             rows *= 2
 
 
-def lazy(source: Source, identity: str, window: tuple[slice, slice] | None = None) -> da.Array:
-    """Make the dask array uint8 (z, y, x) of a source; nothing is read.
+def read_block(block: Block) -> np.ndarray:
+    """Read a block, and raise what fails."""
+    return block.read()
+
+
+def lazy(
+    source: Source,
+    identity: str,
+    box: Box | None = None,
+    read: Reading = read_block,
+    is_mask: bool = False,
+) -> da.Array:
+    """Make the dask array uint8 (z, y, x) of a source, or bool (y, x) of a mask; reads nothing.
 
     Parameters
     ----------
     source
         The files.
     identity
-        Changes when they do; the names of the tasks follow from it.
-    window
-        Rows and columns to keep. Blocks at its border read no more than it needs.
+        Digest of the files, from which the names of the tasks follow.
+    box
+        Pixels to keep. Blocks at its border read no more than it needs.
+    read
+        What a task calls with its block.
+    is_mask
+        Whether the one layer of the source is a mask, False where it is 0.
     """
-    layers, height, width = source.shape
-    rows, columns = window or (slice(0, height), slice(0, width))
+    rows, columns = (box or Box.at((0, 0), source.shape[1:])).slices
     step = block_step(source.shape, source.unit)
     bands, blocks = _cut(rows, step[0]), _cut(columns, step[1])
-    name = f"read-{tokenize(identity, type(source).__name__, source.shape, rows, columns)}"
-    graph: dict[Any, Any] = {
-        (name, 0, i, j): (_read, source.block(band, block))
-        for (i, band), (j, block) in itertools.product(enumerate(bands), enumerate(blocks))
-    }
-    chunks = (
-        (layers,),
-        tuple(band.stop - band.start for band in bands),
-        tuple(block.stop - block.start for block in blocks),
-    )
-    layer = HighLevelGraph.from_collections(name, graph)
-    return da.Array(layer, name, chunks, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
-
-
-def _read(block: Block) -> np.ndarray:
-    return block.read()
+    name = f"read-{tokenize(identity, type(source).__name__, source.shape, rows, columns, read)}"
+    graph: dict[Any, Any] = {}
+    for (i, band), (j, span) in itertools.product(enumerate(bands), enumerate(blocks)):
+        block = source.block(band, span)
+        key = (name, i, j) if is_mask else (name, 0, i, j)
+        graph[key] = (read, MaskBlock(block) if is_mask else block)
+    layers = () if is_mask else ((source.shape[0],),)
+    chunks = (*layers, *(tuple(s.stop - s.start for s in spans) for spans in (bands, blocks)))
+    meta = np.empty((0,) * len(chunks), bool if is_mask else np.uint8)
+    return da.Array(HighLevelGraph.from_collections(name, graph), name, chunks, meta=meta)
 
 
 def _cut(span: slice, step: int) -> Sequence[slice]:

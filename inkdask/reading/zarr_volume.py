@@ -1,6 +1,6 @@
-"""Surface volumes that are zarr arrays already: prepared ones, and OME-Zarr.
+"""Surface volumes in zarr arrays: prepared ones, and OME-Zarr.
 
-zarr 2 or 3, (z, y, x) or (y, x, z), alone or as a level of an OME-Zarr group (0.4 or 0.5:
+zarr 2 or 3, (z, y, x) or (y, x, z), alone or as a level of an OME-Zarr group (0.4 or 0.5,
 https://ngff.openmicroscopy.org).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,35 +19,25 @@ import zarr
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
-from inkdask.reading.volume import WHOLE_BYTES
+from inkdask.reading.volume import WHOLE_BYTES, MadeOf, Occupied, whole_units
 
-LAYERS_ATTRIBUTE = "layers"  # of an array that inkdask prepared: the numbers of its layers
-PREPARED_ATTRIBUTE = "prepared_from"  # of such an array: the segment, and how it was read
-OCCUPIED_ATTRIBUTE = "occupied"  # of such an array: see `Occupied`
-FINISHED_ATTRIBUTE = "finished"  # of such an array: False until its last block is there
-
-
-@dataclass(frozen=True)
-class Occupied:
-    """Where a volume has data: the share of such pixels in squares of ``side`` pixels.
-
-    The last square of a row or column reaches to the end.
-    """
-
-    side: int
-    share: tuple[tuple[float, ...], ...]
+# Attributes of a prepared array.
+LAYERS_ATTRIBUTE = "layers"  # numbers of the layers
+PREPARED_ATTRIBUTE = "prepared_from"  # see `MadeOf`
+OCCUPIED_ATTRIBUTE = "occupied"  # see `Occupied`
+FINISHED_ATTRIBUTE = "finished"  # False until the last block is written
 
 
 @dataclass(frozen=True)
 class ZarrSource:
-    """An array that holds a volume.
+    """Zarr array of a volume.
 
     Attributes
     ----------
     uri, path
-        The store, and the array inside it.
+        Store, and path of the array in it.
     identity
-        Changes with the array.
+        Digest of place, metadata, their times, and a part of the middle chunk.
     shape
         Layers, height and width.
     dtype
@@ -56,19 +47,19 @@ class ZarrSource:
     stride
         1, or -1 for layers in reverse.
     depth
-        The axis of the layers; axes of length one before the last three do not count.
-    unit
-        Height and width of the chunks (or shards) that are read in one piece.
+        Axis of the layers among the last three.
+    unit, thickness
+        Height and width, and layers, of the chunks or shards that are read whole.
     numbers
-        The numbers of all layers.
+        Numbers of all layers.
     is_numbered
-        Whether the array itself says these numbers; otherwise they count from 0.
+        Whether the array states these numbers; otherwise they count from 0.
     words
-        The layout as a person says it.
-    occupied
-        Where there are data, when the array says so.
-    prepared_from
-        URI of the segment that it was prepared from, when it says so.
+        Human-readable layout.
+    occupancy
+        Where data are, when the array says so.
+    made_of
+        Segment that the array was prepared from, when it says so.
     """
 
     uri: str
@@ -80,23 +71,50 @@ class ZarrSource:
     stride: int
     depth: int
     unit: tuple[int, int]
+    thickness: int
     numbers: tuple[int, ...]
     is_numbered: bool
     words: str
-    occupied: Occupied | None = None
-    prepared_from: str | None = None
+    occupancy: Occupied | None = None
+    made_of: MadeOf | None = None
+
+    can_be_sampled = True
+    decoding_bytes = scratch_bytes = 0.0
+
+    @property
+    def reads_all_layers(self) -> bool:
+        """Whether one chunk holds as many layers as are read."""
+        return self.thickness >= self.shape[0]
+
+    @property
+    def prepared_from(self) -> str | None:
+        """URI of the segment that the array was prepared from."""
+        return self.made_of.uri if self.made_of else None
 
     @property
     def name(self) -> str:
         """URI of the array."""
         return storage.join(self.uri, self.path) if self.path else self.uri
 
+    def cost(self, rows: slice, columns: slice) -> float:
+        """Bytes of the chunks that meet those rows and columns, before compression."""
+        first, last = self.span.start // self.thickness, (self.span.stop - 1) // self.thickness
+        layers = (last + 1 - first) * self.thickness
+        pixels = whole_units(rows, columns, self.unit, self.shape)
+        return float(layers * pixels * self.dtype.itemsize)
+
+    @property
+    def span(self) -> slice:
+        """Positions of the layers in the array, ascending."""
+        ends = (self.first, self.first + self.stride * (self.shape[0] - 1))
+        return slice(min(ends), max(ends) + 1)
+
     def block(self, rows: slice, columns: slice) -> ZarrBlock:
-        """Cut out a window; reads nothing."""
+        """Cut out rows and columns; reads nothing."""
         return ZarrBlock(self, rows, columns)
 
     def take(self, layers: slice) -> ZarrSource:
-        """Return the same array, of some layers only."""
+        """Keep some layers, in the order of the slice."""
         chosen = range(self.shape[0])[layers]
         first = self.first + self.stride * chosen.start
         return replace(
@@ -110,21 +128,19 @@ class ZarrSource:
 
 @dataclass(frozen=True)
 class ZarrBlock:
-    """A window of an array, to be read in a task; ``rows`` and ``columns`` are in pixels."""
+    """Rows and columns of an array, in pixels; read in a task."""
 
     source: ZarrSource
     rows: slice
     columns: slice
 
     def read(self) -> np.ndarray:
-        """Read the window: uint8 (z, y, x)."""
+        """Read the block, uint8 (z, y, x)."""
         source = self.source
         array = _array(os.getpid(), source.uri, source.path, source.identity)
-        ends = (source.first, source.first + source.stride * (source.shape[0] - 1))
-        layers = slice(min(ends), max(ends) + 1)
-        window = [self.rows, self.columns]
-        window.insert(source.depth, layers)
-        index = (0,) * (array.ndim - 3) + tuple(window)
+        spans = [self.rows, self.columns]
+        spans.insert(source.depth, source.span)
+        index = (0,) * (array.ndim - 3) + tuple(spans)
         try:
             pixels = np.asarray(array[index])
         except Exception as error:
@@ -140,13 +156,7 @@ class ZarrBlock:
 
 
 def open_zarr(uri: str, level: str = "0") -> ZarrSource:
-    """Describe the array at ``uri``, or level ``level`` of the group there.
-
-    Raises
-    ------
-    InkdaskError
-        When there is no such level, or the array is no volume of uint8 or uint16.
-    """
+    """Describe the array at ``uri``, or the level ``level`` of an OME-Zarr group."""
     node: Any = storage.zarr_node(uri)
     name, path, axes = uri, "", None
     if isinstance(node, zarr.Group):
@@ -164,9 +174,9 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
     axes = axes or getattr(node.metadata, "dimension_names", None)
     depth = _depth(shape, axes)
     pieces = (node.shards or node.chunks)[-3:]
+    if shape[depth] * math.prod(pieces) // pieces[depth] > WHOLE_BYTES:
+        pieces = node.chunks[-3:]
     unit = [length for axis, length in enumerate(pieces) if axis != depth]
-    if shape[depth] * unit[0] * unit[1] > WHOLE_BYTES:  # shards too large to be read whole
-        unit = [length for axis, length in enumerate(node.chunks[-3:]) if axis != depth]
     kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
     numbers = kept or range(shape[depth])
     plane = [length for axis, length in enumerate(shape) if axis != depth]
@@ -181,17 +191,20 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
         stride=1,
         depth=depth,
         unit=(unit[0], unit[1]),
+        thickness=min(pieces[depth], shape[depth]),
         numbers=tuple(int(number) for number in numbers),
         is_numbered=bool(kept),
-        prepared_from=_prepared_from(node.attrs.get(PREPARED_ATTRIBUTE)),
         words=f"zarr {node.metadata.zarr_format}, {chunks} chunks"
         + (" in shards" if node.shards else ""),
-        occupied=_occupied(node.attrs.get(OCCUPIED_ATTRIBUTE)),
+        occupancy=_occupied(node.attrs.get(OCCUPIED_ATTRIBUTE)),
+        made_of=_made_of(node.attrs.get(PREPARED_ATTRIBUTE)),
     )
 
 
-def _prepared_from(kept: Any) -> str | None:
-    return str(kept["uri"]) if isinstance(kept, dict) and "uri" in kept else None
+def _made_of(kept: Any) -> MadeOf | None:
+    if not isinstance(kept, dict) or not {"uri", "identity", "layers"} <= kept.keys():
+        return None
+    return MadeOf(str(kept["uri"]), str(kept["identity"]), tuple(map(int, kept["layers"])))
 
 
 def _occupied(kept: Any) -> Occupied | None:
@@ -201,7 +214,7 @@ def _occupied(kept: Any) -> Occupied | None:
 
 
 def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, tuple[str, ...] | None]:
-    """Find a level of an OME-Zarr group, and the names of its axes."""
+    """Return the path of a level of an OME-Zarr group, and the names of the axes."""
     attributes: Any = group.attrs.asdict()
     images = (attributes.get("ome") or attributes).get("multiscales")
     if not images:
@@ -216,7 +229,7 @@ def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, tuple[str, ...
 
 
 def _depth(shape: tuple[int, ...], axes: tuple[str | None, ...] | None) -> int:
-    """Find the axis of the layers: by its name, or as the shorter of the first and the last."""
+    """Find the axis of the layers: by name, or as the shorter of the first and last axis."""
     names = [str(name).lower() for name in axes or ()][-3:]
     for name in ("z", "depth", "layer", "c", "channel"):
         if name in names:
@@ -225,21 +238,28 @@ def _depth(shape: tuple[int, ...], axes: tuple[str | None, ...] | None) -> int:
 
 
 def _identity(name: str, array: zarr.Array) -> str:
-    """Digest of the array's metadata, and of when they were written.
+    """Digest of the array's place, metadata, their times, and a part of its middle chunk.
 
-    An ETag would not do: other values of the same shape have the same metadata.
+    Times and not ETags, because an array written anew in the same shape has equal metadata.
     """
     written = [
         entry.modified
         for entry in storage.list_folder(name)
         if entry.name in ("zarr.json", ".zarray", ".zattrs")
     ]
-    text = json.dumps([array.metadata.to_dict(), written], sort_keys=True, default=str)
+    pieces = array.shards or array.chunks
+    middle = [-(-side // piece) // 2 for side, piece in zip(array.shape, pieces, strict=True)]
+    chunk = storage.join(name, array.metadata.encode_chunk_key(tuple(middle)))
+    sample = b""
+    if storage.exists(chunk):
+        sample = storage.read_middle(chunk, storage.entry(chunk).size)
+    parts = [storage.absolute(name), array.metadata.to_dict(), written, sample.hex()]
+    text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=16)
 def _array(process: int, uri: str, path: str, identity: str) -> zarr.Array:
-    """Open an array once in each process."""
+    """Open an array, once in each process."""
     with storage.decoded(uri):
         return zarr.open_array(storage.zarr_store(uri, read_only=True), path=path, mode="r")

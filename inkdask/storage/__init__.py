@@ -1,8 +1,9 @@
-"""Where bytes lie: local paths and ``s3://`` URIs behind the same few functions."""
+"""Files and zarr arrays at local paths and ``s3://`` URIs."""
 
 from inkdask.storage.counting import Counters, counters
 from inkdask.storage.files import (
     Entry,
+    absolute,
     decoded,
     entry,
     exists,
@@ -13,8 +14,10 @@ from inkdask.storage.files import (
     join,
     list_files,
     list_folder,
+    open_array,
     put_file,
     read_bytes,
+    read_middle,
     read_range,
     s3_filesystem,
     write_bytes,
@@ -27,6 +30,7 @@ from inkdask.storage.files import (
 __all__ = [
     "Counters",
     "Entry",
+    "absolute",
     "counters",
     "decoded",
     "entry",
@@ -38,8 +42,10 @@ __all__ = [
     "join",
     "list_files",
     "list_folder",
+    "open_array",
     "put_file",
     "read_bytes",
+    "read_middle",
     "read_range",
     "s3_filesystem",
     "write_bytes",

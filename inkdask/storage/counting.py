@@ -1,4 +1,4 @@
-"""How much this process has read and computed, for progress, summaries and tests."""
+"""Counters of what this process has read and computed, for progress, summaries and tests."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import astuple, dataclass
 
 @dataclass(frozen=True)
 class Counters:
-    """What this process has done since it started.
+    """Work of this process since it started.
 
     Attributes
     ----------
     bytes_read
-        Bytes of object and file bodies received; bodies that arrived cut short do not count.
+        Bytes of files and objects received; truncated responses do not count.
     requests
-        Requests to an object store (each try counts) plus reads of local files.
+        Requests to S3, counting each try, and reads of local files.
     retries
-        Requests that were repeated after a passing fault.
+        Requests repeated after a temporary fault.
     tiles
-        Tiles that went through the network.
+        Tiles run through the network.
     """
 
     bytes_read: int = 0
@@ -40,12 +40,12 @@ _total = Counters()
 
 
 def count(*, bytes_read: int = 0, requests: int = 0, retries: int = 0, tiles: int = 0) -> None:
-    """Add to this process's counters; safe from any thread and any event loop."""
+    """Add to this process's counters; safe in any thread and event loop."""
     global _total
     with _lock:
         _total += Counters(bytes_read, requests, retries, tiles)
 
 
 def counters() -> Counters:
-    """Return what this process has done so far; subtract two answers to measure a span."""
+    """Return the counters; subtract two results to measure what happened between them."""
     return _total

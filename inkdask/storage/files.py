@@ -1,7 +1,7 @@
-"""Where files are: local paths and ``s3://`` URIs behind the same few functions.
+"""Files at local paths and ``s3://`` URIs, behind the same few functions.
 
-Every function names the file in the one sentence of its `InkdaskError`. File systems are made once
-per process, because their event loops and connections do not survive a fork.
+Every `InkdaskError` names the file. Each process makes its own S3 connection, because an event loop
+does not survive a fork.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -29,30 +31,46 @@ if TYPE_CHECKING:
 
     from inkdask.storage.s3 import S3FileSystem
 
+SAMPLE_BYTES = 4096  # tell apart files of one name, size and time
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or folder in a listing.
+    """A file or folder; for a link, the size, time and kind of its target.
 
-    ``mark`` (ETag or modification time) changes when the file does; ``modified`` (time) also when
-    the same bytes are written anew; ``size`` is in bytes.
+    Attributes
+    ----------
+    name
+        Last part of the path.
+    size
+        Bytes.
+    etag
+        ETag of an S3 object; empty for local files and for folders.
+    modified
+        Time of the last write.
+    is_folder
+        Whether the entry is a folder.
     """
 
     name: str
     size: int
-    mark: str
+    etag: str
     modified: str
     is_folder: bool
+
+    @property
+    def mark(self) -> str:
+        """ETag, or time of the last write where there is none; changes with the file."""
+        return self.etag or self.modified
 
 
 def s3_filesystem(asynchronous: bool = False) -> S3FileSystem:
     """Return this process's S3 connection for the current ``AWS_*`` settings.
 
-    ``asynchronous`` gives the one for zarr, which runs its own event loop.
+    ``asynchronous`` returns a connection for zarr, which runs its own event loop.
     """
-    from inkdask.storage.s3 import (
-        connection,  # botocore takes its time, and local jobs need none of it
-    )
+    # Imported here, because botocore loads slowly and local jobs do not need it.
+    from inkdask.storage.s3 import connection
 
     return connection(asynchronous)
 
@@ -63,13 +81,7 @@ def is_local(uri: str) -> bool:
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
-    """Return the fsspec file system of ``uri``, and the path there.
-
-    Raises
-    ------
-    InkdaskError
-        When ``uri`` is neither a local path nor an ``s3://`` URI.
-    """
+    """Return the fsspec file system of ``uri``, and the path in it."""
     if is_local(uri):
         fs = LocalFileSystem()
         return fs, fs._strip_protocol(uri)
@@ -85,21 +97,21 @@ def join(uri: str, *names: str) -> str:
     return "/".join([uri.rstrip("/"), *names])
 
 
+def absolute(uri: str) -> str:
+    """Return the absolute path or ``s3://`` URI of ``uri``, without following links."""
+    path: str = filesystem(uri)[1]
+    return os.path.normpath(path) if is_local(uri) else f"s3://{path}"
+
+
 def exists(uri: str) -> bool:
-    """Whether a file or a folder is there."""
+    """Whether there is a file or folder at ``uri``."""
     fs, path = filesystem(uri)
     with explained(uri):
         return bool(fs.exists(path))
 
 
 def list_folder(uri: str) -> list[Entry]:
-    """List a folder, sorted by name; empty when nothing is there.
-
-    Raises
-    ------
-    InkdaskError
-        When the bucket does not exist, or access is denied.
-    """
+    """List a folder, sorted by name; return an empty list when there is no folder."""
     fs, path = filesystem(uri)
     with explained(uri):
         try:
@@ -108,72 +120,60 @@ def list_folder(uri: str) -> list[Entry]:
             if _code(error) == "NoSuchBucket":
                 raise
             return []
-    # A listing of a file is the file itself, and "folder" markers name the folder.
+    # Skip what has the path itself: the listing of a file, and the marker object of an S3 folder.
     entries = [_entry(info) for info in found if info["name"].rstrip("/") != path]
     return sorted(entries, key=lambda entry: entry.name)
 
 
 def list_files(uri: str) -> list[str]:
-    """List all files below a folder, as paths from there; empty when nothing is there.
-
-    Raises
-    ------
-    InkdaskError
-        When access is denied.
-    """
+    """List all files below a folder, as relative paths; an empty list when there is no folder."""
     fs, path = filesystem(uri)
     with explained(uri):
         return [name[len(path) :].lstrip("/") for name in fs.find(path)]
 
 
 def entry(uri: str) -> Entry:
-    """Look up a single file or folder.
-
-    Raises
-    ------
-    InkdaskError
-        When nothing is there.
-    """
+    """Look up a single file or folder, which must exist."""
     fs, path = filesystem(uri)
     with explained(uri):
         return _entry(fs.info(path))
 
 
 def _entry(info: dict[str, Any]) -> Entry:
-    modified = str(info.get("LastModified") or info.get("mtime") or "")
+    name = info["name"].rstrip("/").rsplit("/", 1)[-1]
+    if info.get("islink"):  # Ask anew, because fsspec gives the time and type of the link itself.
+        with suppress(OSError):  # The target is missing: keep the link, as a file of no bytes.
+            there = Path(info["name"]).stat()
+            is_folder = stat.S_ISDIR(there.st_mode)
+            return Entry(name, there.st_size, "", str(there.st_mtime), is_folder)
     return Entry(
-        name=info["name"].rstrip("/").rsplit("/", 1)[-1],
+        name=name,
         size=info["size"] or 0,
-        mark=str(info.get("ETag") or modified),
-        modified=modified,
+        etag=str(info.get("ETag") or ""),
+        modified=str(info.get("LastModified") or info.get("mtime") or ""),
         is_folder=info["type"] == "directory",
     )
 
 
-def read_bytes(uri: str) -> bytes:
-    """Read a whole file."""
+def read_bytes(uri: str, etag: str = "") -> bytes:
+    """Read a whole file; with an ``etag``, fail when the S3 object has another one by now."""
     fs, path = filesystem(uri)
     with explained(uri):
+        if not is_local(uri):
+            return bytes(fs.cat_file(path, etag=etag))
         data: bytes = fs.cat_file(path)
-        if is_local(uri):
-            count(requests=1, bytes_read=len(data))
+        count(requests=1, bytes_read=len(data))
         return data
 
 
-def read_range(uri: str, start: int, stop: int) -> bytes:
-    """Read bytes ``start`` to ``stop``, exactly.
-
-    Raises
-    ------
-    InkdaskError
-        When the file ends before ``stop``, and for all that `explain` knows.
-    """
+def read_range(uri: str, start: int, stop: int, etag: str = "") -> bytes:
+    """Read bytes ``start`` to ``stop``, all of them; ``etag`` as in `read_bytes`."""
     fs, path = filesystem(uri)
     with explained(uri):
         data = (
             _read_local(path, start, stop)
             if is_local(uri)
-            else fs.cat_file(path, start=start, end=stop)
+            else fs.cat_file(path, start=start, end=stop, etag=etag)
         )
     if len(data) != stop - start:
         raise InkdaskError(
@@ -182,8 +182,14 @@ def read_range(uri: str, start: int, stop: int) -> bytes:
     return data
 
 
+def read_middle(uri: str, size: int, etag: str = "") -> bytes:
+    """Read up to `SAMPLE_BYTES` from the middle of a file of ``size`` bytes."""
+    start = max(0, size - SAMPLE_BYTES) // 2
+    return read_range(uri, start, min(start + SAMPLE_BYTES, size), etag) if size else b""
+
+
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file so that it is there complete or not at all; folders are made."""
+    """Write a file atomically; missing folders are created."""
     fs, path = filesystem(uri)
     with explained(uri):
         if is_local(uri):
@@ -194,7 +200,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def put_file(local: str | Path, uri: str) -> None:
-    """Copy a local file to ``uri`` so that it is there complete or not at all."""
+    """Copy a local file to ``uri`` atomically."""
     fs, path = filesystem(uri)
     with explained(uri):
         if is_local(uri):
@@ -206,7 +212,7 @@ def put_file(local: str | Path, uri: str) -> None:
 
 @contextmanager
 def writing(uri: str) -> Iterator[Path]:
-    """Give a local file to write, which is at ``uri``, complete, when the block succeeds."""
+    """Yield a local path to write to; the file is moved to ``uri`` when the block succeeds."""
     fs, path = filesystem(uri)
     with explained(uri):
         if is_local(uri):
@@ -220,7 +226,7 @@ def writing(uri: str) -> Iterator[Path]:
 
 
 def zarr_store(uri: str, read_only: bool = False) -> Store:
-    """Return the zarr store at ``uri``, on the same connections, counters and retries."""
+    """Return the zarr store at ``uri``; its reads are counted, and retried on S3."""
     from zarr.storage import FsspecStore
 
     from inkdask.storage.zarr_stores import LocalStore
@@ -233,13 +239,7 @@ def zarr_store(uri: str, read_only: bool = False) -> Store:
 
 
 def zarr_node(uri: str) -> Array[Any] | Group:
-    """Open the zarr array or group at ``uri`` to read.
-
-    Raises
-    ------
-    InkdaskError
-        When there is none, or its metadata are damaged or beyond what zarr knows.
-    """
+    """Open the zarr array or group at ``uri`` to read."""
     import zarr
 
     with decoded(uri):
@@ -252,13 +252,7 @@ def zarr_node(uri: str) -> Array[Any] | Group:
 
 
 def zarr_array(uri: str) -> Array[Any]:
-    """Open the zarr array at ``uri`` to read.
-
-    Raises
-    ------
-    InkdaskError
-        As `zarr_node`, and when it is a group.
-    """
+    """Open the zarr array at ``uri`` to read; a group is an error."""
     import zarr
 
     node = zarr_node(uri)
@@ -267,8 +261,16 @@ def zarr_array(uri: str) -> Array[Any]:
     return node
 
 
+@lru_cache(maxsize=32)
+def open_array(uri: str, version: str = "") -> Array[Any]:
+    """Open a zarr array to read and write; each process opens each ``version`` of it once."""
+    import zarr
+
+    return zarr.open_array(zarr_store(uri), mode="r+")
+
+
 def explain(error: BaseException, uri: str) -> InkdaskError:
-    """Say in one sentence what went wrong at ``uri``."""
+    """Turn a failure at ``uri`` into an error of one sentence."""
     if isinstance(error, InkdaskError):
         return error
     if isinstance(error, PermissionError):
@@ -281,6 +283,8 @@ def explain(error: BaseException, uri: str) -> InkdaskError:
         return InkdaskError(f"Access to {uri} is denied: {who.rstrip('.')}.")
     if _code(error) == "NoSuchBucket":
         return InkdaskError(f"The bucket of {uri} does not exist.")
+    if _code(error) == "PreconditionFailed":
+        return InkdaskError(f"{uri} has changed since it was opened: run the job again.")
     if isinstance(error, FileNotFoundError):
         return InkdaskError(f"{uri} does not exist.")
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
@@ -294,7 +298,7 @@ def explain(error: BaseException, uri: str) -> InkdaskError:
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turn failures of storage inside the block into the `InkdaskError` of `explain`."""
+    """Raise failures of storage inside the block as the `InkdaskError` of `explain`."""
     try:
         yield
     except InkdaskError:
@@ -307,10 +311,10 @@ def explained(uri: str) -> Iterator[None]:
 
 @contextmanager
 def decoded(uri: str, remedy: str = "") -> Iterator[None]:
-    """Do as `explained`, where the block parses or decodes what somebody else may have written.
+    """Raise any failure inside the block as an `InkdaskError`; for blocks that parse or decode.
 
-    Such data fail in so many ways that whatever is raised is theirs: a `DamagedError`, whose
-    sentence ends with ``remedy``.
+    Failures of storage are raised as by `explained`, all others as a `DamagedError`, because
+    damaged data make a parser raise anything. Its sentence ends with ``remedy``.
     """
     try:
         with explained(uri):
@@ -323,7 +327,7 @@ def decoded(uri: str, remedy: str = "") -> Iterator[None]:
 
 
 def _is_of_storage(error: Exception) -> bool:
-    """Bugs must keep their traceback: only what file systems and networks raise is explained."""
+    """Whether a file system or network raised the error; bugs must keep their traceback."""
     home = type(error).__module__.split(".")[0]
     return isinstance(error, OSError) or home in ("botocore", "aiobotocore", "aiohttp", "fsspec")
 
@@ -338,7 +342,7 @@ def _read_local(path: str, start: int, stop: int) -> bytes:
 
 @contextmanager
 def _replacing(path: str) -> Iterator[Path]:
-    """Give a file beside ``path`` to write, which takes its name when the block succeeds."""
+    """Yield a path beside ``path`` to write to; rename the file when the block succeeds."""
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     part = final.with_name(f".{final.name}.{uuid4().hex[:8]}.part")
@@ -350,7 +354,7 @@ def _replacing(path: str) -> Iterator[Path]:
 
 
 def _code(error: BaseException) -> str:
-    """Return the code that S3 gave (``NoSuchBucket``, ``AccessDenied``, ...), or ``""``."""
+    """Return the error code of S3 (``NoSuchBucket``, ``AccessDenied``, ...), or ``""``."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     return str(response["Error"].get("Code", "")) if response else ""
 

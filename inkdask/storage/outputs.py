@@ -1,4 +1,4 @@
-"""Trees of files that appear whole: removing them, and moving them to their final place."""
+"""Outputs: whether they can be written, and how trees of files are removed and replaced."""
 
 from __future__ import annotations
 
@@ -11,24 +11,18 @@ from uuid import uuid4
 from inkdask import storage
 from inkdask.errors import InkdaskError
 
-PROBE = ".test"  # ending of what is written to see whether it can be
+PROBE = ".test"  # ending of the file that `check_writable` writes
 
 
 def check_writable(uri: str) -> None:
-    """Fail now, not after hours, when the file ``uri`` could not be written or replaced.
-
-    Raises
-    ------
-    InkdaskError
-        Naming the place.
-    """
+    """Check that the file ``uri`` can be written and replaced."""
     if not storage.is_local(uri):
         probe = f"{uri}.{uuid4().hex[:8]}{PROBE}"
         storage.write_bytes(probe, b"")
         fs, key = storage.filesystem(probe)
         with storage.explained(uri):
             try:
-                fs.rm_file(key)  # `rm` says nothing when it is refused
+                fs.rm_file(key)  # not `rm`, which hides a refusal
             except PermissionError as error:
                 raise InkdaskError(
                     f"Access to {uri} is denied: files can be written there but not removed "
@@ -40,20 +34,23 @@ def check_writable(uri: str) -> None:
         if path.is_dir():
             raise InkdaskError(f"{uri} cannot be written: it is a folder.")
         folder = path.parent
-        while not folder.exists():  # the nearest that is there must let us make the others
+        while not folder.exists():
             folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise InkdaskError(f"{uri} cannot be written: {folder} is not a writable folder.")
 
 
 def remove(uri: str) -> None:
-    """Remove a file, or a folder with all below it; nothing happens when it is not there.
+    """Remove a file, a link, or a folder with all below it; ignore a missing one.
 
-    Every ``zarr.json`` goes before the rest, the one at the top first: what is removed halfway is
-    no array any more.
+    Every ``zarr.json`` is removed before the rest, the topmost first, so that nobody takes a
+    half-removed array for a whole one.
     """
     fs, path = storage.filesystem(uri)
     with storage.explained(uri):
+        if storage.is_local(uri) and Path(path).is_symlink():  # The target stays.
+            Path(path).unlink()
+            return
         metadata, rest = _files(fs, path)
         for file in metadata:
             fs.rm_file(file)
@@ -64,21 +61,21 @@ def remove(uri: str) -> None:
 
 
 def remove_file(uri: str) -> None:
-    """Remove a single file; nothing happens when none is there."""
+    """Remove a single file; ignore a missing one."""
     fs, path = storage.filesystem(uri)
     with storage.explained(uri):
         if storage.is_local(uri):
             if Path(path).is_file():
-                Path(path).unlink(missing_ok=True)  # others may be removing it, too
+                Path(path).unlink(missing_ok=True)  # Another process may have removed it since.
         else:
             fs.rm_file(path)
 
 
 def replace_tree(source: str, target: str) -> None:
-    """Move a folder to ``target`` in place of what is there.
+    """Move a folder to ``target``, and remove what was there.
 
-    On S3 every ``zarr.json`` goes after the rest, the one at the top last, so that an array shows
-    only when it is whole.
+    On S3 every ``zarr.json`` is copied after the rest, the topmost last, so that nobody sees an
+    incomplete array.
     """
     fs, path = storage.filesystem(source)
     _, final = storage.filesystem(target)
@@ -94,7 +91,7 @@ def replace_tree(source: str, target: str) -> None:
 
 
 def _files(fs: Any, path: str) -> tuple[list[str], list[str]]:
-    """Each ``zarr.json`` below a folder, from the top down; and all other files."""
+    """List each ``zarr.json`` below a folder, from the top down, and all other files."""
     files = sorted(fs.find(path), key=lambda file: file.count("/"))
     metadata = [file for file in files if file.endswith("/zarr.json")]
     return metadata, [file for file in files if not file.endswith("/zarr.json")]

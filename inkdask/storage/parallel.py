@@ -1,4 +1,4 @@
-"""One pool of threads for each process, for fetching and decoding."""
+"""The thread pool of each process, for fetching and decoding."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Most of these wait for the network; decoding releases the interpreter and shares the cores.
-THREADS = 24
+THREADS = 24  # more than cores, because most of them wait for the network
 
 _here = threading.local()
 
 
 def for_each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Call ``function`` on all items at once, in this process's pool, and return all answers.
+    """Call ``function`` on all items in this process's thread pool, and return the results.
 
-    The first failure is raised, and what has not begun by then is dropped. From inside itself it
-    calls one after the other, because threads of a pool that wait for the same pool wait for ever.
+    The first failure is raised, and calls that have not begun are dropped. Inside a thread of the
+    pool the calls run one after the other, because a pool that waits for itself waits for ever.
     """
     if getattr(_here, "is_in_pool", False):
         return [function(item) for item in items]
@@ -31,7 +30,7 @@ def for_each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    # Threads do not survive a fork, hence one pool for each process id.
+    # The key is the process id, because threads do not survive a fork.
     return ThreadPoolExecutor(THREADS, "inkdask-read", initializer=_enter)
 
 

@@ -1,7 +1,7 @@
-"""S3 as inkdask needs it: s3fs with one retry policy, checked lengths, and every request counted.
+"""S3 by s3fs, with one retry policy, checked lengths, and every request counted.
 
-botocore and s3fs each retry on their own, so that a server that never answers can hold a call for
-minutes (their waits multiply). Both are switched off here, and `_persist` is the only loop left.
+`_persist` is the only retry loop. Those of botocore and s3fs are switched off, because their waits
+multiply: a server that never answers would hold a call for minutes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from inkdask.storage.counting import count
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10  # seconds
-READ_TIMEOUT = 15  # seconds without a single byte
+READ_TIMEOUT = 15  # seconds without receiving a byte
 TRIES = 8
-TRIES_IN_SILENCE = 3  # 3 x 15 s: a server that never answers is an error within a minute
+TRIES_IN_SILENCE = 3  # 3 x 15 s, so that a silent server is an error within a minute
 
 _SILENCE = (TimeoutError, boto.ConnectTimeoutError, boto.ReadTimeoutError)
 _PASSING = (*_SILENCE, ConnectionError, boto.ConnectionError, boto.HTTPClientError, HttpError)
@@ -42,22 +42,25 @@ _LASTING = (boto.SSLError, boto.ProxyConnectionError)
 
 
 class TruncatedError(ConnectionError):
-    """A body ended before the length its header promised."""
+    """A response was shorter than its header said."""
 
 
 class S3FileSystem(s3fs.S3FileSystem):
-    """s3fs that counts, checks and retries; made by `connect`, which gives it its settings."""
+    """S3 file system that counts, checks and retries; made by `connect`."""
 
-    retries = 1  # The loop is in `_persist`.
+    retries = 1  # because `_persist` retries
 
     async def set_session(self, refresh: bool = False, kwargs: Any = None) -> Any:
-        """Open the session; s3fs closes only those of its own loop at exit, so zarr's is added."""
+        """Open the session.
+
+        s3fs closes only sessions of its own event loop at exit, so those of zarr's are added.
+        """
         is_new = self._s3 is None
         try:
             session = await super().set_session(refresh=refresh)
         except boto.BotoCoreError:
             raise
-        except ValueError as error:  # which is all that botocore says of a bad address
+        except ValueError as error:  # botocore raises no more than this for a bad address
             raise SettingsError(
                 f"{endpoint_variable() or 'endpoint_url'} must be a URL such as http://minio:9000, "
                 f"whose host has only letters, digits, dots and hyphens: {error}."
@@ -79,10 +82,13 @@ class S3FileSystem(s3fs.S3FileSystem):
         version_id: str | None = None,
         start: int | None = None,
         end: int | None = None,
+        etag: str = "",
         **_: Any,
     ) -> bytes:
         bucket, key, _version = self.split_path(path)
         request: dict[str, Any] = {"Bucket": bucket, "Key": key}
+        if etag:
+            request["IfMatch"] = etag
         if start is not None or end is not None:
             request["Range"] = await self._process_limits(path, start, end)
 
@@ -101,7 +107,7 @@ class S3FileSystem(s3fs.S3FileSystem):
         return await _persist(get, "get_object", request)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Credentials stay in the environment: they must not travel inside a pickled graph.
+        # No credentials are pickled, because graphs travel to other machines.
         return connection, (self.asynchronous,)
 
 
@@ -112,7 +118,7 @@ _connections: dict[Any, S3FileSystem] = {}
 def connection(asynchronous: bool = False) -> S3FileSystem:
     """Return this process's connection for the current ``AWS_*`` settings.
 
-    ``asynchronous`` gives the one for zarr, which runs its own event loop.
+    ``asynchronous`` returns a connection for zarr, which runs its own event loop.
     """
     settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
     key = (os.getpid(), asynchronous, settings)
@@ -123,7 +129,7 @@ def connection(asynchronous: bool = False) -> S3FileSystem:
 
 
 def connect(asynchronous: bool) -> S3FileSystem:
-    """Open S3 with the standard ``AWS_*`` settings, anonymously when no credentials are found.
+    """Connect to S3 by the standard ``AWS_*`` settings; without credentials, anonymously.
 
     ``AWS_REQUEST_PAYER=requester`` reads requester-pays buckets.
     """
@@ -143,7 +149,7 @@ def connect(asynchronous: bool) -> S3FileSystem:
             "read_timeout": READ_TIMEOUT,
             "retries": {"total_max_attempts": 1, "mode": "standard"},
             "max_pool_connections": 128,
-            # Servers that only resemble S3 refuse the newer checksum headers.
+            # S3-compatible servers refuse the newer checksum headers.
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
         },
@@ -151,13 +157,13 @@ def connect(asynchronous: bool) -> S3FileSystem:
 
 
 def endpoint_variable() -> str | None:
-    """The environment variable that says where S3 is, if one does."""
-    variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # the first wins, as in botocore
+    """Name of the environment variable that holds the endpoint of S3, or None."""
+    variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # in the order of botocore
     return next((variable for variable in variables if os.environ.get(variable)), None)
 
 
 async def _persist(call: Callable[[], Awaitable[Any]], method: str, request: dict[str, Any]) -> Any:
-    """Await ``call()`` again and again while its faults look passing."""
+    """Await ``call()``, and repeat it after temporary faults."""
 
     def again(state: RetryCallState) -> None:
         count(retries=1)

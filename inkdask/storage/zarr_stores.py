@@ -1,4 +1,4 @@
-"""zarr's local store, counted; on S3 the file system counts (`inkdask.storage.s3`)."""
+"""zarr's local store with counters; on S3 the file system counts (`inkdask.storage.s3`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LocalStore(zarr_storage.LocalStore):
-    """A local zarr whose reads are counted."""
+    """Local zarr store that counts its reads."""
 
     async def get(
         self,

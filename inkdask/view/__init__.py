@@ -17,10 +17,10 @@ from inkdask import showing
 from inkdask.errors import InkdaskError
 
 if TYPE_CHECKING:
+    from inkdask.inkmap import InkMap
     from inkdask.segment import Segment
     from inkdask.view.lazy import LazyInk
     from inkdask.view.viewer import Viewer
-    from inkdask.workflow import InkMap
 
 __all__ = ["background", "compare", "ink_html", "segment_html", "show_ink", "show_segment"]
 

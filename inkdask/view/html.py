@@ -23,8 +23,8 @@ from inkdask.view.sampling import Budget
 from inkdask.view.tiles import MOST, OVERVIEW_BUDGET, UNKNOWN, Ink, Papyrus
 
 if TYPE_CHECKING:
+    from inkdask.inkmap import InkMap
     from inkdask.segment import Segment
-    from inkdask.workflow import InkMap
 
 THUMBNAIL = 360  # pixels: longest side
 THUMBNAIL_SHARE = 0.005  # of a segment's bytes that its thumbnail may read

@@ -23,13 +23,14 @@ from inkdask import engine
 from inkdask.blending import blend, blend_chunk
 from inkdask.errors import InkdaskError
 from inkdask.inference import infer
+from inkdask.provenance import recipe_of
 from inkdask.specs import InferredChunk, Passes
 from inkdask.store import GridStore
 from inkdask.tiling import Axis
 from inkdask.view.tiles import Ink, Window
 
 if TYPE_CHECKING:
-    from inkdask.workflow import InkMap
+    from inkdask.inkmap import InkMap
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ _lock = threading.Lock()
 
 def lazy_ink(ink: InkMap) -> LazyInk:
     """What was computed of a prediction so far, in any viewer of this process."""
-    name = ink.map.name, ink.progressive, ink.job and ink.job.store.uri
+    name = ink.map.name, ink.progressive, ink.job and ink.job.grid
     with _lock:
         picture = _known.pop(name, None) or LazyInk(ink)
         _known[name] = picture
@@ -116,7 +117,7 @@ class LazyInk(Ink):
         blended = blend(
             store.grid(), store.valid(), self._tiling, ink.blend_mode, ink.gaussian_sigma
         )
-        return blended[ink.plan.window]
+        return blended[ink.plan.region.slices]
 
     def see(self, window: Window) -> None:
         """Compute the chunks in sight, if they are few."""
@@ -209,11 +210,11 @@ class LazyInk(Ink):
             plan, job = self._ink.plan, self._ink.job
             if job is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="inkdask-view-")
-                place = f"{self._folder.name}/grid.zarr"
-                self._store = GridStore(place, self._tiling, plan.network.k)
-                self._store.create({}, {})
+                recipe = recipe_of(plan)
+                self._store = GridStore.at(f"{self._folder.name}/grid.zarr", recipe)
+                self._store.make_arrays()
             else:
-                self._store = job.store
+                self._store = job.grid
                 job.create()
                 self._passes[:] = self._store.passes_done()
         return self._store
@@ -248,7 +249,7 @@ class LazyInk(Ink):
             slice(int(tiling.x.edges[column]), int(tiling.x.edges[column + 1])),
         )
         whole = blend_chunk(
-            *store.window(tiles, pixels),
+            *store.read(tiles, pixels),
             np.array([row]),
             np.array([column]),
             tiling,
@@ -257,7 +258,7 @@ class LazyInk(Ink):
         )
         inside = tuple(
             slice(max(kept.start - span.start, 0), min(kept.stop, span.stop) - span.start)
-            for kept, span in zip(ink.plan.window, pixels, strict=True)
+            for kept, span in zip(ink.plan.region.slices, pixels, strict=True)
         )
         return np.asarray(whole[inside])
 

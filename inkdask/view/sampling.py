@@ -1,8 +1,8 @@
-"""Papyrus on a screen: windows of single layers, as fine as they are looked at and no finer.
+"""Parts of single layers at the scale of a screen, within a budget of bytes and requests.
 
-A window that is cheap is read whole and averaged. Of a dear one (a whole layer of 20,000 x 20,000
-pixels is 800 MB) only some pieces are read, spread evenly, and what lies between them is
-interpolated: blurred, but in the right place and of the right brightness.
+A part within the budget is read whole and averaged. Beyond it (a layer of 20,000 x 20,000 pixels
+is 800 MB) some evenly spread pieces are read, and the pixels between them are interpolated. The
+result is blurred, but its places and brightness are right.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 
-from inkdask.reading.volume import DecodedStack, TiffStack
-from inkdask.reading.zarr_volume import ZarrSource
 from inkdask.segment import Segment
 from inkdask.storage.parallel import for_each
 
 
 class Budget(NamedTuple):
-    """What a look may fetch: bytes, and pieces, as each is a request, however short."""
+    """Limits of a look: bytes, and pieces, because each piece is a request."""
 
     bytes: float
     pieces: float
@@ -29,21 +27,21 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer, of which windows can be read.
+    """One layer that can be read in parts.
 
     Attributes
     ----------
     shape
         Height and width in pixels.
     unit
-        Height and width of the largest piece that can only be read whole.
+        Height and width of the largest piece that must be read whole.
     unit_bytes
-        What reading one unit fetches, on average.
+        Mean bytes that reading one unit fetches.
     is_cheap
-        Whether a part costs no more than its bytes; not so where the first read decodes the whole
-        layer, and where a dask array may compute anything.
+        Whether reading a part takes no more than its bytes: False where the first read decodes
+        whole layers, and for dask arrays, which may compute anything.
     read
-        Reads rows and columns, uint8 (y, x).
+        Function that reads rows and columns, uint8 (y, x).
     """
 
     shape: tuple[int, int]
@@ -54,18 +52,17 @@ class Layer:
 
     @classmethod
     def of_segment(cls, segment: Segment, index: int) -> Layer:
-        """One layer of a segment's files, all of it, whatever the segment is cropped to."""
+        """One layer of a segment's files, uncropped."""
         source = segment.source.take(slice(index, index + 1))
         height, width = source.shape[1:]
         unit = min(source.unit[0], height), min(source.unit[1], width)
-        cost = float(unit[0] * unit[1])
-        if isinstance(source, TiffStack):
-            cost = float(source.images[0].counts.mean())
-        elif isinstance(source, ZarrSource):  # a chunk holds all layers, as a rule
-            cost *= segment.dtype.itemsize * segment.source.shape[0]
-        is_cheap = not isinstance(source, DecodedStack)
+        units = -(-height // unit[0]) * -(-width // unit[1])
         return cls(
-            (height, width), unit, cost, is_cheap, lambda rows, xs: source.block(rows, xs).read()[0]
+            (height, width),
+            unit,
+            source.cost(slice(0, height), slice(0, width)) / units,
+            source.can_be_sampled,
+            lambda rows, columns: source.block(rows, columns).read()[0],
         )
 
     @classmethod
@@ -80,33 +77,33 @@ class Layer:
         return cls((height, width), unit, float(unit[0] * unit[1]), False, read)
 
     def is_dear(self, rows: slice, columns: slice, budget: Budget) -> bool:
-        """Whether reading a window fetches more than the budget."""
+        """Whether reading those rows and columns exceeds the budget."""
         down, across = (_pieces(s, u) for s, u in zip((rows, columns), self.unit, strict=True))
         return len(down) * len(across) > self.pieces_for(budget)
 
     def pieces_for(self, budget: Budget) -> float:
-        """Pieces that the budget allows, at least one."""
+        """Number of pieces within the budget, at least one."""
         return max(1, min(budget.pieces, budget.bytes / max(self.unit_bytes, 1)))
 
 
 def look(layer: Layer, rows: slice, columns: slice, step: int, budget: Budget) -> np.ndarray:
-    """Read a window of a layer at a coarser scale.
+    """Read a part of a layer at a coarser scale.
 
     Parameters
     ----------
     layer
-        What to read.
+        Layer to read.
     rows, columns
-        The window, in pixels of the layer.
+        Part to read, in pixels of the layer.
     step
-        Pixels of the layer for one of the answer.
+        Pixels of the layer for each pixel of the result, along an axis.
     budget
-        What may be fetched; a dearer window is sampled.
+        Limit; a part that exceeds it is sampled.
 
     Returns
     -------
     numpy.ndarray
-        uint8 (y, x), as many pixels as whole or begun steps.
+        uint8 (y, x), one pixel for each step that has begun.
     """
     if not layer.is_dear(rows, columns, budget):
         return shrink(layer.read(rows, columns), step)
@@ -114,7 +111,7 @@ def look(layer: Layer, rows: slice, columns: slice, step: int, budget: Budget) -
     count = int(layer.pieces_for(budget))
     down: Sequence[int] = _pieces(rows, height)
     across: Sequence[int] = _pieces(columns, width)
-    if len(across) == 1:  # strips: all columns, some rows
+    if len(across) == 1:  # strips
         down = _spread(down, count)
         bands = for_each(lambda i: layer.read(_span(i, height, rows), columns), down)
         means = np.stack([shrink(band.mean(axis=0, keepdims=True), step)[0] for band in bands])
@@ -133,7 +130,7 @@ def look(layer: Layer, rows: slice, columns: slice, step: int, budget: Budget) -
 
 
 def shrink(pixels: np.ndarray, step: int) -> np.ndarray:
-    """Average squares of ``step`` pixels, rounded; those at the end may be smaller."""
+    """Average squares of ``step`` pixels, rounded; squares at the end may be smaller."""
     if step == 1:
         return np.asarray(pixels, np.uint8)
     sums = pixels
@@ -149,7 +146,7 @@ def _size(span: slice) -> int:
 
 
 def _pieces(span: slice, unit: int) -> range:
-    """Numbers of the pieces that meet a span of pixels."""
+    """Positions of the pieces that meet a span of pixels."""
     return range(span.start // unit, -(-span.stop // unit))
 
 
@@ -158,7 +155,7 @@ def _span(piece: int, unit: int, within: slice) -> slice:
 
 
 def _spread(pieces: Sequence[int], most: int) -> Sequence[int]:
-    """Choose at most so many pieces, evenly."""
+    """Choose at most ``most`` pieces, evenly spread."""
     most = max(most, 1)
     if len(pieces) <= most:
         return pieces
@@ -166,13 +163,13 @@ def _spread(pieces: Sequence[int], most: int) -> Sequence[int]:
 
 
 def _middles(pieces: Sequence[int], unit: int, span: slice, step: int) -> np.ndarray:
-    """Where the middles of pieces lie in the answer, in its pixels."""
+    """Middles of pieces, in pixels of the result."""
     ends = [_span(piece, unit, span) for piece in pieces]
     return np.array([(s.start + s.stop) / 2 - span.start for s in ends]) / step - 0.5
 
 
 def _between(at: np.ndarray, values: np.ndarray, count: int, dtype: Any = np.uint8) -> np.ndarray:
-    """Interpolate rows of values that lie at ``at`` to all of ``count`` rows."""
+    """Interpolate ``values``, whose rows lie at ``at``, to ``count`` rows."""
     where = np.clip(np.arange(count), at[0], at[-1])
     after = np.clip(np.searchsorted(at, where), 1, max(len(at) - 1, 1))
     if len(at) == 1:

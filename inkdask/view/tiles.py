@@ -82,21 +82,21 @@ class Papyrus:
     @classmethod
     def of_plan(cls, plan: Plan) -> Papyrus:
         """What lies under a prediction: the layers that the network reads."""
-        rows, columns = plan.window
-        corner = rows.start, columns.start
-        shape = rows.stop - rows.start, columns.stop - columns.start
-        segment = plan.segment
+        region, segment = plan.region, plan.segment
         if segment is None:
             volume = plan.volume
             numbers: Sequence[int] = range(volume.shape[0])
-            return cls(numbers, shape, corner, lambda index: Layer.of_array(volume[index]))
+            return cls(
+                numbers,
+                region.shape,
+                region.corner,
+                lambda index: Layer.of_array(volume[index]),
+            )
         place = {number: index for index, number in enumerate(segment.layers)}
-        top, left = (span.start for span in segment.window) if segment.window else (0, 0)
-        corner = top + plan.corner[0] + corner[0], left + plan.corner[1] + corner[1]
         return cls(
             plan.layers,
-            shape,
-            corner,
+            region.shape,
+            region.shift(*plan.corner).corner,
             lambda index: Layer.of_segment(segment, place[plan.layers[index]]),
         )
 

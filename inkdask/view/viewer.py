@@ -22,8 +22,8 @@ from inkdask.view import html
 from inkdask.view.tiles import SIDE, Ink, Papyrus, Window
 
 if TYPE_CHECKING:
+    from inkdask.inkmap import InkMap
     from inkdask.segment import Segment
-    from inkdask.workflow import InkMap
 
 PAPYRUS = 0  # the picture's number; predictions count from 1
 READERS = 4  # threads that serve tiles: most wait for files

@@ -58,13 +58,13 @@ def until_half(folder: Path, work: str) -> tuple[float, int, int]:
                 time.sleep(0.05)
                 for place in (folder / work).glob("*.zarr"):
                     marks = place / "tiles" / "zarr.json"
-                    if marks.exists() and "fingerprint" in GridStore.attributes(str(place)):
-                        done = GridStore.open(str(place)).tiles_run() >= 0
+                    if marks.exists() and GridStore.label(str(place)):
+                        done = GridStore.open(str(place))[0].chunks_done()
                         if 2 * np.count_nonzero(done) >= done.size:
                             process.kill()
                             process.wait()
                             seconds = time.perf_counter() - start
-                            done = GridStore.open(str(place)).tiles_run() >= 0
+                            done = GridStore.open(str(place))[0].chunks_done()
                             return seconds, int(np.count_nonzero(done)), done.size
         finally:
             process.kill()

@@ -1,0 +1,91 @@
+"""The lazy prediction that a notebook gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import dask.array as da
+
+from inkdask import showing
+from inkdask.blending import Window
+from inkdask.job import Job
+from inkdask.plan import Plan
+from inkdask.specs import Network
+from inkdask.tiling import Tiling
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InkMap:
+    """A lazy prediction: computing a part of it runs only the chunks that the part touches.
+
+    Attributes
+    ----------
+    map
+        Ink probability, dask float32 (y, x) in [0, 1]; 0 where all layers are zero.
+    grid
+        Tile probabilities, dask float32 (gy, gx, k, k); NaN where a tile is empty.
+    valid
+        Pixels that have data, dask bool (y, x).
+    plan
+        Segment, layers, tiles and network.
+    blend_mode, gaussian_sigma
+        The blending window.
+    progressive
+        Whether the background goes from coarse to fine.
+    job
+        Where a progressive prediction is stored; None for another.
+    """
+
+    map: da.Array
+    grid: da.Array
+    valid: da.Array
+    plan: Plan
+    blend_mode: Window = "hann"
+    gaussian_sigma: float = 0.0
+    progressive: bool = False
+    job: Job | None = None
+
+    def start(self) -> None:
+        """Compute all of it in the background; what is there so far is `so_far`.
+
+        A progressive prediction goes from coarse to fine over the whole segment, and is stored: the
+        next session, or `run` with the same words, goes on from it.
+        """
+        showing.view.background(self).start()
+
+    def focus(self, y0: int, y1: int, x0: int, x1: int) -> None:
+        """Compute a region of the picture before all else, in the background; in pixels."""
+        showing.view.background(self).focus((slice(y0, y1), slice(x0, x1)))
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until the background has nothing more to compute."""
+        showing.view.background(self).wait(seconds)
+
+    @property
+    def so_far(self) -> da.Array:
+        """The picture of all tiles that the background has run, dask float32 (y, x)."""
+        so_far: da.Array = showing.view.background(self).so_far
+        return so_far
+
+    @property
+    def tiling(self) -> Tiling:
+        """Where the tiles lie."""
+        return self.plan.tiling
+
+    @property
+    def network(self) -> Network:
+        """The network that they go through."""
+        return self.plan.network
+
+    def __repr__(self) -> str:
+        height, width = self.map.shape
+        place = self.plan.segment.uri if self.plan.segment else "array"
+        return f"<InkMap of {place}: {height} x {width}, model {self.network.model.key}>"
+
+    def show(self, **options: Any) -> Any:
+        """Look at it in Jupyter, over or beside the papyrus: a `Viewer`; see `view.show_ink`."""
+        return showing.view.show_ink(self, **options)
+
+    def _repr_html_(self) -> str:
+        return showing.view.ink_html(self)

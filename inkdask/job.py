@@ -1,0 +1,159 @@
+"""A job: the grid that it fills, and the place of the picture that is made of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from inkdask import records, storage
+from inkdask.box import Box
+from inkdask.errors import InkdaskError, SettingsError
+from inkdask.identity import Origin, Recipe, Region, Said, differences
+from inkdask.plan import Plan
+from inkdask.provenance import UNSAID, asked_of, origin_of, recipe_of, said_of
+from inkdask.segment import open_segment
+from inkdask.settings import Settings
+from inkdask.specs import NO_MASK
+from inkdask.store import GridStore
+
+log = logging.getLogger("inkdask")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What run, its parts, reduce and a progressive notebook have in common.
+
+    Attributes
+    ----------
+    recipe, origin, said
+        What shapes its tiles, where they come from, and what was asked for (`inkdask.identity`).
+    grid
+        Where its tiles are stored.
+    target
+        Place of the picture, without an ending.
+    roi
+        What the picture shows, in pixels of the segment; None for all of the grid.
+    folder
+        Where the record of the job is kept; None for a grid that was named.
+    plan
+        What computes it; None where only the stored grid is there.
+    """
+
+    recipe: Recipe
+    origin: Origin
+    said: Said | None
+    grid: GridStore
+    target: str
+    roi: Region | None
+    folder: str | None = None
+    plan: Plan | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, settings: Settings) -> Job:
+        """Return the job of a plan; nothing is written yet."""
+        recipe, origin = recipe_of(plan), origin_of(plan, settings)
+        if settings.grid:
+            grid, folder = GridStore.at(settings.grid, recipe), None
+        else:
+            grid = GridStore.of(settings.zarr_output_dir, plan.name, recipe)
+            folder = settings.zarr_output_dir
+        target = output_stem(settings.output_path, origin, recipe.model)
+        said = said_of(plan, origin, settings)
+        return cls(recipe, origin, said, grid, target, origin.roi_xyxy, folder, plan)
+
+    @classmethod
+    def found(cls, settings: Settings) -> Job:
+        """Return the job whose grid the settings name, or whose record agrees with them."""
+        asked = asked_of(settings)
+        if settings.grid:
+            grid, label = GridStore.open(settings.grid)
+            said = settings.model_fields_set
+            # The region may be any part of the grid, and its chunks do not show in a picture.
+            open_to = {*UNSAID} - said | {"roi_xyxy", "chunk_size"}
+            given = {name: value for name, value in asked.items() if name not in open_to}
+            if label.said and (differing := differences(label.said, given)):
+                raise InkdaskError(f"The tile grid {grid.uri} is another job's: {differing}.")
+        else:
+            settings.require("s3_path", "model")
+            parts = ", ".join(map(str, range(settings.num_parts)))
+            first = f"run STEP=inference with NUM_PARTS={settings.num_parts} and PART_ID={parts}"
+            uri = records.find(settings.zarr_output_dir, asked, f"{first} first.")
+            grid, label = GridStore.open(uri)
+            if changed := changed_input(label.recipe, label.origin):
+                raise InkdaskError(f"The tile grid {uri} is old: {changed}; {first} first.")
+        origin = replace(label.origin, roi_xyxy=settings.roi_xyxy or label.origin.roi_xyxy)
+        target = output_stem(settings.output_path, origin, label.recipe.model)
+        return cls(label.recipe, origin, label.said, grid, target, origin.roi_xyxy)
+
+    def create(self) -> None:
+        """Make the grid where it is not there, and keep the record by which `reduce` finds it."""
+        self.grid.create(self.recipe, self.origin, self.said)
+        if self.folder and self.said:
+            records.keep(self.folder, self.said, self.grid.uri)
+
+    def restarted(self) -> Job:
+        """Start the grid anew, where one is there, and return the job of its next generation."""
+        if self.grid.check_place(self.recipe) is None:
+            return self
+        return replace(self, grid=self.grid.restart())
+
+    def check_unchanged(self) -> None:
+        """Check that the layers are those whose tiles are stored, and that the grid is current.
+
+        Tiles of other layers may be among those stored just now, so the grid starts anew.
+        """
+        self.grid.check_current()
+        if changed := changed_input(self.recipe, self.origin):
+            self.grid.restart()
+            raise InkdaskError(
+                f"The layers of {self.origin.volume} were changed while they were read: {changed}. "
+                "Give the same command again."
+            )
+
+    @property
+    def region(self) -> Box:
+        """Pixels of the grid's volume that are the picture."""
+        covered = Box.at(self.recipe.corner, self.recipe.size)
+        region = Box.of_xyxy(self.roi) if self.roi else covered
+        if not covered.holds(region):
+            raise SettingsError(
+                f"ROI_XYXY {','.join(map(str, region.xyxy))} reaches beyond the tile grid, which "
+                f"covers {','.join(map(str, covered.xyxy))}."
+            )
+        return region.inside(self.recipe.corner)
+
+
+def changed_input(recipe: Recipe, origin: Origin) -> str:
+    """Say how the input has changed since a recipe was made; empty when it has not, or is gone."""
+    if origin.volume is None:
+        return ""
+    try:
+        segment = open_segment(
+            origin.volume, origin.opened, mask=origin.mask or NO_MASK, level=origin.ome_zarr_level
+        )
+    except InkdaskError as error:
+        log.info("The input of the tiles cannot be compared: %s", error)
+        return ""
+    changed = [
+        what
+        for what, then, now in (
+            ("layers", recipe.input, segment.identity),
+            ("mask", recipe.mask, segment.mask_identity),
+        )
+        if then != now
+    ]
+    words = " and ".join(changed)
+    return f"the {words} had another size, time, ETag or content" if changed else ""
+
+
+def output_stem(folder: str | None, origin: Origin, model: str) -> str:
+    """Where the outputs go, without their endings: ``.../prediction_<MODEL>_<START>_<END>``."""
+    folder = folder or storage.join(str(origin.source), "predictions")
+    if storage.is_local(folder):  # the reader of the result file may be in another folder
+        folder = str(Path(storage.filesystem(folder)[1]).absolute())
+    start, end = origin.layer_range
+    name = f"prediction_{model.replace('/', '_')}_{start:02d}_{end:02d}"
+    if roi := origin.roi_xyxy:  # a part must not take the place of the whole
+        name += "_{}-{}-{}-{}".format(*roi)
+    return storage.join(folder, name)
