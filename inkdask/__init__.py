@@ -57,7 +57,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used, so that the import itself stays light."""
+    """Load a public name at its first use, because ``import inkdask`` must stay light."""
     if name not in _HOME:
         raise AttributeError(f"module 'inkdask' has no attribute {name!r}")
     value = getattr(import_module(f"inkdask.{_HOME[name]}"), name)

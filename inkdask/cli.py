@@ -1,4 +1,4 @@
-"""The command line. Its options are the parameters of `inkdask.settings`, generated."""
+"""Command line, with options generated from the parameters of `inkdask.settings`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from inkdask.settings import Settings, parameters
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
-    """Run the command line; a user's mistake is one sentence and an exit code, no traceback."""
+    """Run the command line; report an InkdaskError as one sentence with its exit code."""
     signals: list[int] = []
 
     def stop(number: int, _: Any) -> None:
         signals.append(number)
         raise KeyboardInterrupt
 
-    # As Ctrl-C: SIGTERM is how clouds reclaim a machine, SIGHUP a terminal that is closed.
+    # Treated as Ctrl-C, because clouds reclaim a machine by SIGTERM, and a closed terminal sends
+    # SIGHUP.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, stop)
     try:
         inkdask_.main(arguments, prog_name=name, standalone_mode=False)
@@ -42,12 +43,12 @@ def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
     except (click.Abort, KeyboardInterrupt):
         words = sys.argv[1:] if arguments is None else arguments
         print(f"inkdask: {_interrupted(words)}", file=sys.stderr, flush=True)
-        # An exit in order would wait for the chunks that are in flight.
-        os._exit(128 + (signals[0] if signals else signal.SIGINT))  # as shells say it
+        # sys.exit would wait for the chunks that are running.
+        os._exit(128 + (signals[0] if signals else signal.SIGINT))  # the code that shells use
 
 
 def _interrupted(words: Sequence[str]) -> str:
-    """What to know when a command was stopped."""
+    """Return a sentence on what an interrupted command leaves."""
     if not {"run", "prepare"} & {*words}:
         return "interrupted."
     try:
@@ -67,7 +68,7 @@ def _fail(sentence: str, code: int) -> None:
 
 
 def _settings_options(*only: str) -> Callable[[Any], Any]:
-    """Decorate a command with an option for each parameter, or for those named."""
+    """Return a decorator that adds an option for each parameter, or for the named ones."""
 
     def decorate(command: Any) -> Any:
         for name, variable, field in reversed(list(parameters())):
@@ -92,7 +93,7 @@ def _settings_options(*only: str) -> Callable[[Any], Any]:
 
 
 def _metavar(field: FieldInfo) -> str:
-    """What an option takes: a name of its own, the choices of a Literal, or the type."""
+    """Return the placeholder of an option's value in the help."""
     if isinstance(field.json_schema_extra, dict):
         return str(field.json_schema_extra["metavar"])
     kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType]
@@ -106,11 +107,11 @@ def _metavar(field: FieldInfo) -> str:
     "inkdask", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.version_option(inkdask.__version__, prog_name="inkdask")
-@click.option("-v", "--verbose", is_flag=True, help="Say more of what is going on.")
+@click.option("-v", "--verbose", is_flag=True, help="Show more messages.")
 def inkdask_(verbose: bool) -> None:
     """Read ink on Herculaneum surface volumes.
 
-    Every option is an environment variable too, named in brackets.
+    Every option is also an environment variable, named in brackets.
     """
     handler = logging.StreamHandler()
     if not verbose:
@@ -120,8 +121,8 @@ def inkdask_(verbose: bool) -> None:
 
 
 def _is_for_everybody(record: logging.LogRecord) -> bool:
-    """Whether it is ours or a warning: a local cluster tells of each of its connections."""
-    if record.name.startswith("huggingface_hub"):  # it has a handler of its own
+    """Keep our own messages and warnings; distributed logs every connection."""
+    if record.name.startswith("huggingface_hub"):  # has a handler of its own
         return False
     return record.name.startswith("inkdask") or record.levelno >= logging.WARNING
 
@@ -132,8 +133,8 @@ def _is_for_everybody(record: logging.LogRecord) -> bool:
 def run(**given: Any) -> None:
     """Run the job: layers in, picture out.
 
-    S3_PATH is the folder that holds `layers/`, local or `s3://`. With no arguments at all, the
-    environment says everything.
+    S3_PATH is the folder that holds `layers/`, local or `s3://`. Without arguments, the environment
+    must name the whole job.
     """
     from inkdask.workflow import run
 
@@ -144,10 +145,10 @@ def run(**given: Any) -> None:
 @click.argument("s3_path", required=False)
 @_settings_options()
 def check(**given: Any) -> None:
-    """Find out whether `run` with the same words can do its job, and run nothing.
+    """Check whether `run` with the same words can do its job, and run nothing.
 
-    Model and weights, layers, tiles and the places for the outputs are tried; prints the URI that
-    the picture will have.
+    Tries model and weights, layers, tiles and the places of the outputs. Prints the URI that the
+    picture will have.
     """
     from inkdask.workflow import check
 
@@ -166,8 +167,8 @@ def check(**given: Any) -> None:
 def reduce(**given: Any) -> None:
     """Make the picture of a tile grid that a run or its parts have stored.
 
-    No weights, no GPU and no layers are needed. The grid is the one that --grid names, or the one
-    under ZARR_OUTPUT_DIR that was made from S3_PATH with MODEL.
+    Needs no weights, no GPU and no layers. Takes the grid that --grid names, or the one under
+    ZARR_OUTPUT_DIR whose job had all settings that are given here.
     """
     from inkdask.workflow import run
 
@@ -183,8 +184,7 @@ def reduce(**given: Any) -> None:
 def prepare(**given: Any) -> None:
     """Write the layers of a segment to one zarr array, for SURFACE_VOLUME_ZARR.
 
-    Worth its time when many jobs read the same segment, or when its layers cannot be read in
-    parts.
+    Pays off when many jobs read the same segment, or when its layers cannot be read in parts.
     """
     from inkdask.preparation import prepare
 
@@ -211,7 +211,7 @@ def demo(out: Path) -> None:
     multiple=True,
     metavar="FILE",
     help="File to write, local or s3://: .png, .tif (tiled BigTIFF), .jpg (an overview) or .zarr "
-    "(an OME-Zarr pyramid of the ink alone). May be given several times.",
+    "(an OME-Zarr pyramid of the ink alone). Can be given several times.",
 )
 @click.option(
     "--overlay",
@@ -219,9 +219,9 @@ def demo(out: Path) -> None:
     help="Lay the ink over the papyrus: the maximum or the mean of its layers.",
 )
 @click.option(
-    "--segment", metavar="PATH", help="Where the layers for the overlay are, if they were moved."
+    "--segment", metavar="PATH", help="Folder of the layers for the overlay, if it was moved."
 )
-@click.option("--opacity", type=float, metavar="0..1", help="Of the strongest ink in an overlay.")
+@click.option("--opacity", type=float, metavar="0..1", help="Opacity of the strongest ink.")
 @click.option(
     "--colour-map",
     metavar="NAME",
@@ -233,12 +233,12 @@ def demo(out: Path) -> None:
     metavar="PIXELS",
     help="Halve the picture until neither side is longer. Default: 4096 for JPEG.",
 )
-@click.option("--compression", type=click.Choice(["deflate", "zstd"]), help="Of TIFF.")
+@click.option("--compression", type=click.Choice(["deflate", "zstd"]), help="Compression of TIFF.")
 @_settings_options(
     "reverse_video", "pixel_resolution_um", "add_scale_bar", "scale_bar_length_um", "roi_xyxy"
 )
 def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
-    """Make pictures of a stored prediction, without inferring anything again.
+    """Make pictures of a stored prediction, without running the network.
 
     PREDICTION is the `prediction_*.zarr` that a job leaves beside its PNG.
     """
@@ -254,11 +254,10 @@ def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
     "start_layer", "end_layer", "ome_zarr_level", "mask_path", "tile", "stride", "chunk_size"
 )
 def info(path: str, **given: Any) -> None:
-    """Say what is at PATH.
+    """Describe the segment, picture or tile grid at PATH.
 
-    Of a segment: layers, type, layout, size, tiles, expected memory. Of a picture that inkdask
-    made (PNG, TIFF, JPEG, zarr), or a tile grid: where it comes from, and the command that makes
-    it again.
+    For a segment: layers, type, layout, size, tiles and expected memory. For a picture that inkdask
+    made (PNG, TIFF, JPEG, zarr), or a tile grid: its origin, and the command that makes it again.
     """
     from inkdask.information import describe
     from inkdask.progress import columns
@@ -283,7 +282,7 @@ def models() -> None:
 
 
 def _complete(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the user gave; a container's environment must name the job wholly."""
+    """Return the given options; without any, the environment must name the whole job."""
     given = _given(options)
     said = Settings.of()
     if not given and said.step != "prepare" and not (said.step == "reduce" and said.grid):
@@ -292,5 +291,5 @@ def _complete(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the user gave."""
+    """Return the options that the user gave."""
     return {name: value for name, value in options.items() if value is not None}

@@ -1,6 +1,7 @@
-"""``dask ink ...``: the command line of inkdask under that of Dask.
+"""``dask ink ...``: the command line of inkdask as a command of Dask.
 
-Every ``dask`` command imports this file, so it imports nothing until it is used.
+Nothing of inkdask is imported before the command runs, because every ``dask`` command imports this
+file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much memory a process has held, may hold, and is expected to hold."""
+"""Memory of a process: its peak, its limit, and an estimate for a job."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ import numpy as np
 from inkdask import engine
 from inkdask.tiling import Tiling
 
-IMPORTS = 600e6  # bytes that a process holds with everything imported and a network loaded
+IMPORTS = 600e6  # bytes of a process that has imported everything and loaded a network
 
 
 def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes."""
-    if sys.platform == "linux":  # getrusage would tell of the parent, where that held more
+    """Return the peak memory of this process so far, in bytes."""
+    if sys.platform == "linux":  # getrusage counts the parent's peak too, if that is higher
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def memory_limit() -> int:
-    """Bytes that this machine, or the container that this process is in, has."""
-    from distributed import system  # takes a moment, and only whole jobs need it
+    """Return the memory of this machine, or of this process's container, in bytes."""
+    from distributed import system  # imported late, because only whole jobs need it
 
     return int(system.memory_limit())
 
 
 def pages(shape: tuple[int, ...]) -> np.ndarray:
-    """An array uint8 of zeros whose memory goes back to the system as soon as it is dropped.
+    """Return zeros, uint8, whose memory returns to the system as soon as the array is dropped.
 
-    What the C library frees stays with the thread that had it, and no other thread uses it.
+    The C library would keep freed memory for the thread that allocated it.
     """
     size = math.prod(shape)
     return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, size).reshape(shape)
 
 
 def give_back() -> None:
-    """Hand freed memory back to the system; takes milliseconds.
+    """Return freed memory to the system, in milliseconds.
 
-    The C library keeps what each thread has freed, and a job with many threads would seem to need
-    a few hundred megabytes more the longer it runs.
+    The C library keeps what each thread has freed: hundreds of megabytes in a long job with many
+    threads.
     """
     if (trim := _trim()) is not None:
         trim(0)
@@ -61,21 +61,21 @@ def _trim() -> Any:
 def expected_memory(
     volume: Any, tiling: Tiling, threads: int | None = None, processes: int = 1
 ) -> float:
-    """Estimate the most bytes that a process holds while it reads and computes.
+    """Estimate the peak memory of a process that reads and computes, in bytes.
 
-    A row of chunks stays until its last chunk is done, with the blocks that it was read in; each
-    thread holds a chunk with its halo, or the bytes of a block as stored and as decoded.
+    A row of chunks and the blocks that it was read in stay until the last chunk of the row is done.
+    Each thread holds a chunk with its halo, or a block as stored and as decoded.
 
     Parameters
     ----------
     volume
         Dask (z, y, x) in the blocks in which it is read.
     tiling
-        Its tiles and chunks.
+        Tiles and chunks of the volume.
     threads
-        Of the process; by default those of a job without a cluster.
+        Number of threads of the process. Default: that of a job without a cluster.
     processes
-        That share the row of chunks.
+        Number of processes that share a row of chunks.
     """
     depth, height, width = volume.shape
     block = depth * max(volume.chunks[1]) * max(volume.chunks[2])

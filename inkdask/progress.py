@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of a job: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from rich.progress import (
 )
 
 REFRESH = 0.5  # seconds between updates on a terminal
-PLAIN_INTERVAL = 5.0  # seconds between lines where there is none
+PLAIN_INTERVAL = 5.0  # seconds between lines elsewhere
 
 
 class Meter:
-    """Counts units of work, and shows them on standard error.
+    """Count units of work and show them on standard error.
 
-    Use as a context manager, once for each phase of a job.
+    Use it as a context manager, once for each phase of a job.
 
     Parameters
     ----------
     phase
-        What is going on, such as ``"reading the ink"``.
+        Name of the phase, such as ``"ink"``.
     total
-        Units in all.
+        Number of units in all.
     unit
-        What is counted, in the plural.
+        Name of the units, in the plural.
     peek
-        Units done so far, of work that `add` hears of only when it is finished.
+        Return the units done so far, those included that are not added yet.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Meter:
             self._say()
 
     def add(self, units: int) -> None:
-        """Count units that are done."""
+        """Add units that are done."""
         self._finished += units
 
     @property
@@ -109,12 +109,12 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Time since the phase began."""
+        """Time since the phase began, in seconds."""
         return time.monotonic() - self.started
 
     @property
     def speed(self) -> float:
-        """Units a second, on average."""
+        """Units per second, on average."""
         return self.done / max(self.seconds, 1e-9)
 
     def _say(self) -> None:
@@ -133,7 +133,7 @@ class Meter:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as a person says them: ``42 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """Format a time in seconds: ``42 s``, ``3 min 20 s``, ``2 h 05 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -143,7 +143,7 @@ def clock(seconds: float) -> str:
 
 
 def amount(count: float) -> str:
-    """Bytes as a person says them: ``812 kB``, ``1.4 GB``."""
+    """Format a number of bytes: ``812 kB``, ``1.4 GB``."""
     units = ("bytes", "kB", "MB", "GB", "TB")
     power = min(int(math.log10(max(count, 1)) // 3), len(units) - 1)
     scaled = count / 1000**power
@@ -155,6 +155,6 @@ def amount(count: float) -> str:
 
 
 def columns(rows: Mapping[str, str]) -> str:
-    """Names and values in two columns; lines are as long as they are, so that paths stay whole."""
+    """Format names and values in two columns; no line is wrapped, so that paths stay whole."""
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,8 +1,8 @@
 """Every parameter once: its type, bounds, unit, default and description.
 
-The same model is the environment contract (``TILE_SIZE``), the command line (``--tile``), the
-keyword arguments of the Python API (``tile=``) and the table in the README. What a user gives
-directly wins over the environment, and the environment over the default.
+`Settings` makes the environment contract (``TILE_SIZE``), the command line (``--tile``), the
+keyword arguments of the Python API (``tile=``) and the table in the README. A given value wins over
+the environment, and the environment over the default.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ ModelType = Literal[
 
 
 def layer_range(layers: Any) -> tuple[int, int]:
-    """First layer (inclusive) and last (exclusive) of ``"0:26"``, of a pair, or of a range.
+    """Return first layer (inclusive) and last (exclusive) of ``"0:26"``, a pair or a range.
 
     Raises
     ------
     ValueError
-        In words for the user.
+        With a sentence for the user.
     """
     said = layers
     if isinstance(layers, range | slice):
@@ -67,12 +67,12 @@ def _in_order(start: int, end: int) -> tuple[int, int]:
 
 
 class Environment(EnvSettingsSource):
-    """The environment, without the devices that nobody named and this process told CUDA of."""
+    """Environment variables; CUDA_VISIBLE_DEVICES is ignored when inkdask set it."""
 
-    told: ClassVar[str | None] = None
+    told: ClassVar[str | None] = None  # value that `Settings.export_devices` set
 
     def __call__(self) -> dict[str, Any]:
-        """Return the parameters that are set."""
+        """Return the values of the variables that are set."""
         found = super().__call__()
         if self.told is not None and found.get("cuda_visible_devices") == self.told:
             del found["cuda_visible_devices"]
@@ -97,7 +97,7 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
-    # What is read
+    # Input
     s3_path: str | None = Field(
         None,
         description="Segment to read: an `s3://` URI or a local path of the folder that holds "
@@ -119,12 +119,12 @@ class Settings(BaseSettings):
         None,
         json_schema_extra={"metavar": "X0,Y0,X1,Y1"},
         description="Region of interest `x0,y0,x1,y1`, in pixels of the segment, x1 and y1 "
-        "exclusive: the picture is that part of the whole one.",
+        "exclusive. The picture is that part of the whole one.",
     )
     mask_path: str | None = Field(
         None,
         description="Picture that is non-zero where there is papyrus; tiles elsewhere are skipped. "
-        "Default: the segment's own `<id>_mask.png`, where it has one; `none` for no mask.",
+        "Default: the segment's own `<id>_mask.png`, if there is one. `none`: no mask.",
     )
     z_downsample_mean_factor: Literal[1, 2] = Field(
         1, description="Average this many neighbouring layers to one."
@@ -133,7 +133,7 @@ class Settings(BaseSettings):
         False, description="Read the layers from the last to the first (the sheet lies face down)."
     )
 
-    # With what it is read
+    # Model
     model: Any = Field(
         None,
         description="Model key (see `inkdask models`), Hugging Face repo id, `s3://` URI or local "
@@ -141,8 +141,8 @@ class Settings(BaseSettings):
     )
     model_type: ModelType | None = Field(
         None,
-        description="Architecture of a checkpoint that is not a known model; timesformer when "
-        "neither this nor the checkpoint's own description says.",
+        description="Architecture of a checkpoint that is not a known model. Default: that of the "
+        "checkpoint's own description, else timesformer.",
     )
     model_version: str | None = Field(
         None,
@@ -165,7 +165,7 @@ class Settings(BaseSettings):
         None, gt=0, description="Voxels are divided by this value. Default: the model's."
     )
 
-    # How it is cut and blended
+    # Tiles and blending
     tile: int | None = Field(
         None,
         ge=1,
@@ -182,19 +182,19 @@ class Settings(BaseSettings):
     )
     progressive: bool = Field(
         False,
-        description="Go from coarse to fine: tiles at four and two times the stride come first, "
-        "and after each pass there is a complete picture, `..._preview.png`.",
+        description="Go from coarse to fine: tiles at four and two times the stride come first. "
+        "Each pass leaves a picture of the whole, `..._preview.png`.",
     )
     blend_mode: Literal["hann", "gaussian"] = Field(
-        "hann", description="Window that weighs the pixels of a tile."
+        "hann", description="Blending window, which weighs the pixels of a tile."
     )
     gaussian_sigma: float = Field(
         0.0,
         ge=0,
-        description="Standard deviation of the Gaussian window, in pixels; 0 is tile / 2.5.",
+        description="Standard deviation of the Gaussian window, in pixels; 0 means tile / 2.5.",
     )
 
-    # How it is computed
+    # Computation
     batch_size: int | None = Field(
         None,
         ge=1,
@@ -202,11 +202,12 @@ class Settings(BaseSettings):
     )
     precision: Precision = Field(
         "auto",
-        description="Arithmetic of the network; auto is bfloat16 where the hardware has it. int8, "
-        "for TimeSformer on a CPU without AMX, is faster and less exact.",
+        description="Arithmetic of the network. auto: bfloat16 where the hardware has it. int8: "
+        "faster and less exact, for TimeSformer on a CPU without AMX.",
     )
     compile: bool = Field(
-        True, description="Allow `torch.compile`; it is used where it repays its own time."
+        True,
+        description="Allow `torch.compile`; it is used where it saves more time than it takes.",
     )
     compile_mode: Literal[
         "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
@@ -221,7 +222,7 @@ class Settings(BaseSettings):
         "0", description="GPUs that the process may use, as CUDA counts them."
     )
 
-    # Where it runs
+    # Cluster
     cluster: str = Field(
         "threads",
         description="Where the job runs: `threads` of this process (or the current client, in "
@@ -253,15 +254,15 @@ class Settings(BaseSettings):
     cluster_spec: str | None = Field(
         None,
         description="File with the DaskCluster to make on Kubernetes, as `kubectl kustomize "
-        "cluster` prints it. Default: that of the cluster `inkdask` in the namespace, else the "
-        "package's own.",
+        "cluster` prints it. Default: that of the cluster `inkdask` in the namespace, else that of "
+        "the package.",
     )
     report: str | None = Field(
         None,
         description="Write Dask's performance report to this HTML file, also when the job fails.",
     )
 
-    # How the picture is shown
+    # Look of the picture
     reverse_video: bool = Field(
         False,
         description="Show ink dark on light ground, 255 minus each value; the zarr beside the "
@@ -270,8 +271,8 @@ class Settings(BaseSettings):
     pixel_resolution_um: float | None = Field(
         None,
         gt=0,
-        description="Side of a pixel, in micrometers: for the scale bar, and for the resolution "
-        "and units that the files carry.",
+        description="Side of a pixel, in micrometers, for the scale bar and the resolution that "
+        "the files carry.",
     )
     add_scale_bar: bool = Field(
         False, description="Draw a scale bar into the picture; needs PIXEL_RESOLUTION_UM."
@@ -279,11 +280,11 @@ class Settings(BaseSettings):
     scale_bar_length_um: float = Field(
         10_000.0,
         gt=0,
-        description="Length of the scale bar, in micrometers; a round shorter one where that does "
-        "not fit.",
+        description="Length of the scale bar, in micrometers; a round, shorter length where it "
+        "does not fit.",
     )
 
-    # Where it goes
+    # Outputs
     output_path: str | None = Field(
         None,
         description="Folder for the picture, local or `s3://`. Default: `<S3_PATH>/predictions`.",
@@ -294,24 +295,24 @@ class Settings(BaseSettings):
     )
     grid: str | None = Field(
         None,
-        description="This very tile grid instead of one named after the job: resumed where it is "
-        "the same job's, refused where it is another's.",
+        description="Tile grid to use instead of the one named after the job. A grid of the same "
+        "job is resumed, one of another job is refused.",
     )
     step: Literal["prepare", "inference", "reduce"] = Field(
         "inference",
-        description="What to do: prepare writes the layers to a zarr array; inference does the "
-        "whole job, or one part of it; reduce makes the picture when all parts are done.",
+        description="prepare writes the layers to a zarr array; inference does the whole job, or "
+        "one part of it; reduce makes the picture when all parts are done.",
     )
     num_parts: int = Field(
-        1, ge=1, description="Parts that inference is divided into, for separate machines."
+        1, ge=1, description="Number of parts of an inference on separate machines."
     )
     part_id: int = Field(
-        0, ge=0, description="The part that this inference does, from 0 to NUM_PARTS - 1."
+        0, ge=0, description="Part that this inference does, from 0 to NUM_PARTS - 1."
     )
     use_zarr_compression: bool = Field(
         False, description="Compress the zarr array that prepare writes."
     )
-    overwrite: bool = Field(False, description="Start anew, even where a tile grid could resume.")
+    overwrite: bool = Field(False, description="Start again, even where a tile grid could resume.")
     result_file: str = Field(
         "/tmp/result_s3_url.txt",  # noqa: S108  the contract's default
         description="File that receives the URI of the picture, last of all.",
@@ -319,28 +320,24 @@ class Settings(BaseSettings):
 
     @classmethod
     def of(cls, **given: Any) -> Settings:
-        """Settings from what is given, the environment and the defaults.
+        """Make settings of the given values, the environment and the defaults.
 
-        ``layers=(0, 26)`` or ``"0:26"`` may stand for start_layer and end_layer.
-
-        Raises
-        ------
-        SettingsError
-            One sentence that names the variable.
+        ``layers=(0, 26)`` or ``"0:26"`` sets start_layer and end_layer. A wrong value is a
+        SettingsError that names its variable.
         """
-        if given.get("cluster") is not None:  # said now, it wins over an address said before
+        if given.get("cluster") is not None:  # wins over an address of the environment
             given.setdefault("scheduler_address", None)
         if given.get("layers") is not None:
             for name in ("start_layer", "end_layer"):
                 if given.get(name) is not None:
-                    raise SettingsError(f"{env_name(name)}: layers says it too, give one of them.")
+                    raise SettingsError(f"{env_name(name)}: layers sets it too, give one of them.")
         try:
             return cls(**given)
         except ValidationError as error:
             raise SettingsError(_sentence(error)) from None
 
     def require(self, *names: str) -> None:
-        """Raise a SettingsError that names the first of these parameters that is missing."""
+        """Refuse settings that lack one of these parameters, by its name."""
         for name in names:
             if getattr(self, name) is None:
                 raise SettingsError(
@@ -348,22 +345,22 @@ class Settings(BaseSettings):
                 )
 
     def export_devices(self) -> None:
-        """Tell CUDA which GPUs this process may use, before it is loaded."""
-        if self.cluster == "cuda":  # its workers have one each
+        """Set CUDA_VISIBLE_DEVICES for this process, before CUDA is loaded."""
+        if self.cluster == "cuda":  # each worker sets its own
             return
         if "cuda_visible_devices" in self.model_fields_set:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
-        elif "CUDA_VISIBLE_DEVICES" not in os.environ:  # if empty, it tells CUDA of no GPU
+        elif "CUDA_VISIBLE_DEVICES" not in os.environ:  # an empty value hides all GPUs
             os.environ["CUDA_VISIBLE_DEVICES"] = Environment.told = self.cuda_visible_devices
 
     def export_token(self) -> None:
-        """Tell huggingface_hub the token, which must be in no graph and no log."""
+        """Set HF_TOKEN for huggingface_hub, because no graph and no log may hold the token."""
         if self.hf_token is not None:
             os.environ["HF_TOKEN"] = self.hf_token.get_secret_value()
 
     @property
     def layers(self) -> tuple[int, int] | None:
-        """First layer (inclusive) and last (exclusive), or None when left to the model."""
+        """First layer (inclusive) and last (exclusive), or None where the model decides."""
         if self.start_layer is None or self.end_layer is None:
             return None
         return self.start_layer, self.end_layer
@@ -430,7 +427,7 @@ class Settings(BaseSettings):
     )  # fmt: skip
     @classmethod
     def _as_text(cls, value: Any) -> Any:
-        """Take path objects, and do not mind a slash at the end."""
+        """Turn paths into text without a slash at the end."""
         text = os.fspath(value) if isinstance(value, os.PathLike) else value
         return (text.rstrip("/") or "/") if isinstance(text, str) else text
 
@@ -443,12 +440,12 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What is given directly, then the environment: no files nobody asked for."""
+        """Read given values, then the environment; no ``.env`` files and no secrets' files."""
         return init_settings, Environment(settings_cls)
 
 
 def parameters() -> Iterator[tuple[str, str, FieldInfo]]:
-    """Every parameter as (Python keyword, environment variable, pydantic field)."""
+    """Yield each parameter as (Python keyword, environment variable, pydantic field)."""
     for name, field in Settings.model_fields.items():
         yield name, env_name(name), field
 
@@ -471,7 +468,7 @@ def with_parameters(function: F) -> F:
 
 
 def env_name(name: str) -> str:
-    """The environment variable of a parameter: ``tile`` is ``TILE_SIZE``."""
+    """Return the environment variable of a parameter: ``TILE_SIZE`` for ``tile``."""
     alias = Settings.model_fields[name].validation_alias
     return str(alias.choices[-1] if isinstance(alias, AliasChoices) else name).upper()
 
@@ -482,7 +479,7 @@ def _describe(field: FieldInfo) -> str:
 
 
 def _sentence(error: ValidationError) -> str:
-    """Say the first thing that is wrong, and with which variable."""
+    """Return a sentence with the first wrong value and its variable."""
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     message = first["msg"].removeprefix("Value error, ")
@@ -497,7 +494,7 @@ def _sentence(error: ValidationError) -> str:
 
 
 def markdown_table() -> str:
-    """The table of the README: ``python -m inkdask.settings`` prints it."""
+    """Return the table of the README, which ``python -m inkdask.settings`` prints."""
     rows = ["| Environment | Command line | Python | Default | Meaning |", "|---|---|---|---|---|"]
     for name, variable, field in parameters():
         option = "`S3_PATH`" if name == "s3_path" else f"`--{name.replace('_', '-')}`"

@@ -1,4 +1,4 @@
-"""Where the tiles and the chunks lie: integer maths only, no data.
+"""Positions of tiles and chunks: integer maths only, no data.
 
 Along each axis of length L, tiles of side T start at 0, S, 2S, ... and a last one at L - T when
 the stride S does not divide (an image smaller than a tile has one tile, zero-padded). Chunks cut
@@ -11,8 +11,8 @@ every tile is computed exactly once, whatever the chunking:
                      [ S ........ S + T )                  |
                                              [ edge - S ...|.... halo )
 
-which is why a chunk reads a halo of T - S pixels after its end and none before it, while the
-blend of its pixels needs the ceil(T / S) - 1 grid rows before it and none after.
+So a chunk reads a halo of T - S pixels after its end and none before it. The blend of its pixels
+needs the ceil(T / S) - 1 grid rows before it and none after it.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ class Axis:
 
     @cached_property
     def origins(self) -> np.ndarray:
-        """First pixel of every tile, ascending, int64 (n,)."""
+        """First pixel of each tile, ascending, int64 (n,)."""
         last = max(self.length - self.tile, 0)
         regular = np.arange(0, last + 1, self.stride)
         return regular if regular[-1] == last else np.append(regular, last)
 
     @property
     def passes(self) -> int:
-        """Passes from coarse to fine: the first at the largest stride, doubled, within a tile."""
+        """Number of passes: the first has the largest stride * 2**n that is at most a tile."""
         return (self.tile // self.stride).bit_length()
 
     @cached_property
     def pass_of_tile(self) -> np.ndarray:
-        """The pass in which each tile comes first, int64 (n,).
+        """First pass that has each tile, int64 (n,).
 
         The tiles at twice a stride are a subset of those at the stride. The last tile is in the
-        first pass, which must reach the border.
+        first pass, because that pass must reach the border.
         """
         number = np.arange(len(self.origins))
         first = np.full(len(number), self.passes - 1)
@@ -77,25 +77,25 @@ class Axis:
 
     @property
     def depth(self) -> int:
-        """Grid rows before a chunk that reach into its pixels."""
+        """Number of grid rows before a chunk that reach into its pixels."""
         return -(-self.tile // self.stride) - 1
 
     @property
     def least(self) -> int:
-        """Pixels that a chunk has at least: two tiles, so that it owns `depth` grid rows."""
+        """Smallest chunk in pixels: two tiles, so that it owns `depth` grid rows."""
         return 2 * self.tile
 
     @property
     def step(self) -> int:
-        """Distance of neighbouring chunks: the wanted side, rounded up to whole strides."""
+        """Distance of neighbouring chunks in pixels: the wanted side, in whole strides."""
         return -(-max(self.chunk, self.least) // self.stride) * self.stride
 
     @cached_property
     def edges(self) -> np.ndarray:
-        """First pixel of every chunk, then the length: int64 (chunks + 1,).
+        """First pixel of each chunk, then the length, int64 (chunks + 1,).
 
-        A remainder that is too short for a chunk of its own stays with the last one. Each edge
-        but the last is the origin of a tile.
+        A remainder that is too short for a chunk belongs to the last one. Each edge but the last is
+        the origin of a tile.
         """
         whole, rest = divmod(self.length, self.step)
         count = max(whole + (rest >= self.least), 1)
@@ -103,45 +103,46 @@ class Axis:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Pixels in every chunk."""
+        """Number of pixels of each chunk."""
         return tuple(np.diff(self.edges).tolist())
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """First grid row of every chunk, then the number of rows: int64 (chunks + 1,)."""
+        """First grid row of each chunk, then the number of rows, int64 (chunks + 1,)."""
         return np.append(np.searchsorted(self.origins, self.edges[:-1]), len(self.origins))
 
     @property
     def grid_chunks(self) -> tuple[int, ...]:
-        """Tiles owned by every chunk."""
+        """Number of tiles that each chunk owns."""
         return tuple(np.diff(self.rows).tolist())
 
     def reach(self, start: int, stop: int) -> tuple[int, int]:
-        """First pixel, and pixel after the last, of all tiles that touch ``start`` to ``stop``.
+        """Return first pixel and end of all tiles that touch the pixels ``start`` to ``stop``.
 
-        An axis of just these pixels has the same tiles there.
+        An axis of these pixels alone has the same tiles there.
         """
         origins = self.origins[(self.origins < stop) & (self.origins + self.tile > start)]
         return int(origins[0]), min(int(origins[-1]) + self.tile, self.length)
 
     def reaching_chunks(self, start: int, stop: int) -> slice:
-        """Chunks whose tiles touch pixels ``start`` to ``stop``: also of the one before."""
+        """Return the chunks whose tiles touch the pixels ``start`` to ``stop``."""
         first, after = np.searchsorted(self.edges[:-1], (start, stop - 1), "right")
         return slice(max(int(first) - 2, 0), int(after))
 
     def reading(self, index: int) -> slice:
-        """Pixels that the tiles of chunk ``index`` cover: its own and its halo."""
+        """Return the pixels that chunk ``index`` reads: its own and its halo."""
         end = min(int(self.edges[index + 1]) + self.halo, self.length)
         return slice(int(self.edges[index]), end)
 
     def local_origins(self, index: int) -> np.ndarray:
-        """Origins of the tiles that chunk ``index`` owns, counted from its first pixel."""
+        """Return the origins of the tiles of chunk ``index``, from its first pixel, int64 (n,)."""
         return self.origins[self.rows[index] : self.rows[index + 1]] - self.edges[index]
 
     def reaching_origins(self, index: int) -> np.ndarray:
-        """Origins of the tiles that can reach into chunk ``index``, from its first pixel.
+        """Return the origins of the tiles that can reach into chunk ``index``, int64 (n,).
 
-        These are its own and the `depth` before them, as the blend's overlap delivers them.
+        They count from its first pixel: its own tiles and the `depth` before them, which the
+        overlap of the blend delivers.
         """
         first = max(self.rows[index] - self.depth, 0)
         return self.origins[first : self.rows[index + 1]] - self.edges[index]
@@ -151,8 +152,8 @@ class Axis:
 class Tiling:
     """Tiles and chunks of an image, and of the grid that has one place for each tile.
 
-    Everything follows from six integers, so a run's chunks depend on its settings alone, not on
-    the layout of the files; resumed, partitioned and plain runs agree on them.
+    All follows from a few integers: a run's chunks depend on its settings alone, not on the layout
+    of the files. So resumed, partitioned and plain runs agree on them.
     """
 
     y: Axis
@@ -194,7 +195,7 @@ class Tiling:
 
     @property
     def chunks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Pixels per chunk along y and x, as Dask writes them."""
+        """Pixels per chunk along y and x, in Dask's form."""
         return self.y.chunks, self.x.chunks
 
     @property
@@ -204,21 +205,21 @@ class Tiling:
 
     @property
     def passes(self) -> int:
-        """Passes from coarse to fine; each tile comes in one of them."""
+        """Number of passes from coarse to fine; each tile is in one pass."""
         return self.y.passes
 
     def tiles_until(self, last: int) -> np.ndarray:
-        """Tiles of each chunk in the passes up to ``last``, int64 (rows, columns)."""
+        """Number of tiles of each chunk in the passes up to ``last``, int64 (rows, columns)."""
         early = (np.add.reduceat(a.pass_of_tile <= last, a.rows[:-1]) for a in (self.y, self.x))
         return np.outer(*early)
 
     def tiles_there(self, done: np.ndarray) -> np.ndarray:
-        """Tiles of chunks that have the passes up to ``done`` (-1: none), both (rows, columns)."""
+        """Number of tiles of chunks after pass ``done`` (-1: none), int64 (rows, columns)."""
         until = np.stack([self.tiles_until(last) for last in range(-1, self.passes)])
         return np.take_along_axis(until, done[None] + 1, axis=0)[0]
 
     def in_passes(self, row: int, column: int, done: int, last: int) -> np.ndarray:
-        """Which tiles of a chunk come after pass ``done`` and up to ``last``, bool (gy, gx)."""
+        """Mask of a chunk's tiles after pass ``done`` and up to pass ``last``, bool (gy, gx)."""
         ys, xs = (
             axis.pass_of_tile[axis.rows[index] : axis.rows[index + 1]]
             for axis, index in ((self.y, row), (self.x, column))

@@ -1,7 +1,7 @@
-"""A small runner that follows an Argo WorkflowTemplate step by step, in this process.
+"""A small runner of Argo WorkflowTemplates, in this process.
 
-It does what Argo does with parameters, steps, sequences, retries and outputs. Containers are calls
-of the command line, with the environment that the template gives them and nothing else.
+It follows parameters, steps, sequences, retries and outputs as Argo does. A container is a call of
+the command line in the environment that the template gives, and no other.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ class Runner:
     template
         The WorkflowTemplate.
     parameters
-        What a user submits it with.
+        Parameters of a submission.
     configured
-        Data of the ConfigMaps and Secrets that pods take their environment from, by kind and name.
+        Data of the ConfigMaps and Secrets for the environment of pods, by kind and name.
     folder
-        Where each container has a ``/tmp`` of its own.
+        Folder in which each container gets a ``/tmp`` of its own.
     """
 
     def __init__(self, template, parameters, configured, folder):
@@ -126,5 +126,5 @@ class Runner:
 
 
 def filled(text, scope):
-    """Put values where a text names them."""
+    """Replace ``{{name}}`` in a text by its value."""
     return re.sub(r"\{\{([^}]+)\}\}", lambda match: scope[match[1].strip()], text)

@@ -1,4 +1,4 @@
-"""Manifests of Kubernetes: rendered as an admin does, and checked against what reads them."""
+"""Manifests of Kubernetes: render them as kubectl does, and check them against their schemas."""
 
 import importlib.util
 import subprocess
@@ -18,7 +18,7 @@ KUBERNETES_VERSION = "1.33"
 
 
 def render(folder):
-    """The documents that ``kubectl apply -k FOLDER`` would send."""
+    """Return the documents that ``kubectl apply -k FOLDER`` would send."""
     kubectl = Path(sys.executable).with_name("kubectl")
     text = subprocess.run(
         [kubectl, "kustomize", folder], capture_output=True, text=True, check=True
@@ -27,7 +27,7 @@ def render(folder):
 
 
 def only(documents, kind, name=None):
-    """The one document of a kind."""
+    """Return the only document of a kind (and name)."""
     [found] = [
         document
         for document in documents
@@ -37,7 +37,7 @@ def only(documents, kind, name=None):
 
 
 def problems(document):
-    """What the program that reads a document would refuse or overlook, as sentences."""
+    """Return what the reader of a document would refuse or ignore, as sentences."""
     if document["apiVersion"] == DASK:
         found = _dask_problems(document)
     elif document["apiVersion"] == ARGO:
@@ -52,7 +52,7 @@ def problems(document):
 
 
 def pod_specs(document):
-    """The specs of the pods that a document makes, each with its containers."""
+    """Return the specs of the pods that a document makes, each with its containers."""
     kind, spec = document["kind"], document.get("spec", {})
     if kind == "DaskCluster":
         return [spec["scheduler"]["spec"], spec["worker"]["spec"]]
@@ -88,7 +88,7 @@ def _argo_problems(document):
 
 
 def _lost(given, known, path=""):
-    """Paths of the keys that a round trip through the models does not bring back."""
+    """Yield the paths of keys that a round trip through the models loses."""
     if isinstance(given, dict):
         for key, value in given.items():
             if not isinstance(known, dict) or key not in known:
@@ -111,7 +111,7 @@ def _dask_problems(document):
 
 @cache
 def dask_definitions():
-    """The custom resource definitions that come with the operator."""
+    """Return the custom resource definitions of the operator."""
     package = importlib.util.find_spec("dask_kubernetes").submodule_search_locations[0]
     folder = Path(package) / "operator/deployment/helm/dask-kubernetes-operator/crds"
     return [yaml.load(file.read_text(), yaml.CSafeLoader) for file in sorted(folder.glob("*.yaml"))]
@@ -119,7 +119,7 @@ def dask_definitions():
 
 @cache
 def dask_schemas():
-    """Kind -> JSON schema that refuses what the operator does not know."""
+    """Return a JSON schema for each kind that refuses unknown keys."""
     schemas = {}
     for definition in dask_definitions():
         schema = _strict(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
@@ -131,7 +131,7 @@ def dask_schemas():
 
 
 def _strict(schema):
-    """A structural schema of Kubernetes as a JSON schema without unknown keys."""
+    """Turn a structural schema of Kubernetes into a JSON schema that refuses unknown keys."""
     strict = {}
     for key, value in schema.items():
         if key == "properties":

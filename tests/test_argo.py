@@ -1,4 +1,4 @@
-"""The Argo templates, followed step by step: they make the picture that a plain run makes."""
+"""The Argo templates, run step by step, make the picture of a plain run."""
 
 import os
 from itertools import count
@@ -27,7 +27,7 @@ def segment(s3):
 def submit(templates, s3, tmp_path):
     """Run a template with parameters; returns the runner, after its ``run()``."""
     settings = dict(only(templates, "ConfigMap")["data"])
-    settings.update(ZARR_OUTPUT_DIR=f"{s3}/partitions", CHUNK_SIZE="128")  # work for all parts
+    settings.update(ZARR_OUTPUT_DIR=f"{s3}/partitions", CHUNK_SIZE="128")  # makes two chunks
     keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     configured = {("configMapRef", "inkdask"): settings, ("secretRef", "inkdask"): keys}
     folders = (tmp_path / str(number) for number in count())

@@ -1,4 +1,4 @@
-"""The command line as a person meets it."""
+"""The command line."""
 
 import logging
 import sys
@@ -41,7 +41,7 @@ def said(capsys, *arguments):
 
 
 def test_version_is_the_same_everywhere(capsys):
-    """The package's is written twice: where pip looks, and where a user does."""
+    """The version is written in pyproject.toml and in ``__init__.py``."""
     cli.main(["--version"])
     assert capsys.readouterr().out.split() == ["inkdask,", "version", version("inkdask")]
     assert inkdask.__version__ == version("inkdask")

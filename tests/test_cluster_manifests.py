@@ -1,4 +1,4 @@
-"""The manifests under cluster/: they render, and everything that reads them understands them."""
+"""The manifests under cluster/: they render, and are valid for all that reads them."""
 
 import copy
 import importlib.metadata
@@ -17,7 +17,7 @@ COMPONENTS = sorted(folder.name for folder in (CLUSTER / "components").iterdir()
 
 
 def with_components(folder, *components):
-    """A copy of the manifests whose overlay has these components, as its README tells."""
+    """Copy the manifests, and add components to the overlay as its README says."""
     shutil.copytree(CLUSTER, folder)
     for name in components:
         edit_site(folder, (f"# - ../../components/{name} #", f"- ../../components/{name} #"))
@@ -25,7 +25,7 @@ def with_components(folder, *components):
 
 
 def edit_site(folder, *changes):
-    """Edit the one place that an admin edits."""
+    """Edit the overlay, the only file that an admin edits."""
     site = folder / "overlays/site/kustomization.yaml"
     text = site.read_text()
     for old, new in changes:
@@ -97,7 +97,7 @@ def test_overlay_sets_namespace_image_and_bucket(tmp_path):
     assert {document["metadata"]["namespace"] for document in documents} == {"papyri"}
     settings = only(documents, "ConfigMap")
     assert settings["data"]["ZARR_OUTPUT_DIR"].startswith("s3://papyri/")
-    # The names by which pods refer to it stay as they are.
+    # The overlay keeps the names by which pods refer to the ConfigMap.
     assert settings["metadata"]["name"] == "inkdask"
 
 

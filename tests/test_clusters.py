@@ -1,4 +1,4 @@
-"""Where a job runs: worker processes of its own, one for each GPU, or somebody's scheduler."""
+"""Jobs on worker processes of their own, one for each GPU, or on a running scheduler."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def network(x):
-    """Logits from the first and last layer: (b, 1, 4, 4); notes where it runs."""
+    """Return logits of the first and last layer, (b, 1, 4, 4), and write down where it runs."""
     from distributed import Status
     from distributed.worker import Worker
 
@@ -49,7 +49,7 @@ def network(x):
 
 
 def broken(x):
-    """Fail like a network that does not fit; its probe is one tile of zeros."""
+    """Fail on tiles with data; the probe is one tile of zeros."""
     if x.any():
         raise ValueError("the tiles are upside down")
     return x[:, :, 0, :4, :4]
@@ -74,7 +74,7 @@ def segment(tmp_path, volume):
 
 @pytest.fixture(scope="module")
 def scheduler():
-    """Address of a scheduler with one worker process, which is not ours to stop."""
+    """Address of a scheduler with one worker process, which jobs must leave running."""
     from distributed import LocalCluster
 
     with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
@@ -86,14 +86,14 @@ def assert_right(uri, volume):
 
 
 def places(tmp_path):
-    """Where tiles ran, once for each place."""
+    """Return the distinct places where tiles ran."""
     lines = set((tmp_path / "places").read_text().splitlines())
     found = [json.loads(line) for line in lines]
-    return [place for place in found if "name" in place]  # not the probe of the network
+    return [place for place in found if "name" in place]  # without the probe in this process
 
 
 def test_forward_pass_uses_the_cores_of_its_worker():
-    """A worker of one core has a second thread, which reads ahead."""
+    """A worker of one core has two threads, of which one reads ahead."""
     from distributed import Client
 
     options = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
@@ -232,7 +232,7 @@ def test_connect_accepts_scheduler_without_workers_and_the_same_version():
 
 
 def elsewhere(tmp_path):
-    """The network, with a place for its notes that workers do not know from their environment."""
+    """Return the network with a fixed PLACES, because the workers' environment lacks it."""
     place = str(tmp_path / "places")
 
     def network_elsewhere(x):
@@ -291,7 +291,7 @@ def test_tls_takes_certificates_from_the_settings_of_dask(segment, volume, tmp_p
 
 
 def self_signed(folder):
-    """A certificate for this machine that is its own authority, and its key."""
+    """Make a self-signed certificate for this machine, and its key."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -338,7 +338,7 @@ def test_report_is_written_also_when_the_job_fails(where, fails, segment, tmp_pa
 
 
 def test_run_without_its_report_leaves_no_result_file(segment, tmp_path, monkeypatch):
-    """The result file comes last of all."""
+    """The result file is written last of all."""
 
     def refused(*_):
         raise InkdaskError("no room for report.html")
@@ -412,7 +412,7 @@ def test_local_workers_share_the_cores_and_no_secret_leaves_the_process(
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """Folder of a stand-in for the library that knows the GPUs of a machine."""
+    """Folder of a stand-in for NVML, the library that lists the GPUs of a machine."""
     pytest.importorskip("dask_cuda")
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:

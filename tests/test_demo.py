@@ -1,4 +1,4 @@
-"""The demo: its network, its measure, its picture, and the whole of it through the pipeline."""
+"""The demo: its network, its AUC, its picture, and the whole job."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The image: its recipe, and the files that the installed package must bring."""
+"""The image: its Dockerfile, and the files of the installed package."""
 
 import io
 import os
@@ -51,7 +51,7 @@ def test_build_context_holds_only_what_is_copied():
 
 @pytest.fixture
 def container(s3_endpoint):
-    """Run the image named in the environment; with nothing but what is said here.
+    """Run the image that the environment names, with the given options and variables alone.
 
     ``INKDASK_RUN_IMAGE="docker run --rm --network host"`` and ``INKDASK_IMAGE=inkdask:cpu``.
     """

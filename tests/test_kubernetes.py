@@ -1,4 +1,4 @@
-"""Jobs on Kubernetes: a small one of our own (see tests/kubernetes), and the real Dask operator."""
+"""Jobs on Kubernetes: a small one for tests (tests/kubernetes) with the real Dask operator."""
 
 import json
 import os
@@ -173,7 +173,7 @@ def test_pods_are_listed_although_the_server_was_away(monkeypatch):
 
 
 class World:
-    """The small Kubernetes, seen from outside of its network."""
+    """Handle of the small Kubernetes, outside of its network."""
 
     def __init__(self, process, folder):
         self.process, self.folder, self.programs = process, folder, 0
@@ -186,7 +186,7 @@ class World:
         }
 
     def start(self, *command, **environment):
-        """Start a program in this world; what it says is in ``.said()`` and ``.told()``."""
+        """Start a program in this world; ``.said()`` is its output, ``.told()`` its errors."""
         self.programs += 1
         files = [self.folder / f"program{self.programs}.{kind}" for kind in ("out", "err")]
         with files[0].open("w") as out, files[1].open("w") as err:
@@ -219,7 +219,7 @@ class World:
         return it
 
     def clusters(self):
-        """All that Dask clusters consist of, beside the one that is always there."""
+        """Names of all objects of Dask clusters, without those of the standing cluster."""
         kinds = "daskjobs,daskclusters,daskworkergroups,daskautoscalers,deployments,services,pods"
         names = {f"{o['kind']}/{o['metadata']['name']}" for o in self.get(kinds)}
         assert "DaskCluster/inkdask" in names
@@ -270,7 +270,7 @@ SECRET = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
 def can_unshare():
-    """Whether this machine lets us have networks and mounts of our own."""
+    """Whether this process may make networks and mounts of its own."""
     tools = all(map(shutil.which, ("unshare", "nsenter", "ip", "mount")))
     if not tools or os.geteuid() != 0:
         return False
@@ -346,7 +346,7 @@ def apply(world):
     kubeconfig(world.folder / "user.kubeconfig", "inkdask:inkdask", "inkdask")
     literals = [f"--from-literal={name}={STORAGE[name]}" for name in SECRET]
     made = ["create", "secret", "generic", "inkdask", "--namespace", "inkdask", *literals]
-    secret = world.folder / "secret.yaml"  # created at once it would travel as protobuf
+    secret = world.folder / "secret.yaml"  # because `kubectl create` would send protobuf
     secret.write_text(world.call("kubectl", *made, "--dry-run=client", "-o", "yaml"))
     world.call("kubectl", "apply", "--validate=false", "-f", secret)
 
@@ -449,7 +449,7 @@ def dask_job(world, tmp_path):
 
         status = world.wait(ended)
         log = world.call("kubectl", "logs", "--namespace", "inkdask", "read-ink-runner")
-        # The operator has removed the cluster; the job tells how it went until it is deleted.
+        # The operator removes the cluster; the job keeps its status until it is deleted.
         world.wait(lambda: world.clusters() == ["DaskJob/read-ink", "Pod/read-ink-runner"])
         return status, log
 

@@ -27,7 +27,7 @@ def no_environment(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-# Required, then optional, then those of later versions that are built.
+# Required, then optional, then those of later versions of the reference system.
 CONTRACT = (
     *("MODEL", "S3_PATH", "START_LAYER", "END_LAYER"),
     *("CUDA_VISIBLE_DEVICES", "HF_TOKEN", "TILE_SIZE", "STRIDE", "BATCH_SIZE", "MODEL_TYPE"),
@@ -99,14 +99,14 @@ def test_empty_variable_is_ignored(monkeypatch):
     [
         (None, {}, "0"),
         ("2,3", {}, "2,3"),
-        ("", {}, ""),  # which is CUDA's word for no GPU
+        ("", {}, ""),  # hides all GPUs
         ("", {"cuda_visible_devices": "1"}, "1"),
         ("2,3", {"cuda_visible_devices": ""}, ""),
         ("2,3", {"cuda_visible_devices": "1", "cluster": "cuda"}, "2,3"),
     ],
 )
 def test_export_devices_sets_the_variable_of_cuda(monkeypatch, before, given, after):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is restored
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # because delenv restores only what is set
     if before is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     else:
@@ -117,7 +117,7 @@ def test_export_devices_sets_the_variable_of_cuda(monkeypatch, before, given, af
 
 
 def test_layers_and_start_layer_together_are_refused():
-    with pytest.raises(SettingsError, match="START_LAYER: layers says it too"):
+    with pytest.raises(SettingsError, match="START_LAYER: layers sets it too"):
         Settings.of(layers="0:26", start_layer=3)
 
 
@@ -129,7 +129,7 @@ def test_unknown_cluster_is_refused():
 
 
 def test_exported_devices_do_not_count_as_given(monkeypatch):
-    """Else a job on threads, which takes one GPU, would leave the next job on all with that one."""
+    """Else a job on threads, which takes one GPU, would limit the next job on a cluster to it."""
     monkeypatch.setattr(Environment, "told", None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

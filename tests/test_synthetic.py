@@ -1,4 +1,4 @@
-"""The synthetic segment: the same every time, shaped like a scanned one, its ink well hidden."""
+"""The synthetic segment: reproducible, in the form of a scanned one, with hidden ink."""
 
 import numpy as np
 import pytest
@@ -32,12 +32,12 @@ def test_segment_is_zero_outside_the_papyrus_alone(made):
     assert truth.shape == (400, 1040)
     assert (volume.dtype, truth.dtype) == (np.uint16, np.bool_)
     papyrus = volume[0] > 0
-    # Outside is zero in every layer, inside in none, after the shift to uint8 too.
+    # After the shift to uint8 too, each layer is zero outside the papyrus and nowhere inside.
     assert (((volume >> 8) > 0) == papyrus).all()
     assert 0.6 < papyrus.mean() < 0.95
     assert not (truth & ~papyrus).any()
     assert 0.08 < truth.mean() < 0.25
-    # There are tiles without data.
+    # Some tiles have no data.
     height, width = truth.shape
     corners = [
         papyrus[y : y + 64, x : x + 64].any() for y in (0, height - 64) for x in (0, width - 64)

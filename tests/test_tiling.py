@@ -1,4 +1,4 @@
-"""The integer maths: every tile once, every pixel covered, every overlap long enough."""
+"""Integer maths of tiles and chunks: tiles once, pixels covered, overlaps long enough."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_depth_holds_all_tiles_that_reach_a_chunk(axis):
         reaching = axis.origins[(axis.origins < stop) & (axis.origins + axis.tile > start)]
         delivered = axis.reaching_origins(i) + start
         assert set(reaching) <= set(delivered)
-        # the blend's overlap must never have to merge chunks
+        # Dask's overlap would merge chunks that are shorter than its depth.
         assert axis.depth <= axis.grid_chunks[i] or len(axis.chunks) == 1
 
 

@@ -1,4 +1,4 @@
-"""Where a job runs: threads, processes, GPUs, Kubernetes, or a scheduler that is there already."""
+"""Clusters to run a job on: processes, GPUs, Kubernetes, or a running scheduler."""
 
 from inkdask.clusters.connection import connect
 from inkdask.clusters.cuda import cuda

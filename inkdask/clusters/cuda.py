@@ -14,20 +14,15 @@ from inkdask.settings import Settings
 if TYPE_CHECKING:
     from distributed import Client
 
-THREADS = 4  # of a worker: one waits for the GPU, the others read and decode ahead
+THREADS = 4  # per worker: one waits for the GPU, the others read and decode ahead
 
 
 @contextmanager
 def cuda(settings: Settings) -> Iterator[Client]:
-    """Start a worker for each GPU that CUDA_VISIBLE_DEVICES names; without it, for every GPU.
+    """Start a worker for each GPU that CUDA_VISIBLE_DEVICES names; without it, for each GPU.
 
-    There is no RMM pool. Torch holds nearly all of the memory in an allocator of its own, which
-    CUDA graphs (``COMPILE_MODE=reduce-overhead``) need; what CuPy gets is a few megabytes.
-
-    Raises
-    ------
-    InkdaskError
-        When dask-cuda is not installed, or there is no GPU.
+    There is no RMM pool, because CUDA graphs (``COMPILE_MODE=reduce-overhead``) need torch's own
+    allocator, and CuPy uses only a few megabytes beside it.
     """
     try:
         from dask_cuda import LocalCUDACluster
@@ -50,7 +45,7 @@ def cuda(settings: Settings) -> Iterator[Client]:
             threads_per_worker=THREADS,
             dashboard_address=DASHBOARD,
         )
-    except Exception as error:  # whatever NVML says
+    except Exception as error:  # NVML raises many kinds
         reason = str(error).splitlines()[0].rstrip(".")
         raise InkdaskError(f"--cluster cuda finds no GPU that it can use: {reason}.") from error
     with cluster, Client(cluster) as client:

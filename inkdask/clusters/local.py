@@ -13,16 +13,16 @@ from inkdask.settings import Settings
 if TYPE_CHECKING:
     from distributed import Client
 
-CORES = 4  # of a worker: a network gains little from more, and each worker has a copy of it
+CORES = 4  # per worker: a network gains little from more, and each worker has a copy of it
 DASHBOARD = "127.0.0.1:8787"
 
 
 @contextmanager
 def local(settings: Settings) -> Iterator[Client]:
-    """Start as many workers as the machine's cores feed.
+    """Start one worker process for every 4 cores, or ``max_workers``.
 
-    All forward passes of a worker run on one thread, with the worker's share of the cores;
-    another thread reads ahead meanwhile.
+    One thread of a worker runs all forward passes, with the worker's share of the cores. Another
+    thread reads ahead.
     """
     from distributed import Client, LocalCluster
 
@@ -32,7 +32,7 @@ def local(settings: Settings) -> Iterator[Client]:
         LocalCluster(
             n_workers=workers,
             threads_per_worker=max(cores, 2),
-            resources={"cores": cores},  # not asked for by tasks: see models.hardware.cores
+            resources={"cores": cores},  # read by `models.hardware.cores`; no task requests them
             dashboard_address=DASHBOARD,
         ) as cluster,
         Client(cluster) as client,

@@ -1,4 +1,4 @@
-"""What a job spent its time on, as one HTML page."""
+"""Performance report of a job, as one HTML page."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ log = logging.getLogger("inkdask")
 
 @contextmanager
 def report(uri: str | None) -> Iterator[None]:
-    """Record what Dask does in the block, and write a page about it, also when the block fails.
+    """Record the tasks of the block, and write a page about them, also when the block fails.
+
+    On a cluster the page is Dask's performance report, on threads the profile of the tasks and of
+    the machine. A place that cannot be written is refused before the block begins.
 
     Parameters
     ----------
     uri
-        Where the page goes, local or ``s3://``; None records nothing. On a cluster it is Dask's
-        performance report, on threads the profile of its tasks and of the machine.
-
-    Raises
-    ------
-    InkdaskError
-        When there is no place for the page, before anything else happens.
+        File of the page, local or ``s3://``; None records nothing.
     """
     if uri is None:
         yield

@@ -1,4 +1,4 @@
-"""The demo: a segment whose letters only depth shows, and the real job on it."""
+"""Demo: a segment whose letters only depth shows, and the real job on it."""
 
 from inkdask.demo.job import DemoResult, auc, run
 

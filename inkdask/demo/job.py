@@ -1,4 +1,4 @@
-"""The demo: a synthetic segment, the real pipeline, and a picture of what only the network sees."""
+"""Demo: a synthetic segment, the real job, and a picture of what only the network sees."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ LAYERS = 26
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a run of the demo leaves, and how well the letters can be told from the papyrus.
+    """Pictures of a demo, and how well its letters can be told from the papyrus.
 
-    An AUC is the chance that a pixel with ink scores higher than one without: 0.5 sees nothing,
-    1 sees all. It is taken on the papyrus alone. For layers, dark ink counts as much as bright.
+    An AUC is the chance that a pixel with ink scores higher than one without: 0.5 is no better than
+    guessing, 1 is always right. Only pixels of the papyrus count. For layers, dark ink counts like
+    bright ink.
 
     Attributes
     ----------
     prediction, truth, side_by_side
-        The pictures.
+        Files of the pictures.
     auc
-        Of the prediction.
+        AUC of the prediction.
     auc_mean
-        Of the mean over all layers.
+        AUC of the mean over all layers.
     auc_layer
-        Of the best single layer.
+        AUC of the best single layer.
     layer
         Number of the best single layer.
     """
@@ -47,7 +48,7 @@ class DemoResult:
 
     def __str__(self) -> str:
         return (
-            "How well ink can be told from papyrus (AUC; 0.5 is not at all, 1 is always):\n"
+            "How well ink can be told from papyrus (AUC; 0.5: not at all, 1: always):\n"
             f"  best single layer ({self.layer:02d})   {self.auc_layer:.3f}\n"
             f"  mean of all layers       {self.auc_mean:.3f}\n"
             f"  prediction               {self.auc:.3f}\n"
@@ -59,24 +60,15 @@ def run(out: Path, height: int = 640, width: int = 1664) -> DemoResult:
     """Make a segment, predict its ink with the bundled network, and show both side by side.
 
     Writes ``layers/``, ``truth.png``, the prediction under ``predictions/`` and
-    ``side-by-side.png``; an earlier demo in the same folder is replaced.
+    ``side-by-side.png``. An earlier demo in the same folder is replaced; a folder with layers of a
+    real segment is refused.
 
     Parameters
     ----------
     out
-        Folder to write, made if it is not there.
+        Folder to write; it is made where it is missing.
     height, width
         Size of the segment in pixels.
-
-    Returns
-    -------
-    DemoResult
-        Where the pictures are, and their AUCs.
-
-    Raises
-    ------
-    InkdaskError
-        The folder cannot be written, or holds layers of somebody else.
     """
     out = Path(out)
     try:
@@ -111,12 +103,12 @@ def run(out: Path, height: int = 640, width: int = 1664) -> DemoResult:
 
 
 def auc(score: NDArray[np.integer], truth: NDArray[np.bool_]) -> float:
-    """Area under the ROC curve of a whole-numbered score, ties counted half.
+    """Return the area under the ROC curve of a score; ties count half.
 
     Parameters
     ----------
     score
-        Not negative, any shape.
+        Whole numbers from 0, any shape.
     truth
         bool, the same shape.
     """
@@ -127,7 +119,7 @@ def auc(score: NDArray[np.integer], truth: NDArray[np.bool_]) -> float:
 
 
 def _predict(out: Path) -> Path:
-    """Run the whole job as anybody would, but whatever the environment says."""
+    """Run the whole job with default settings, whatever the environment says."""
     from inkdask.settings import Settings
     from inkdask.workflow import run as run_job
 
@@ -138,9 +130,9 @@ def _predict(out: Path) -> Path:
             "model": "demo",
             "start_layer": 0,
             "end_layer": LAYERS,
-            "chunk_size": 256,  # so that the progress bar moves
-            "batch_size": 64,  # the network is small
-            "compile": False,  # seconds of work do not repay it
+            "chunk_size": 256,  # because the progress bar moves chunk by chunk
+            "batch_size": 64,  # because the network is small
+            "compile": False,  # because compiling takes longer than the work
             "zarr_output_dir": scratch,
             "result_file": Path(scratch) / "result.txt",
         }
@@ -151,24 +143,19 @@ def _either_way(value: float) -> float:
     return max(value, 1 - value)
 
 
-# The picture is drawn in grey and coloured at the end, from the dark of charred papyrus to ivory.
+# The picture is drawn in grey and coloured at the end, from the colour of charred papyrus to ivory.
 _DARK, _IVORY = np.array([17, 15, 14]), np.array([250, 243, 229])
 _PAGE, _DIM, _BRIGHT = 0, 140, 235  # shades of the page, of figures and of titles
 _WIDTH, _MARGIN, _GUTTER, _CAPTION = 1600, 40, 40, 30  # pixels
 
 
 def side_by_side(panels: list[tuple[str, float | None, NDArray[np.uint8]]]) -> Image.Image:
-    """Set captioned pictures of one size in two columns, at one scale.
+    """Draw captioned pictures in two columns, 1,600 pixels wide, with a palette.
 
     Parameters
     ----------
     panels
-        Title, AUC if there is one, and the picture, grey uint8 (y, x).
-
-    Returns
-    -------
-    PIL.Image.Image
-        1,600 pixels wide, with a palette.
+        Title, AUC or None, and picture, uint8 (y, x); all pictures have one size.
     """
     height, width = panels[0][2].shape
     wide = (_WIDTH - 2 * _MARGIN - _GUTTER) // 2
@@ -192,12 +179,12 @@ def side_by_side(panels: list[tuple[str, float | None, NDArray[np.uint8]]]) -> I
 
 
 def _stretch(picture: NDArray[np.integer], papyrus: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Use the whole range of greys for the papyrus, but for 1 % at either end."""
+    """Stretch the greys of the papyrus to the whole range, but for 1 % at either end."""
     low, high = np.percentile(picture[papyrus], [1, 99])
     grey = np.clip((picture.astype(np.float32) - low) / (high - low), 0, 1)
     return _on_papyrus((255 * grey).astype(np.uint8), papyrus)
 
 
 def _on_papyrus(picture: NDArray[np.uint8], papyrus: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Let the outline of the papyrus stand out a little from the page."""
+    """Make the papyrus a little brighter than the page, uint8 (y, x)."""
     return np.where(papyrus, 24 + picture * np.float32(231 / 255), _PAGE).astype(np.uint8)

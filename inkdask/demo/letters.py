@@ -1,8 +1,8 @@
-"""A scribe's hand: Greek book capitals as pen strokes.
+"""Greek book capitals as pen strokes.
 
-Fonts with Greek letters are not everywhere, and a reed pen does not write like a font. So each
+Not every machine has a font with Greek letters, and a reed pen does not write like a font. So each
 letter is a few strokes on a small grid, with the round sigma, epsilon and omega of the Herculaneum
-scribes, and the pen is an ellipse held at an angle and pressed a little unevenly.
+scribes. The pen is an ellipse, held at an angle and pressed a little unevenly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Stroke = tuple[Point, ...]
 
 
 def _arc(x: float, y: float, rx: float, ry: float, start: float, end: float) -> Stroke:
-    """Part of an ellipse around (x, y); degrees, 0 to the right and 90 downwards."""
+    """Return part of an ellipse around (x, y); angles in degrees, 0 right and 90 down."""
     turn = np.deg2rad(np.linspace(start, end, 9))
     return tuple(zip(x + rx * np.cos(turn), y + ry * np.sin(turn), strict=True))
 
@@ -143,12 +143,12 @@ LINE_PITCH = 1.62  # distance of two lines, in letter heights
 _GAP = 0.20  # distance of two letters, in letter heights
 _SPACE = 0.50  # width of a space, in letter heights
 _NIB = 0.170, 0.095  # the nib's long and short axis, in letter heights
-_NIB_ANGLE = np.deg2rad(-28)  # its long axis, against the line of writing
-_FINE = 3  # the page is drawn this many times finer, then averaged
+_NIB_ANGLE = np.deg2rad(-28)  # of the nib's long axis to the line of writing
+_FINE = 3  # factor by which the page is drawn finer, before it is averaged
 
 
 def letter_height(lines: Sequence[str], height: float, width: float) -> float:
-    """Height in pixels of the largest letters with which the lines fit height x width pixels."""
+    """Return the largest letter height in pixels with which the lines fit height x width pixels."""
     widest = max(sum(map(_advance, line)) - _GAP for line in lines)
     return min(height / (LINE_PITCH * (len(lines) - 1) + 1), width / widest)
 
@@ -160,7 +160,7 @@ def write(
     letter: float,
     rng: np.random.Generator,
 ) -> NDArray[np.float32]:
-    """Write lines of Greek capitals; no two letters come out quite the same.
+    """Write lines of Greek capitals, each letter a little different.
 
     Parameters
     ----------
@@ -173,17 +173,12 @@ def write(
     letter
         Height of a letter, in pixels.
     rng
-        The scribe's unsteadiness.
+        Source of the differences between letters.
 
     Returns
     -------
     numpy.ndarray
-        float32 (y, x): the share of each pixel that is inked, 0 to 1.
-
-    Raises
-    ------
-    InkdaskError
-        The text holds a letter that is not in `ALPHABET`.
+        Inked share of each pixel, float32 (y, x), 0 to 1.
     """
     page = Image.new("L", (shape[1] * _FINE, shape[0] * _FINE))
     pen = ImageDraw.Draw(page)
@@ -213,7 +208,7 @@ def _advance(character: str) -> float:
 
 
 def _smooth(points: NDArray[np.float64], steps: int = 12) -> NDArray[np.float64]:
-    """Points along a Catmull-Rom spline through the given ones, (n, 2)."""
+    """Return points along a Catmull-Rom spline through the given points, (n, 2)."""
     first, last = 2 * points[0] - points[1], 2 * points[-1] - points[-2]
     p = np.vstack([first, points, last])
     t = np.linspace(0, 1, steps, endpoint=False)[:, None]
@@ -227,11 +222,10 @@ def _smooth(points: NDArray[np.float64], steps: int = 12) -> NDArray[np.float64]
 def _pull(
     pen: ImageDraw.ImageDraw, path: NDArray[np.float64], size: float, rng: np.random.Generator
 ) -> None:
-    """Pull the nib along a path: it lands and lifts lightly, and its pressure wavers."""
+    """Draw a path with the nib, with less pressure at its ends."""
     length = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(path, axis=0).T))])
-    share = np.linspace(
-        0, 1, max(int(length[-1] / (0.012 * size)), 2)
-    )  # stamps 1 % of a letter apart
+    stamps = max(int(length[-1] / (0.012 * size)), 2)  # about 1 % of a letter apart
+    share = np.linspace(0, 1, stamps)
     spots = np.column_stack([np.interp(share * length[-1], length, axis) for axis in path.T])
     waver = np.interp(share, np.linspace(0, 1, 4), 1 + 0.06 * rng.standard_normal(4))
     pressure = waver * (0.86 + 0.14 * np.minimum(1, 8 * np.minimum(share, 1 - share)))

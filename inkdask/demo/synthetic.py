@@ -1,10 +1,10 @@
-"""A synthetic segment: papyrus in layers, with ink that only depth shows.
+"""Synthetic segment: papyrus in layers, with ink that only depth shows.
 
-The sheet wanders up and down through the layers, as a real one does where the traced surface is
-not quite right. Ink brightens the voxels a little above the sheet's middle and darkens those as far
-below it by the same amount. So the sum over depth does not know of the ink, and a single layer
-meets it bright here, dark there and mostly not at all, under fibres that are stronger; only who
-follows the sheet through the layers can read the letters.
+The sheet wanders up and down through the layers, like a real one where the traced surface is a
+little off. Ink brightens voxels a little above the sheet's middle and darkens voxels as far below
+it by the same amount. So the sum over depth does not change with ink. A single layer has the ink
+bright in some places, dark in others and mostly not at all, under stronger fibres. Only a network
+that follows the sheet through the layers can read the letters.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ TETRAPHARMAKOS = (
     "ΝΟΝΕΥΕΚΚΑΡΤΕΡΗΤΟΝ",
 )
 
-# All in units of the uint8 scale that networks read; distances along depth in layers.
+# Brightness in units of the uint8 scale that networks read; distances along depth in layers.
 _AIR = 60.0  # between the sheets
-_SHEET = 110.0  # the sheet's middle, above air
+_SHEET = 110.0  # of the sheet's middle, more than air
 _THICKNESS = 4.0
 _INK = 15.0
 _INK_DEPTH, _INK_WIDTH = 3.0, 1.2
-_WANDER = 6.0  # the sheet strays at most this far from its middle layer
+_WANDER = 6.0  # largest distance of the sheet from the middle layer
 _NOISE = 28.0  # standard deviation of a voxel
 
 
@@ -46,7 +46,7 @@ def segment(
     layers: int = 26,
     seed: int = 79,
 ) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
-    """Make a segment; the same arguments always make the same one.
+    """Make a segment; the same arguments make the same segment.
 
     Parameters
     ----------
@@ -57,19 +57,14 @@ def segment(
     layers
         Number of layers.
     seed
-        Seeds the fibres, the outline, the sheet and the scribe.
+        Seed of the fibres, the outline, the sheet and the letters.
 
     Returns
     -------
     volume
-        uint16 (z, y, x): zero outside the papyrus, and nowhere else in what ``>> 8`` leaves of it.
+        uint16 (z, y, x); ``volume >> 8`` is zero outside the papyrus and nowhere else.
     truth
-        bool (y, x): where there is ink.
-
-    Raises
-    ------
-    InkdaskError
-        The text holds a letter that the scribe does not know.
+        Mask of the ink, bool (y, x).
     """
     rng = np.random.default_rng(seed)
     shape = height, width
@@ -99,17 +94,14 @@ def write_segment(
     layers: int = 26,
     seed: int = 79,
 ) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
-    """Make a segment as `segment` does and write it the way scanned ones are stored.
+    """Make a segment as `segment` does, and write it in the form of scanned ones.
 
-    Writes ``layers/00.tif``, ``layers/01.tif``, ... (uint16, strips of 64 rows) and
-    ``truth.png`` (255 where there is ink) into the folder ``out``. The layers of an earlier
-    segment are removed.
+    Writes ``layers/00.tif``, ``layers/01.tif``, ... (uint16, strips of 64 rows) and ``truth.png``
+    (255 where there is ink) into the folder ``out``. The layers of an earlier synthetic segment are
+    removed; layers without a ``truth.png`` beside them are of a real segment, and refused.
 
     Raises
     ------
-    InkdaskError
-        The text holds a letter that the scribe does not know, or the folder holds layers but no
-        ``truth.png``: a real segment is never overwritten.
     OSError
         The folder cannot be written.
     """
@@ -134,7 +126,7 @@ def _bell(u: NDArray[np.float32]) -> NDArray[np.float32]:
 def _writing(
     text: Sequence[str], shape: tuple[int, int], rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """Ink cover (y, x), 0 to 1: the text in the middle of the page, as large as it fits."""
+    """Write the text in the middle of the page, as large as it fits, float32 (y, x), 0 to 1."""
     height, width = shape
     margin = 0.14 * min(shape)
     letter = letters.letter_height(text, height - 2 * margin, width - 2 * margin)
@@ -143,7 +135,7 @@ def _writing(
 
 
 def _outline(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Where there is papyrus (y, x): torn edges, and a corner is lost."""
+    """Mask of the papyrus, bool (y, x), with torn edges and a missing corner."""
     y, x = np.ogrid[: shape[0], : shape[1]]
     unit = 0.1 * min(shape)
     border = np.minimum(np.minimum(y, shape[0] - 1 - y), np.minimum(x, shape[1] - 1 - x))
@@ -155,11 +147,11 @@ def _outline(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.boo
 
 
 def _fibres(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float32]:
-    """Draw strips and fibres along x: relative brightness (y, x) with mean 0."""
+    """Draw strips and fibres along x, relative brightness, float32 (y, x), mean 0."""
     fine = 0.14 * _smooth_noise(shape, 1.2, 70, rng)
     coarse = 0.12 * _smooth_noise(shape, 5, 160, rng)
     strips = fine + coarse + 0.04 * _smooth_noise(shape, 1, 12, rng)
-    # Fibres are not ruled: shift each column by a slow wave.
+    # Shift each column by a slow wave, because real fibres are not straight.
     wave = 6 * _smooth_noise(shape, 120, 120, rng)
     y, x = np.ogrid[: shape[0], : shape[1]]
     return strips[np.clip(y + wave.astype(int), 0, shape[0] - 1), x]
@@ -168,7 +160,7 @@ def _fibres(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.floa
 def _smooth_noise(
     shape: tuple[int, int], sigma_y: float, sigma_x: float, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """Gaussian noise smoothed to a scale of (sigma_y, sigma_x) pixels, unit variance, (y, x)."""
+    """Return Gaussian noise smoothed by (sigma_y, sigma_x) pixels, float32 (y, x), variance 1."""
     fy, fx = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])
     blur = np.exp(-2 * np.pi**2 * ((sigma_y * fy) ** 2 + (sigma_x * fx) ** 2))
     noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) * blur, shape)

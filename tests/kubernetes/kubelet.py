@@ -1,4 +1,4 @@
-"""Deployments, and the node that runs their pods: processes, each in a network of its own."""
+"""Deployments, and the node that runs their pods as processes with networks of their own."""
 
 import asyncio
 import base64
@@ -24,14 +24,14 @@ from tests.kubernetes.objects import (
     now,
 )
 
-IMAGE = "inkdask:test"  # the one image that this node has: what is installed here
+IMAGE = "inkdask:test"  # the only image of this node: what is installed here
 GATEWAY = "10.9.0.1"
 LACKING = "nvidia.com/gpu"
 GRACE = 10  # seconds between SIGTERM and SIGKILL
 
 
 class Kubelet:
-    """Follows what happens to the objects, and makes the processes follow."""
+    """Start and end processes as the objects say."""
 
     def __init__(self, objects, folder, hosts):
         self.objects, self.folder, self.hosts = objects, Path(folder), Path(hosts)
@@ -120,7 +120,7 @@ class Kubelet:
         return pod is not None and not pod["metadata"].get("deletionTimestamp")
 
     async def spawn(self, place, container):
-        """Start a process in a network with the pod's own address, and plug that in."""
+        """Start a process in a network of its own, and connect that at the pod's address."""
         folder = self.folder / "-".join(place)
         folder.mkdir(parents=True, exist_ok=True)
         environment = self.environment(place, container, folder)

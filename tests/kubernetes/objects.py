@@ -63,7 +63,7 @@ RESOURCES = [
 
 
 class RefusedError(Exception):
-    """What the API answers instead of an object."""
+    """Error that the API answers."""
 
     def __init__(self, code, reason, message):
         super().__init__(message)
@@ -75,14 +75,14 @@ def now():
 
 
 def at(document, *path):
-    """A value inside a document, or None."""
+    """Return the value at a path of keys in a document, or None."""
     for key in path:
         document = document.get(key) if isinstance(document, dict) else None
     return document
 
 
 def merged(old, patch):
-    """A JSON merge patch, applied."""
+    """Apply a JSON merge patch."""
     if not isinstance(patch, dict):
         return copy.deepcopy(patch)
     new = dict(old) if isinstance(old, dict) else {}
@@ -116,7 +116,7 @@ def selected(document, labels="", fields=""):
 
 
 class Objects:
-    """All objects, and everything that ever happened to them."""
+    """All objects, and all events on them."""
 
     def __init__(self):
         self.all = {}  # (resource, namespace, name) -> document
@@ -163,7 +163,7 @@ class Objects:
         return document
 
     async def update(self, resource, old, new):
-        """Replace an object, unless somebody else has done so since it was read."""
+        """Replace an object, unless it has changed since it was read."""
         seen = at(new, "metadata", "resourceVersion")
         if seen and seen != old["metadata"]["resourceVersion"]:
             raise RefusedError(409, "Conflict", "the object has been modified")
@@ -196,7 +196,7 @@ class Objects:
         await self._collect()
 
     async def release(self, resource, namespace, name, finalizer):
-        """Take a finalizer off an object, which may be the last that kept it."""
+        """Remove a finalizer of an object, and the object if it was the last."""
         document = self.all.get((resource, namespace, name))
         if document and finalizer in document["metadata"].get("finalizers", []):
             new = copy.deepcopy(document)
@@ -204,7 +204,7 @@ class Objects:
             await self.update(resource, document, new)
 
     async def _collect(self):
-        """Remove what nothing keeps, and what belongs to an owner that is gone."""
+        """Remove objects without finalizers, and those whose owner is gone."""
         again = True
         while again:
             again = False
@@ -225,7 +225,7 @@ class Objects:
                     again = True
 
     async def _collect_owned(self, owner):
-        """Remove in the foreground what an object owns; then nothing keeps it."""
+        """Remove the objects that an object owns, before itself."""
         changed, uid = False, owner["metadata"]["uid"]
         owned = [
             (place, document)
@@ -250,7 +250,7 @@ class Objects:
             raise RefusedError(422, "Invalid", f"{document['kind']} is invalid: {found[0]}")
 
     async def follow(self, position):
-        """All events from a position on, forever."""
+        """Yield all events from a position on, forever."""
         while True:
             while position < len(self.events):
                 yield self.events[position]

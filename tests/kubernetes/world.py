@@ -1,7 +1,7 @@
-"""``unshare --net --mount python -m tests.kubernetes.world FOLDER``: everything that a job meets.
+"""``unshare --net --mount python -m tests.kubernetes.world FOLDER`` starts a small Kubernetes.
 
-An API server, a node, the real Dask operator and an S3 server, in a network that leads nowhere
-else. Says ``ready`` on standard output, and ends with SIGTERM.
+It has an API server, a node, the real Dask operator and an S3 server, in a network without a way
+out. It prints ``ready``, and ends with SIGTERM.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ S3 = f"http://{GATEWAY}:{S3_PORT}"
 
 
 def kubeconfig(file, token, namespace):
-    """Write the file by which kubectl and the others find the API server."""
+    """Write the file by which clients find the API server."""
     config = {
         "apiVersion": "v1",
         "kind": "Config",
@@ -41,7 +41,7 @@ def kubeconfig(file, token, namespace):
 
 
 def lay_network(folder):
-    """A bridge for the pods, and a hosts file and a resolver of this world's own."""
+    """Make a bridge for the pods, and give this world its own hosts file and resolver."""
     hosts, resolver = folder / "hosts", folder / "resolv.conf"
     hosts.write_text("127.0.0.1 localhost\n")
     resolver.write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
@@ -58,7 +58,7 @@ def lay_network(folder):
 
 
 async def answers(url):
-    """Wait until something answers."""
+    """Wait until a URL answers."""
     async with aiohttp.ClientSession() as session:
         while True:
             try:
