@@ -115,7 +115,8 @@ class Plan:
             )
 
         stride = settings.stride or min(network.model.stride, network.tile)
-        whole = Tiling.of(opened.shape[1:], network.tile, stride, settings.chunk_size)
+        chunk = chunk_sides(segment, settings.chunk_size)
+        whole = Tiling.of(opened.shape[1:], network.tile, stride, chunk)
         reach, region = _reach(whole, settings.roi_xyxy)
         if isinstance(opened, Segment):  # reads less than slices of its volume would
             inside = opened.take(kept).crop(*reach.slices)
@@ -139,7 +140,7 @@ class Plan:
             is_reversed=settings.force_reverse,
             volume=volume,
             mask=mask,
-            tiling=Tiling.of(volume.shape[1:], network.tile, stride, settings.chunk_size),
+            tiling=Tiling.of(volume.shape[1:], network.tile, stride, chunk),
             corner=corner,
             region=region,
             roi_xyxy=region.shift(*corner).xyxy if settings.roi_xyxy or cropped else None,
@@ -191,6 +192,16 @@ class Plan:
             f"of {self.tiling.tile} px at stride {self.tiling.stride}, model "
             f"{self.network.model.key}{mask}"
         )
+
+
+def chunk_sides(segment: Segment | None, side: int) -> tuple[int, int]:
+    """Height and width of the chunks for a CHUNK_SIZE.
+
+    They are squares, but lower where rows are what layers are stored in: a row of chunks, as wide
+    as the segment, is in memory at a time.
+    """
+    wide = segment is not None and side < segment.source.shape[2] <= segment.source.unit[1]
+    return (side * 3 // 4 if wide else side), side
 
 
 def span(layers: tuple[int, ...]) -> str:

@@ -37,7 +37,7 @@ def store_of(folder: Path, side: int) -> GridStore:
 def write_grid(store: GridStore) -> None:
     """Store random probabilities, smooth as real ones are not: the file is as large as it gets."""
     rng = np.random.default_rng(0)
-    store.create({"benchmark": "blend"}, {})
+    store.make_arrays()
     y, x = store.tiling.y, store.tiling.x
     for row, column in np.ndindex(store.tiling.block_shape):
         grid = rng.random((y.grid_chunks[row], x.grid_chunks[column], K, K), np.float32)
@@ -51,7 +51,7 @@ def blend_stored(store: GridStore, folder: Path, with_picture: bool) -> float:
     ink = blend(store.grid(), store.valid(), store.tiling)
     if with_picture:
         grey = da.map_blocks(to_uint8, ink, dtype=np.uint8)
-        write_pyramid(grey, str(folder / "ink.zarr"), {"model": "random tiles"})
+        write_pyramid(grey, str(folder / "ink.zarr"), None)
         export(str(folder / "ink.zarr"), str(folder / "ink.png"))
     else:
         parts = [dask.delayed(np.ndarray.sum)(block) for block in ink.to_delayed().ravel()]

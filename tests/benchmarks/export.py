@@ -40,7 +40,7 @@ chunks = (*tiling.grid_chunks, 4, 4)
 grid = random.random((*tiling.grid_shape, 4, 4), dtype=np.float32, chunks=chunks) ** 3
 ink = blend(grid, da.ones(tiling.shape, dtype=bool, chunks=tiling.chunks), tiling)
 picture = da.map_blocks(to_uint8, ink, dtype=np.uint8)
-write_pyramid(picture, prediction, {"model": "random tiles"}, 7.91)
+write_pyramid(picture, prediction, None, 7.91)
 print(peak_memory())
 """
 

@@ -28,8 +28,10 @@ from distributed import Client, LocalCluster
 
 import inkdask
 from inkdask import workflow
+from inkdask.filling import together
 from inkdask.preparation import CHUNK, SHARD
 from inkdask.settings import Settings
+from inkdask.specs import Passes
 
 LAYERS, WINDOW = 26, 1000
 
@@ -61,14 +63,14 @@ def main() -> None:
             result_file=f"{scratch}/result.txt",
         )  # fmt: skip
         start = time.perf_counter()
-        job = workflow.Job.of(settings)
-        job.stored.create()
+        job = workflow.settle(settings)
+        job.create()
         rows.append(("headers read, job settled", time.perf_counter() - start, "", ""))
 
         start = time.perf_counter()
         every = np.argwhere(np.ones(job.plan.tiling.block_shape, bool))
-        passes = workflow.Passes(job.store.passes_done(), job.plan.tiling.passes - 1)
-        tasks = workflow._together(every, job.plan, job.store, passes)
+        passes = Passes(job.grid.passes_done(), job.plan.tiling.passes - 1)
+        tasks = together(every, job.plan, job.grid, passes)
         rows.append((f"{len(tasks):,} chunks as tasks", time.perf_counter() - start, "", ""))
 
         start = time.perf_counter()

@@ -98,18 +98,25 @@ def job_with_stopwatch(folder: Path, precision: str) -> None:
     from dask.diagnostics import Profiler
     from dask.utils import key_split
 
-    from inkdask import blending, halo, inference, predictor, reduction, storage, store, workflow
+    from inkdask import (
+        blending,
+        filling,
+        inference,
+        predictor,
+        reduction,
+        storage,
+        store,
+        workflow,
+    )
     from inkdask.reading import tiff
 
     watch = Stopwatch()
-    watch.on(workflow.Job, "of", "settle")
-    watch.on(workflow, "check_weights", "weights")
+    watch.on(workflow, "settle", "settle")
+    watch.on(filling, "check_weights", "weights")
     watch.on(workflow, "fill", "fill")
     watch.on(reduction, "write", "picture")
     watch.on(storage, "read_range", "read")
     watch.on(tiff.Layout, "decode", "decode")
-    watch.on(tiff, "_paste", "decode")
-    watch.on(halo, "_join", "halo")
     watch.on(inference, "tiles_with_data", "find empty tiles")
     watch.on(store.GridStore, "write", "store")
     watch.on(blending, "blend_chunk", "blend")
@@ -248,7 +255,7 @@ def main() -> None:
     table(("step", "time", "of the job"), [*rows, ("all", f"{wall:.2f} s", "100.0%")])
 
     print("\nOn other threads meanwhile, summed over them:\n")
-    others = ("read", "decode", "halo", "find empty tiles", "store", "blend")
+    others = ("read", "decode", "find empty tiles", "store", "blend")
     table(
         ("step", "time", "to the time of forward"),
         ((name, f"{steps[name]:.3f} s", f"{steps[name] / forward:.2%}") for name in others),

@@ -57,7 +57,7 @@ def until_half(folder: Path, work: str) -> tuple[float, int, int]:
             while process.poll() is None:
                 time.sleep(0.05)
                 for place in (folder / work).glob("*.zarr"):
-                    marks = place / "tiles" / "zarr.json"
+                    marks = place / "g1" / "ran_in" / "zarr.json"  # made last
                     if marks.exists() and GridStore.label(str(place)):
                         done = GridStore.open(str(place))[0].chunks_done()
                         if 2 * np.count_nonzero(done) >= done.size:

@@ -72,11 +72,11 @@ def measure(workers: int, segment: Path, scratch: Path, seconds: float) -> tuple
             ]
         )
         settings = Settings.of(s3_path=segment, model=Sleeping(seconds), **options)
-        job, summary = workflow.Job.of(settings), Summary()
-        job.stored.create()
+        job, summary = workflow.settle(settings), Summary()
+        job.create()
         tiling = job.plan.tiling
         every = np.ones(tiling.block_shape, bool)
-        workflow.fill(job.store, job.plan, every, summary, tiling.passes - 1)
+        workflow.fill(job.grid, job.plan, every, summary, tiling.passes - 1)
         return summary.ran, summary.inferring
 
 
