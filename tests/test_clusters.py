@@ -210,8 +210,7 @@ def test_run_refuses_scheduler_and_workers_with_another_inkdask(segment, start_d
             f"This process has inkdask {version}, but the scheduler at {address}"
         )
         assert said.endswith(
-            f" and 1 more differ too: install inkdask {version} in the environment of each of "
-            "them, and start them again."
+            f" and 1 more differ too: install inkdask {version} there, and start the cluster again."
         )
         assert f"the scheduler at {address} has none, " in said
         told = {"old": "0.0.1", "none": "none", "broken": "a broken one (half installed)"}

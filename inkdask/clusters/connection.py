@@ -70,7 +70,8 @@ def check_versions(client: Client) -> None:
     def inkdask_of(answer: Any) -> str:
         if isinstance(answer, ImportError):
             return "none"
-        return f"a broken one ({answer})" if isinstance(answer, Exception) else str(answer)
+        said = str(answer).partition("\n")[0]
+        return f"a broken one ({said})" if isinstance(answer, Exception) else said
 
     wrong = [
         f"{where} has {inkdask_of(answer)}"
@@ -82,8 +83,8 @@ def check_versions(client: Client) -> None:
         *others, last = wrong[:NAMED] + more
         there = f"{', '.join(others)} and {last}" if others else last
         raise InkdaskError(
-            f"This process has inkdask {ours}, but {there}: install inkdask {ours} "
-            "in the environment of each of them, and start them again."
+            f"This process has inkdask {ours}, but {there}: install inkdask {ours} there, and "
+            "start the cluster again."
         )
 
 
