@@ -90,7 +90,7 @@ class Segment:
     @property
     def volume(self) -> da.Array:
         """Layers as dask uint8 (z, y, x), in chunks that follow the files."""
-        return lazy(self.source, f"{self.identity} {self.layers}", self.box)
+        return self.lazy()[0]
 
     @property
     def mask(self) -> da.Array | None:
