@@ -4,20 +4,58 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from inkdask import records, storage
+from inkdask.blending import Window
 from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
-from inkdask.identity import Origin, Recipe, Region, Said, differences
+from inkdask.identity import Origin, Provenance, Recipe, Said, differences
+from inkdask.pictures.exporting import Look
 from inkdask.plan import Plan
-from inkdask.provenance import UNSAID, asked_of, origin_of, recipe_of, said_of
+from inkdask.provenance import UNSAID, asked_of, origin_of, picture_options, recipe_of, said_of
 from inkdask.segment import open_segment
 from inkdask.settings import Settings
 from inkdask.specs import NO_MASK
 from inkdask.store import GridStore
 
 log = logging.getLogger("inkdask")
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How a picture is made of a grid.
+
+    Attributes
+    ----------
+    blend_mode, gaussian_sigma
+        The blending window.
+    pixel_um
+        Side of a pixel in micrometers; None where it is not known.
+    look
+        How the picture is shown.
+    words
+        All of this and the region, as words of a command.
+    """
+
+    blend_mode: Window
+    gaussian_sigma: float
+    pixel_um: float | None
+    look: Look
+    words: tuple[str, ...]
+
+
+def rendering_of(settings: Settings, origin: Origin) -> Rendering:
+    """Return what the settings say about the picture."""
+    bar = settings.scale_bar_length_um if settings.add_scale_bar else None
+    return Rendering(
+        blend_mode=settings.blend_mode,
+        gaussian_sigma=settings.gaussian_sigma,
+        pixel_um=settings.pixel_resolution_um,
+        look=Look(reverse_video=settings.reverse_video, scale_bar_um=bar),
+        words=picture_options(settings, origin.roi_xyxy),
+    )
 
 
 @dataclass(frozen=True)
@@ -32,8 +70,8 @@ class Job:
         Where its tiles are stored.
     target
         Place of the picture, without an ending.
-    roi
-        What the picture shows, in pixels of the segment; None for all of the grid.
+    rendering
+        How the picture is made of the grid.
     folder
         Where the record of the job is kept; None for a grid that was named.
     plan
@@ -45,7 +83,7 @@ class Job:
     said: Said | None
     grid: GridStore
     target: str
-    roi: Region | None
+    rendering: Rendering
     folder: str | None = None
     plan: Plan | None = None
 
@@ -60,7 +98,8 @@ class Job:
             folder = settings.zarr_output_dir
         target = output_stem(settings.output_path, origin, recipe.model)
         said = said_of(plan, origin, settings)
-        return cls(recipe, origin, said, grid, target, origin.roi_xyxy, folder, plan)
+        rendering = rendering_of(settings, origin)
+        return cls(recipe, origin, said, grid, target, rendering, folder, plan)
 
     @classmethod
     def found(cls, settings: Settings) -> Job:
@@ -84,7 +123,8 @@ class Job:
                 raise InkdaskError(f"The tile grid {uri} is old: {changed}; {first} first.")
         origin = replace(label.origin, roi_xyxy=settings.roi_xyxy or label.origin.roi_xyxy)
         target = output_stem(settings.output_path, origin, label.recipe.model)
-        return cls(label.recipe, origin, label.said, grid, target, origin.roi_xyxy)
+        rendering = rendering_of(settings, origin)
+        return cls(label.recipe, origin, label.said, grid, target, rendering)
 
     def create(self) -> None:
         """Make the grid where it is not there, and keep the record by which `reduce` finds it."""
@@ -112,10 +152,26 @@ class Job:
             )
 
     @property
+    def provenance(self) -> Provenance:
+        """What a picture of the tiles that are there says of itself."""
+        words = self.origin.command
+        if words is not None:
+            words = (*words, *self.rendering.words)
+        return Provenance(
+            recipe=self.recipe,
+            origin=replace(self.origin, command=words),
+            blend_mode=self.rendering.blend_mode,
+            gaussian_sigma=self.rendering.gaussian_sigma,
+            ran_in=self.grid.precisions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    @property
     def region(self) -> Box:
         """Pixels of the grid's volume that are the picture."""
         covered = Box.at(self.recipe.corner, self.recipe.size)
-        region = Box.of_xyxy(self.roi) if self.roi else covered
+        roi = self.origin.roi_xyxy
+        region = Box.of_xyxy(roi) if roi else covered
         if not covered.holds(region):
             raise SettingsError(
                 f"ROI_XYXY {','.join(map(str, region.xyxy))} reaches beyond the tile grid, which "

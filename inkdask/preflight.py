@@ -27,7 +27,6 @@ from inkdask.progress import amount
 from inkdask.provenance import absolute
 from inkdask.reading.volume import Source
 from inkdask.segment import Segment, name_of, open_segment
-from inkdask.settings import Settings
 from inkdask.specs import NO_MASK
 from inkdask.storage import outputs
 from inkdask.store import GridStore
@@ -50,39 +49,43 @@ class Need:
     size: float
 
 
-def check_places(job: Job, settings: Settings) -> None:
+def check_places(job: Job, result_file: str, num_parts: int, overwrite: bool) -> None:
     """Check that all that a job writes, or one part of it, has a place and the room for it."""
     grid = storage.join(job.grid.uri, "zarr.json")
-    for file in (f"{job.target}.png", settings.result_file, grid):
+    for file in (f"{job.target}.png", result_file, grid):
         outputs.check_writable(file)
-    variable = "GRID" if settings.grid else "ZARR_OUTPUT_DIR"
+    variable = "ZARR_OUTPUT_DIR" if job.folder else "GRID"
     missing = 1.0
-    if not settings.overwrite and GridStore.label(job.grid.uri):
+    if not overwrite and GridStore.label(job.grid.uri):
         with suppress(InkdaskError):  # another part is just making it, or `run` says what is wrong
             missing = float(np.mean(~job.grid.chunks_done()))
-    size = missing * _grid_bytes(job.grid) / settings.num_parts
+    size = missing * _grid_bytes(job.grid) / num_parts
     needs = [Need("tile grid", variable, job.grid.uri, size)]
-    if settings.num_parts == 1:
+    if num_parts == 1:
         needs += _picture(job.region, job.target)
     check_disks([*needs, *_scratch(job.plan.segment if job.plan else None)])
 
 
-def check_prepared(plan: Plan, settings: Settings) -> None:
-    """Check that a prepared array holds the layers of the segment whose picture is to be made."""
-    made_of = plan.segment.source.made_of if plan.segment else None
-    if made_of is None or not settings.surface_volume_zarr:
+def check_prepared(job: Job, replaces: bool) -> None:
+    """Check that a prepared array holds the layers of the segment whose picture is to be made.
+
+    ``replaces`` is whether the picture goes to the segment itself.
+    """
+    segment = job.plan.segment if job.plan else None
+    made_of = segment.source.made_of if segment else None
+    place, source = job.origin.volume, job.origin.source
+    if made_of is None or source is None or place == source:
         return
-    place, source = settings.surface_volume_zarr, str(plan.source)
-    if name_of(made_of.uri) != name_of(source) and not settings.output_path:
+    if name_of(made_of.uri) != name_of(source) and replaces:
         raise SettingsError(
             f"SURFACE_VOLUME_ZARR {place} was prepared from {made_of.uri}, and the picture of "
             f"S3_PATH {source} would be replaced: set OUTPUT_PATH where that is right."
         )
-    if absolute(made_of.uri) != absolute(source):
+    if absolute(made_of.uri) != source:
         return
     layers = min(made_of.layers), max(made_of.layers) + 1
     try:
-        now = open_segment(source, layers, mask=NO_MASK, level=settings.ome_zarr_level).identity
+        now = open_segment(source, layers, mask=NO_MASK, level=job.origin.ome_zarr_level).identity
     except InkdaskError as error:  # the layers may be gone, for which an array is prepared too
         log.info("The layers of %s cannot be compared with %s: %s", source, place, error)
         return

@@ -6,7 +6,6 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -115,21 +114,9 @@ def asked_of(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None or name in UNSAID}
 
 
-def provenance_of(
-    recipe: Recipe, origin: Origin, ran_in: tuple[str, ...], settings: Settings
-) -> Provenance:
-    """Return what a picture says of itself; no secret is in it."""
-    words = origin.command
-    if words is not None:
-        words = (*words, *_options(OF_PICTURES, settings, roi_xyxy=origin.roi_xyxy))
-    return Provenance(
-        recipe=recipe,
-        origin=replace(origin, command=words),
-        blend_mode=settings.blend_mode,
-        gaussian_sigma=settings.gaussian_sigma,
-        ran_in=ran_in,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+def picture_options(settings: Settings, roi: Region | None) -> tuple[str, ...]:
+    """Return what the settings say about the picture alone, as words of a command."""
+    return tuple(_options(OF_PICTURES, settings, roi_xyxy=roi))
 
 
 def _command(plan: Plan, origin: Origin, settings: Settings) -> tuple[str, ...] | None:

@@ -12,7 +12,6 @@ from dataclasses import replace
 import dask.array as da
 import numpy as np
 
-from inkdask import storage
 from inkdask.blending import blend
 from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance, differences
@@ -22,45 +21,33 @@ from inkdask.pictures import exporting
 from inkdask.pictures.picture import is_picture, open_picture
 from inkdask.pictures.pyramid import to_uint8, write_pyramid
 from inkdask.preflight import check_room_for_picture
-from inkdask.provenance import provenance_of
-from inkdask.settings import Settings
 from inkdask.storage import outputs
-from inkdask.tiling import Tiling
 
 log = logging.getLogger("inkdask")
 
 PREVIEW = "_preview"  # of a picture that is not yet final
 
 
-def picture(job: Job, settings: Settings) -> str:
+def picture(job: Job, num_parts: int) -> str:
     """Blend a stored grid, write the picture, and return its URI."""
-    region = job.region
-    for place in (f"{job.target}.png", settings.result_file):
-        outputs.check_writable(place)
-    check_room_for_picture(region, job.target)
-    check_complete(job, settings)
-    made_of = provenance_of(job.recipe, job.origin, job.grid.precisions(), settings)
-    tell_of_replaced(f"{job.target}.zarr", made_of)
-    write(job, job.target, made_of, settings)
+    outputs.check_writable(f"{job.target}.png")
+    check_room_for_picture(job.region, job.target)
+    check_complete(job, num_parts)
+    tell_of_replaced(f"{job.target}.zarr", job.provenance)
+    write(job, job.target)
     for ending in (".png", ".zarr"):
         outputs.remove(job.target + PREVIEW + ending)
     job.grid.remove_earlier()
     return f"{job.target}.png"
 
 
-def preview(job: Job, settings: Settings) -> str:
+def preview(job: Job) -> str:
     """Write the picture of the tiles that are there so far, beside the final one's place."""
-    made_of = provenance_of(job.recipe, job.origin, job.grid.precisions(), settings)
-    write(job, job.target + PREVIEW, made_of, settings)
+    write(job, job.target + PREVIEW)
     return f"{job.target}{PREVIEW}.png"
 
 
-def announce(uri: str, settings: Settings) -> None:
-    """Write the URI of the picture to the result file: the last thing that a job does."""
-    storage.write_bytes(settings.result_file, uri.encode())
-
-
-def check_complete(job: Job, settings: Settings) -> None:
+def check_complete(job: Job, num_parts: int) -> None:
     """Check that the grid lacks nothing of the region: a picture never has holes."""
     grid, region = job.grid, job.region
     y = grid.tiling.y.reaching_chunks(region.top, region.bottom)
@@ -70,14 +57,12 @@ def check_complete(job: Job, settings: Settings) -> None:
     missing = needed & ~grid.chunks_done()
     if missing.any():
         work = grid.work()
-        parts = assign(np.zeros(missing.shape) if work is None else work, settings.num_parts)
+        parts = assign(np.zeros(missing.shape) if work is None else work, num_parts)
         lacking = ", ".join(map(str, np.unique(parts[missing])))
-        tiling = grid.tiling
-        usual = Tiling.of(tiling.shape, tiling.tile, tiling.stride, settings.chunk_size)
-        chunks = "" if usual.x.step == tiling.x.step else f"CHUNK_SIZE={tiling.x.step}, "
+        chunks = f"CHUNK_SIZE={job.said.chunk_size}, " if job.said else ""
         raise InkdaskError(
             f"{np.count_nonzero(missing)} of {np.count_nonzero(needed)} chunks are missing in "
-            f"{grid.uri}: run STEP=inference with {chunks}NUM_PARTS={settings.num_parts} and "
+            f"{grid.uri}: run STEP=inference with {chunks}NUM_PARTS={num_parts} and "
             f"PART_ID={lacking} first."
         )
 
@@ -107,14 +92,11 @@ def tell_of_replaced(uri: str, made_of: Provenance) -> None:
             log.info("%s is replaced: its %s", uri, differing)
 
 
-def write(job: Job, target: str, made_of: Provenance, settings: Settings) -> None:
+def write(job: Job, target: str) -> None:
     """Write the picture as ``<target>.zarr`` and ``<target>.png``, each whole or not at all."""
-    region, grid = job.region, job.grid
-    ink = blend(
-        grid.grid(), grid.valid(), grid.tiling, settings.blend_mode, settings.gaussian_sigma
-    )[region.slices]
-    grey = da.map_blocks(to_uint8, ink, dtype=np.uint8)
+    region, grid, how = job.region, job.grid, job.rendering
+    ink = blend(grid.grid(), grid.valid(), grid.tiling, how.blend_mode, how.gaussian_sigma)
+    grey = da.map_blocks(to_uint8, ink[region.slices], dtype=np.uint8)
     corner = region.shift(*job.recipe.corner).corner
-    write_pyramid(grey, f"{target}.zarr", made_of, settings.pixel_resolution_um, corner)
-    stored = open_picture(f"{target}.zarr")
-    exporting.write(stored, f"{target}.png", exporting.Look.of(settings))
+    write_pyramid(grey, f"{target}.zarr", job.provenance, how.pixel_um, corner)
+    exporting.write(open_picture(f"{target}.zarr"), f"{target}.png", how.look)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from inkdask import storage
 from inkdask.blending import blend
 from inkdask.clusters import connect, report
 from inkdask.errors import SettingsError
@@ -20,7 +21,7 @@ from inkdask.parts import agreed_work, assign
 from inkdask.plan import Given, Plan
 from inkdask.preflight import check_memory, check_places, check_prepared
 from inkdask.preparation import prepare
-from inkdask.reduction import announce, picture, preview
+from inkdask.reduction import picture, preview
 from inkdask.settings import Settings
 from inkdask.storage import outputs
 from inkdask.summary import Summary
@@ -108,7 +109,7 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
         uri = compute(job, mine, summary, settings)
         summary.say(uri)
     if is_whole:
-        announce(uri, settings)
+        storage.write_bytes(settings.result_file, uri.encode())  # last of all
     return uri
 
 
@@ -120,11 +121,9 @@ def compute(job: Job, mine: np.ndarray, summary: Summary, settings: Settings) ->
     for last in range(0 if settings.progressive else passes - 1, passes):
         fill(job.grid, plan, mine, summary, last)
         if last < passes - 1 and is_whole:
-            log.info("pass %d of %d: %s", last + 1, passes, preview(job, settings))
+            log.info("pass %d of %d: %s", last + 1, passes, preview(job))
     job.check_unchanged()
-    if not is_whole:
-        return job.grid.uri
-    return picture(job, settings)
+    return picture(job, num_parts=1) if is_whole else job.grid.uri
 
 
 def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
@@ -143,9 +142,10 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
     if settings.add_scale_bar:
         settings.require("pixel_resolution_um")
     job = Job.found(settings)
+    outputs.check_writable(settings.result_file)
     with connect(settings), report(settings.report):
-        uri = picture(job, settings)
-    announce(uri, settings)
+        uri = picture(job, settings.num_parts)
+    storage.write_bytes(settings.result_file, uri.encode())
     return uri
 
 
@@ -181,10 +181,10 @@ def settle(settings: Settings) -> Job:
     settings.export_devices()
     settings.export_token()
     plan = Plan.of(str(settings.s3_path), settings)
-    check_prepared(plan, settings)
     job = Job.of(plan, settings)
+    check_prepared(job, replaces=settings.output_path is None)
     job.grid.check_place(job.recipe)
-    check_places(job, settings)
+    check_places(job, settings.result_file, settings.num_parts, settings.overwrite)
     return job
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,16 +38,20 @@ def connect(settings: Settings) -> Iterator[Client | None]:
             check_versions(client)
         yield None
         return
-    with start(address)(settings) as client:
+    with start(address, settings) as client:
         log.info("Dashboard of the cluster: %s", client.dashboard_link)
         check_versions(client)
         yield client
 
 
-def start(address: str) -> Callable[[Settings], AbstractContextManager[Client]]:
-    """Return the function that makes a cluster of this kind, or connects to this address."""
-    kinds = {"local": local, "cuda": cuda, "kubernetes": kubernetes}
-    return kinds.get(address, existing)
+def start(address: str, settings: Settings) -> AbstractContextManager[Client]:
+    """Make a cluster of this kind, or connect to this address."""
+    if address == "local":
+        return local(settings.max_workers)
+    if address == "cuda":
+        named = "cuda_visible_devices" in settings.model_fields_set
+        return cuda(settings.cuda_visible_devices if named else None, settings.max_workers)
+    return kubernetes(settings) if address == "kubernetes" else existing(address)
 
 
 def check_versions(client: Client) -> None:
@@ -89,11 +93,10 @@ def check_versions(client: Client) -> None:
 
 
 @contextmanager
-def existing(settings: Settings) -> Iterator[Client]:
+def existing(address: str) -> Iterator[Client]:
     """Connect to a running scheduler; ``tls://`` takes certificates from Dask's settings."""
     from distributed import Client
 
-    address = settings.scheduler_address or settings.cluster
     before = engine.current_client()
     try:
         client = Client(address, timeout=_patience())

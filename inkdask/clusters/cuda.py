@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from inkdask.clusters.local import DASHBOARD
 from inkdask.errors import InkdaskError
-from inkdask.settings import Settings
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -18,8 +17,8 @@ THREADS = 4  # per worker: one waits for the GPU, the others read and decode ahe
 
 
 @contextmanager
-def cuda(settings: Settings) -> Iterator[Client]:
-    """Start a worker for each GPU that CUDA_VISIBLE_DEVICES names; without it, for each GPU.
+def cuda(devices: str | None, max_workers: int | None) -> Iterator[Client]:
+    """Start a worker for each GPU that ``devices`` names, as CUDA counts them; None for each GPU.
 
     There is no RMM pool, because CUDA graphs (``COMPILE_MODE=reduce-overhead``) need torch's own
     allocator, and CuPy uses only a few megabytes beside it.
@@ -33,15 +32,13 @@ def cuda(settings: Settings) -> Iterator[Client]:
         ) from error
     from distributed import Client
 
-    named = "cuda_visible_devices" in settings.model_fields_set
-    if not named:
+    if devices is None:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    devices = settings.cuda_visible_devices if named else None
     try:
         gpus = len(devices.split(",")) if devices else get_n_gpus()
         cluster = LocalCUDACluster(
             CUDA_VISIBLE_DEVICES=devices,
-            n_workers=min(settings.max_workers or gpus, gpus),
+            n_workers=min(max_workers or gpus, gpus),
             threads_per_worker=THREADS,
             dashboard_address=DASHBOARD,
         )

@@ -51,7 +51,7 @@ def kubernetes(settings: Settings) -> Iterator[Client]:
     distributed.Client
         As soon as one worker is connected; at once when ``min_workers`` is 0.
     """
-    minimum, maximum = _bounds(settings)
+    minimum, maximum = _bounds(settings.min_workers, settings.max_workers)
     _check_reachable_from_workers(settings)
     try:
         from dask_kubernetes.operator import KubeCluster
@@ -160,9 +160,8 @@ def _load(path: str) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _bounds(settings: Settings) -> tuple[int, int]:
+def _bounds(minimum: int, maximum: int | None) -> tuple[int, int]:
     """Least and largest number of workers."""
-    minimum, maximum = settings.min_workers, settings.max_workers
     if maximum is None:
         return minimum, max(minimum, MAX_WORKERS)
     if minimum > maximum:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from dask.system import CPU_COUNT
 
-from inkdask.settings import Settings
-
 if TYPE_CHECKING:
     from distributed import Client
 
@@ -18,7 +16,7 @@ DASHBOARD = "127.0.0.1:8787"
 
 
 @contextmanager
-def local(settings: Settings) -> Iterator[Client]:
+def local(max_workers: int | None) -> Iterator[Client]:
     """Start one worker process for every 4 cores, or ``max_workers``.
 
     One thread of a worker runs all forward passes, with the worker's share of the cores. Another
@@ -26,7 +24,7 @@ def local(settings: Settings) -> Iterator[Client]:
     """
     from distributed import Client, LocalCluster
 
-    workers = settings.max_workers or max(CPU_COUNT // CORES, 1)
+    workers = max_workers or max(CPU_COUNT // CORES, 1)
     cores = max(CPU_COUNT // workers, 1)
     with (
         LocalCluster(
