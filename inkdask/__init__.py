@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from inkdask.errors import InkdaskError
     from inkdask.inkmap import InkMap
     from inkdask.pictures.exporting import export
-    from inkdask.preparation import prepare
     from inkdask.segment import Segment, open_segment
     from inkdask.settings import Settings
     from inkdask.specs import ModelSpec
-    from inkdask.workflow import check, predict, run
+    from inkdask.workflow import check, predict, prepare, reduce, run
 
 _HOME = {
     "InkMap": "inkmap",
@@ -36,7 +35,8 @@ _HOME = {
     "export": "pictures.exporting",
     "open_segment": "segment",
     "predict": "workflow",
-    "prepare": "preparation",
+    "prepare": "workflow",
+    "reduce": "workflow",
     "run": "workflow",
 }
 
@@ -51,6 +51,7 @@ __all__ = [
     "open_segment",
     "predict",
     "prepare",
+    "reduce",
     "run",
     "view",
 ]

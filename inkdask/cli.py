@@ -186,7 +186,7 @@ def prepare(**given: Any) -> None:
 
     Pays off when many jobs read the same segment, or when its layers cannot be read in parts.
     """
-    from inkdask.preparation import prepare
+    from inkdask.workflow import prepare
 
     print(prepare(**_given(given)))
 

@@ -94,6 +94,7 @@ def over_chunks(
     tiling: Tiling,
     volume: da.Array,
     mask: da.Array | None = None,
+    *,
     chunks: Any = None,
     **options: Any,
 ) -> da.Array:

@@ -2,14 +2,14 @@
 
 A zarr 3 array uint8 (z, y, x): one object for each block of about 1,024 pixels a side (a shard),
 in chunks of 128 pixels a side that can be read alone. It is written block by block, so memory does
-not grow with the segment; a stopped run resumes; and until the last block is there, the array says
+not grow with the segment, and a stopped run resumes. Until the last block is there, the array says
 of itself that it is not finished, and nothing reads it.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,7 @@ from inkdask.reading.zarr_volume import (
     OCCUPIED_ATTRIBUTE,
     PREPARED_ATTRIBUTE,
 )
-from inkdask.segment import Segment, open_segment
-from inkdask.settings import Settings
-from inkdask.specs import NO_MASK
+from inkdask.segment import Segment
 from inkdask.storage import outputs
 from inkdask.store import restarted
 from inkdask.tiling import Tiling
@@ -41,137 +39,137 @@ log = logging.getLogger("inkdask")
 SHARD, CHUNK = 1024, 128  # pixels a side
 
 
-def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
-    """Write the layers of a segment to a zarr array, and return its URI.
+@dataclass(frozen=True)
+class Preparation:
+    """An array that is to hold a segment, and a mark for each block: its share of data, or -1."""
 
-    Parameters
-    ----------
-    s3_path
-        The segment, an ``s3://`` URI or a local path.
-    **options
-        Of `inkdask.settings.Settings`: ``layers`` (default: all), ``surface_volume_zarr`` (where
-        the array goes; default: in ``zarr_output_dir``), ``use_zarr_compression``, ``overwrite``.
+    uri: str
+    segment: Segment
+    is_compressed: bool
 
-    Raises
-    ------
-    InkdaskError
-        In one sentence; what is done is kept, and the same call resumes.
-    """
-    given = options if s3_path is None else {**options, "s3_path": os.fspath(s3_path)}
-    settings = Settings.of(**given)
-    settings.require("s3_path")
-    segment = open_segment(
-        str(settings.s3_path), settings.layers, mask=NO_MASK, level=settings.ome_zarr_level
-    )
-    first, last = min(segment.layers), max(segment.layers)
-    name = f"{segment.name}-{first:02d}-{last + 1:02d}-{segment.identity}.volume.zarr"
-    uri = settings.surface_volume_zarr or storage.join(settings.zarr_output_dir, name)
-    outputs.check_writable(storage.join(uri, "zarr.json"))
+    @classmethod
+    def of(cls, segment: Segment, uri: str | None, folder: str, is_compressed: bool) -> Preparation:
+        """Settle where the array goes: to ``uri``, or under a folder by the segment's name."""
+        first, last = min(segment.layers), max(segment.layers)
+        name = f"{segment.name}-{first:02d}-{last + 1:02d}-{segment.identity}.volume.zarr"
+        uri = uri or storage.join(folder, name)
+        outputs.check_writable(storage.join(uri, "zarr.json"))
+        return cls(uri, segment, is_compressed)
 
-    # Tiles of one chunk without overlap: the blocks are whole shards, and there is no halo.
-    blocks = Tiling.of(segment.shape[1:], tile=CHUNK, stride=CHUNK, chunk=SHARD)
-    done = f"{uri}.done"
-    source = _source(segment, settings.use_zarr_compression)
-    if not _is_begun(uri, source, settings.overwrite) or settings.overwrite:
-        check_room_to_prepare(segment, uri, settings.use_zarr_compression)
-        restarted.append(uri)
-        _begin(uri, done, segment, blocks, source)
-    if storage.zarr_array(uri).attrs[FINISHED_ATTRIBUTE]:
-        log.info("%s is there already, made of the same files", uri)
-    else:
-        _fill(uri, done, segment, blocks, version=digest(source))
-        share = _shares(done, digest(source)).round(4).tolist()
-        with storage.explained(uri):
-            zarr.open_array(storage.zarr_store(uri), mode="r+").attrs.update(
+    def begin(self, overwrite: bool) -> None:
+        """Lay the empty array and its marks, where it is not begun or is to start anew."""
+        if self._is_begun(overwrite) and not overwrite:
+            return
+        check_room_to_prepare(self.segment, self.uri, self.is_compressed)
+        restarted.append(self.uri)
+        outputs.remove(self.uri)
+        depth = self.segment.shape[0]
+        with storage.explained(self.uri):
+            zarr.create_array(
+                storage.zarr_store(self._marks),
+                shape=self._blocks.block_shape,
+                chunks=(1, 1),
+                dtype="float32",
+                fill_value=-1,
+                overwrite=True,
+            )
+            zarr.create_array(
+                storage.zarr_store(self.uri),
+                shape=self.segment.shape,
+                shards=(depth, SHARD, SHARD),
+                chunks=(depth, CHUNK, CHUNK),
+                dtype="uint8",
+                fill_value=0,
+                compressors=ZstdCodec(level=3) if self.is_compressed else None,
+                dimension_names=("z", "y", "x"),
+                attributes={
+                    LAYERS_ATTRIBUTE: list(self.segment.layers),
+                    FINISHED_ATTRIBUTE: False,
+                    PREPARED_ATTRIBUTE: self._source,
+                },
+            )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all blocks are there."""
+        return bool(storage.zarr_array(self.uri).attrs[FINISHED_ATTRIBUTE])
+
+    def fill(self) -> None:
+        """Copy the blocks that are not there yet."""
+        missing = np.argwhere(self._shares() < 0)
+        volume, _ = self.segment.lazy(read_or_fail)
+        copies = over_chunks(
+            _copy_block,
+            self._blocks,
+            volume,
+            uri=self.uri,
+            marks=self._marks,
+            version=digest(self._source),
+        ).to_delayed()
+        shape = self.segment.shape
+        log.info("%s: %d layers of %d x %d pixels to %s", self.segment.uri, *shape, self.uri)
+        with Meter("surface volume", len(missing), "blocks") as meter:
+            tasks = [copies[row, column] for row, column in missing]
+            engine.compute_each(tasks, lambda _: meter.add(1)).check()
+
+    def finish(self) -> None:
+        """Say that the array is finished, and where it has data; remove the marks."""
+        share = self._shares().round(4).tolist()
+        with storage.explained(self.uri):
+            zarr.open_array(storage.zarr_store(self.uri), mode="r+").attrs.update(
                 {
-                    OCCUPIED_ATTRIBUTE: {"side": blocks.y.step, "share": share},
+                    OCCUPIED_ATTRIBUTE: {"side": self._blocks.y.step, "share": share},
                     FINISHED_ATTRIBUTE: True,
                 }
             )
-        outputs.remove(done)
-    return uri
+        outputs.remove(self._marks)
 
+    @property
+    def _marks(self) -> str:
+        return f"{self.uri}.done"
 
-def _is_begun(uri: str, source: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the array is there, made of the same files in the same way.
+    @property
+    def _blocks(self) -> Tiling:
+        # Tiles of one chunk without overlap: the blocks are whole shards, and there is no halo.
+        return Tiling.of(self.segment.shape[1:], tile=CHUNK, stride=CHUNK, chunk=SHARD)
 
-    An array that inkdask did not prepare is never touched; one of another segment only when that
-    is asked for.
-    """
-    if not storage.exists(uri):
-        return False
-    with storage.explained(uri):
-        try:
-            attributes = zarr.open_array(storage.zarr_store(uri), mode="r").attrs.asdict()
-        except (ValueError, TypeError, KeyError, FileNotFoundError):  # no zarr array
-            attributes = {}
-    if not {FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE, PREPARED_ATTRIBUTE} <= attributes.keys():
-        raise InkdaskError(f"{uri} is there, and it is no array that inkdask prepared.")
-    there: Any = attributes[PREPARED_ATTRIBUTE]
-    if there != source and not overwrite and there.get("uri") != source["uri"]:
-        raise InkdaskError(
-            f"{uri} was prepared from {there.get('uri')}: name another place, or replace it with "
-            "--overwrite."
-        )
-    return bool(there == source)
+    @property
+    def _source(self) -> dict[str, Any]:
+        return {
+            "uri": storage.absolute(self.segment.uri),
+            "identity": self.segment.identity,
+            "layers": list(self.segment.layers),
+            "compressed": self.is_compressed,
+        }
 
+    def _is_begun(self, overwrite: bool) -> bool:
+        """Whether the array is there, made of the same files in the same way.
 
-def _begin(uri: str, done: str, segment: Segment, blocks: Tiling, source: dict[str, Any]) -> None:
-    """Lay the empty array, and a mark for each block: its share of pixels with data, or -1."""
-    depth = segment.shape[0]
-    outputs.remove(uri)
-    with storage.explained(uri):
-        zarr.create_array(
-            storage.zarr_store(done),
-            shape=blocks.block_shape,
-            chunks=(1, 1),
-            dtype="float32",
-            fill_value=-1,
-            overwrite=True,
-        )
-        zarr.create_array(
-            storage.zarr_store(uri),
-            shape=segment.shape,
-            shards=(depth, SHARD, SHARD),
-            chunks=(depth, CHUNK, CHUNK),
-            dtype="uint8",
-            fill_value=0,
-            compressors=ZstdCodec(level=3) if source["compressed"] else None,
-            dimension_names=("z", "y", "x"),
-            attributes={
-                LAYERS_ATTRIBUTE: list(segment.layers),
-                FINISHED_ATTRIBUTE: False,
-                PREPARED_ATTRIBUTE: source,
-            },
-        )
+        An array that inkdask did not prepare is never touched; one of another segment only when
+        that is asked for.
+        """
+        if not storage.exists(self.uri):
+            return False
+        with storage.explained(self.uri):
+            try:
+                array = zarr.open_array(storage.zarr_store(self.uri), mode="r")
+                attributes: dict[str, Any] = array.attrs.asdict()
+            except (ValueError, TypeError, KeyError, FileNotFoundError):  # no zarr array
+                attributes = {}
+        if not {FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE, PREPARED_ATTRIBUTE} <= attributes.keys():
+            raise InkdaskError(f"{self.uri} is there, and it is no array that inkdask prepared.")
+        there = attributes[PREPARED_ATTRIBUTE]
+        if there.get("uri") != self._source["uri"] and not overwrite:
+            raise InkdaskError(
+                f"{self.uri} was prepared from {there.get('uri')}: name another place, or replace "
+                "it with --overwrite."
+            )
+        return bool(there == self._source)
 
-
-def _source(segment: Segment, compress: bool) -> dict[str, Any]:
-    return {
-        "uri": storage.absolute(segment.uri),
-        "identity": segment.identity,
-        "layers": list(segment.layers),
-        "compressed": compress,
-    }
-
-
-def _fill(uri: str, done: str, segment: Segment, blocks: Tiling, version: str) -> None:
-    """Copy the blocks that are not there yet."""
-    missing = np.argwhere(_shares(done, version) < 0)
-    volume, _ = segment.lazy(read_or_fail)
-    copies = over_chunks(
-        _copy_block, blocks, volume, uri=uri, done=done, version=version
-    ).to_delayed()
-    log.info("%s: %d layers of %d x %d pixels to %s", segment.uri, *segment.shape, uri)
-    with Meter("surface volume", len(missing), "blocks") as meter:
-        tasks = [copies[row, column] for row, column in missing]
-        engine.compute_each(tasks, lambda _: meter.add(1)).check()
-
-
-def _shares(done: str, version: str) -> np.ndarray:
-    """The marks of the blocks, float (rows, columns)."""
-    with storage.decoded(done, ": run inkdask prepare again with --overwrite"):
-        return np.asarray(storage.open_array(done, version)[:], float)
+    def _shares(self) -> np.ndarray:
+        """The marks of the blocks, float (rows, columns)."""
+        with storage.decoded(self._marks, ": run inkdask prepare again with --overwrite"):
+            return np.asarray(storage.open_array(self._marks, digest(self._source))[:], float)
 
 
 @fallible
@@ -180,7 +178,7 @@ def _copy_block(
     *,
     tiling: Tiling,
     uri: str,
-    done: str,
+    marks: str,
     version: str,
     block_id: tuple[int, int],
 ) -> None:
@@ -189,4 +187,4 @@ def _copy_block(
     with storage.explained(uri):
         storage.open_array(uri, version)[:, slice(*rows), slice(*columns)] = block
         share = np.count_nonzero(block.any(axis=0)) / block[0].size
-        storage.open_array(done, version)[row, column] = share
+        storage.open_array(marks, version)[row, column] = share

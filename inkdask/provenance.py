@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inkdask import storage
-from inkdask.identity import Origin, Provenance, Recipe, Said
+from inkdask.identity import Origin, Provenance, Recipe, Region, Said
 from inkdask.models.callables import name_of
 from inkdask.models.registry import known
 from inkdask.plan import Plan
@@ -74,7 +74,10 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
         command=None,
     )
     origin = without_secrets(origin)
-    return replace(origin, command=_command(plan, origin, settings))
+    if plan.network.function is not None:
+        return origin
+    words = (*_command(plan, origin, settings.model), *_options(OF_GRIDS, dict(settings)))
+    return replace(origin, command=tuple(map(str, words)))
 
 
 def said_of(plan: Plan, origin: Origin, settings: Settings) -> Said | None:
@@ -116,19 +119,17 @@ def asked_of(settings: Settings) -> dict[str, Any]:
 
 def picture_options(settings: Settings, roi: Region | None) -> tuple[str, ...]:
     """Return what the settings say about the picture alone, as words of a command."""
-    return tuple(_options(OF_PICTURES, settings, roi_xyxy=roi))
+    return tuple(_options(OF_PICTURES, {**dict(settings), "roi_xyxy": roi}))
 
 
-def _command(plan: Plan, origin: Origin, settings: Settings) -> tuple[str, ...] | None:
-    """Return the words of the command that makes the same grid; None for a callable.
+def _command(plan: Plan, origin: Origin, model: str) -> list[Any]:
+    """Return the words of the command that makes the same grid.
 
     What the model or the program would choose is said too, because a later version might choose
     otherwise.
     """
-    if plan.network.function is not None:
-        return None
     start, end = origin.layer_range
-    words: list[Any] = ["inkdask", "run", origin.source, "--model", _model(settings.model)]
+    words: list[Any] = ["inkdask", "run", origin.source, "--model", _model(model)]
     words += ["--layers", f"{start}:{end}", "--tile", plan.tiling.tile]
     words += ["--stride", plan.tiling.stride, "--clip", f"{plan.network.clip:.15g}"]
     words += ["--divisor", f"{plan.network.divisor:.15g}"]
@@ -136,13 +137,13 @@ def _command(plan: Plan, origin: Origin, settings: Settings) -> tuple[str, ...] 
         words += ["--surface-volume-zarr", origin.volume]
     if plan.mask_path:
         words += ["--mask-path", without_secrets(absolute(plan.mask_path))]
-    return tuple(map(str, [*words, *_options(OF_GRIDS, settings)]))
+    return words
 
 
-def _options(names: Sequence[str], settings: Settings, **instead: Any) -> Iterator[str]:
+def _options(names: Sequence[str], values: Mapping[str, Any]) -> Iterator[str]:
     """Yield, as words of a command, the parameters that are not at their defaults."""
     for name in names:
-        value = instead.get(name, getattr(settings, name))
+        value = values[name]
         if value != Settings.model_fields[name].default:
             yield f"--{name.replace('_', '-')}"
             if isinstance(value, tuple | list):

@@ -20,9 +20,11 @@ from inkdask.job import Job
 from inkdask.parts import agreed_work, assign
 from inkdask.plan import Given, Plan
 from inkdask.preflight import check_memory, check_places, check_prepared
-from inkdask.preparation import prepare
+from inkdask.preparation import Preparation
 from inkdask.reduction import picture, preview
-from inkdask.settings import Settings
+from inkdask.segment import open_segment
+from inkdask.settings import Settings, with_parameters
+from inkdask.specs import NO_MASK
 from inkdask.storage import outputs
 from inkdask.summary import Summary
 
@@ -31,6 +33,7 @@ log = logging.getLogger("inkdask")
 _OF_PATHS = ("s3_path", "surface_volume_zarr", "mask_path")
 
 
+@with_parameters
 def predict(
     source: Given,
     model: str | os.PathLike[str] | Callable[[Any], Any] | None = None,
@@ -73,6 +76,7 @@ def predict(
     )
 
 
+@with_parameters
 def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Do the whole job, from the layers to the picture in its place.
 
@@ -126,6 +130,7 @@ def compute(job: Job, mine: np.ndarray, summary: Summary, settings: Settings) ->
     return picture(job, num_parts=1) if is_whole else job.grid.uri
 
 
+@with_parameters
 def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Make the picture of a stored grid, and return its URI.
 
@@ -149,6 +154,7 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
     return uri
 
 
+@with_parameters
 def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Find out whether a job can run, before anything expensive is started.
 
@@ -171,6 +177,40 @@ def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     if settings.cluster == "threads":
         check_memory(plan_of(job))
     return f"{job.target}.png"
+
+
+@with_parameters
+def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
+    """Write the layers of a segment to a zarr array, and return its URI.
+
+    What is done is kept when it is stopped, and the same call resumes.
+
+    Parameters
+    ----------
+    s3_path
+        The segment, an ``s3://`` URI or a local path.
+    **options
+        Of `inkdask.settings.Settings`: ``layers`` (default: all), ``surface_volume_zarr`` (where
+        the array goes; default: in ``zarr_output_dir``), ``use_zarr_compression``, ``overwrite``.
+    """
+    settings = Settings.of(**options, **_given(s3_path=s3_path))
+    settings.require("s3_path")
+    segment = open_segment(
+        str(settings.s3_path), settings.layers, mask=NO_MASK, level=settings.ome_zarr_level
+    )
+    array = Preparation.of(
+        segment,
+        settings.surface_volume_zarr,
+        settings.zarr_output_dir,
+        settings.use_zarr_compression,
+    )
+    array.begin(settings.overwrite)
+    if array.is_finished:
+        log.info("%s is there already, made of the same files", array.uri)
+    else:
+        array.fill()
+        array.finish()
+    return array.uri
 
 
 def settle(settings: Settings) -> Job:

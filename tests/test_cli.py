@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 
 import inkdask
-from inkdask import cli
+from inkdask import cli, store
 from inkdask.memory import expected_memory
 from inkdask.models.registry import known
 from inkdask.tiling import Tiling
@@ -62,6 +62,7 @@ def test_interrupted_command_says_what_it_keeps(capsys, monkeypatch, words, says
     def leave(code):
         raise SystemExit(code)
 
+    monkeypatch.setattr(store, "restarted", [])
     monkeypatch.setattr(cli.inkdask_, "main", interrupted)
     monkeypatch.setattr(cli.os, "_exit", leave)
     with pytest.raises(SystemExit) as stopped:

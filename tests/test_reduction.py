@@ -260,7 +260,7 @@ def test_reduce_takes_the_job_that_is_meant(segment, tmp_path, monkeypatch):
     with pytest.raises(InkdaskError, match=r"2 jobs in .* chunk_size is .* in the first"):
         inkdask.run(segment, **options, step="reduce", num_parts=2)
     monkeypatch.setenv("CHUNK_SIZE", "192")
-    with pytest.raises(InkdaskError, match=r"in .*: run STEP=inference with NUM_PARTS=2 and PART"):
+    with pytest.raises(InkdaskError, match=r"with CHUNK_SIZE=192, NUM_PARTS=2 and PART_ID=1 first"):
         inkdask.run(segment, **options, step="reduce", num_parts=2)
     (grid,) = (g for g in grids(str(tmp_path / "partitions")) if share_done(g) < 1)
     monkeypatch.setenv("CHUNK_SIZE", "128")
