@@ -177,6 +177,13 @@ def test_digest_in_another_process_is_the_same_under_a_version(helper: Path) -> 
     assert versioned == here[1]
 
 
+def test_digest_needs_no_file_of_a_module(helper: Path) -> None:
+    models = models_of("helper")
+    helper.unlink()
+    for model in models.values():
+        assert digest(model) == digest(model)
+
+
 def test_digest_changes_with_the_version(helper: Path) -> None:
     for model in models_of("helper").values():
         assert len({digest(model, version) for version in (None, "1", "2")}) == 3

@@ -93,11 +93,11 @@ def _try(function: Callable[[Any], Any], spec: ModelSpec) -> int:
 
 
 def _digest(function: Callable[[Any], Any], pickled: bytes, version: str | None) -> str:
-    """Return a SHA-256 that is another one for every other callable.
+    """Return a SHA-256 that differs between callables.
 
-    Without a version, a callable whose pickle names the user's own modules gets a digest that no
-    later process repeats, because these modules may be edited meanwhile. Within the process their
-    files tell a reloaded module from the one before.
+    Without a version, a callable whose pickle names the user's own modules gets a digest of this
+    process alone, because these modules may be edited before the next one. The digest includes
+    their files, so that an edited and reloaded module gives another digest in this process.
     """
     if version is not None:
         return _sha256(pickled, version.encode())
@@ -110,8 +110,7 @@ def _digest(function: Callable[[Any], Any], pickled: bytes, version: str | None)
         name_of(function),
         modules[0],
     )
-    sources = (_file_of(module) for module in modules)
-    return _sha256(pickled, *(path.read_bytes() for path in sources if path), _THIS_PROCESS)
+    return _sha256(pickled, *(_content(_file_of(module)) for module in modules), _THIS_PROCESS)
 
 
 def _sha256(*parts: bytes) -> str:
@@ -122,8 +121,16 @@ def _source_file(function: Any) -> bytes:
     """Return the content of the file that defines a callable, or nothing without such a file."""
     try:
         kind = function if isinstance(function, FunctionType) else type(function)
-        return Path(inspect.getfile(kind)).read_bytes()
-    except (OSError, TypeError):
+        return _content(Path(inspect.getfile(kind)))
+    except (OSError, TypeError):  # of a built-in or interactive class
+        return b""
+
+
+def _content(path: Path | None) -> bytes:
+    """Return the content of a file, or nothing where it cannot be read."""
+    try:
+        return path.read_bytes() if path else b""
+    except OSError:
         return b""
 
 
