@@ -41,12 +41,11 @@ class Account:
     Attributes
     ----------
     failed
-        Failures for good, by the number of the task. Tasks that were never tried, because all the
-        first ones failed, are not in it.
+        Failures for good, by the number of the task; tasks that were never tried have none.
     succeeded
-        Number of the tasks that succeeded.
+        How many succeeded.
     lost
-        Tasks that a worker was at, or held, when it was lost; once for each loss.
+        How many a worker was at, or held, when it was lost; once for each loss.
     """
 
     failed: dict[int, Failure] = field(default_factory=dict)
@@ -59,7 +58,7 @@ class Account:
             log.debug("a task failed:\n%s", failure.trace)
             if isinstance(failure.error, InkdaskError):
                 raise failure.error
-            raise InkdaskError(f"{reason(failure.error)}.") from failure.error
+            raise InkdaskError(f"{failure.reason}.") from failure.error
 
 
 def compute_each(
@@ -68,9 +67,6 @@ def compute_each(
     alone: Callable[[int], Delayed] | None = None,
 ) -> Account:
     """Compute tasks in any order, and hand over each result as it comes.
-
-    Runs on the current ``distributed.Client`` where there is one, else on the threads of this
-    process; a library call never starts a cluster.
 
     Parameters
     ----------
@@ -118,12 +114,6 @@ def compute_each(
     return account
 
 
-def reason(error: Exception) -> str:
-    """Return what an error says, for a sentence: without its full stop."""
-    text = str(error) if isinstance(error, InkdaskError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split()).rstrip(".")
-
-
 def current_client() -> Any | None:
     """The ``distributed.Client`` of this process, or None."""
     if "distributed" not in sys.modules:  # nobody can have made one
@@ -138,16 +128,15 @@ def current_client() -> Any | None:
 
 
 def on_workers(function: Callable[[], Any]) -> list[Any]:
-    """Results of a function that every worker process runs now; none without a client."""
+    """Results of a function that every worker runs now; none without a client."""
     client = current_client()
     return [] if client is None else list(client.run(function).values())
 
 
 def threads() -> int:
-    """Threads of the local scheduler: the network has one of its own, the others read ahead.
+    """Threads of the local scheduler: one waits for the network, the others read ahead.
 
-    Dask's setting ``num_workers``, or as many as the cores: up to a number that feeds any GPU, as
-    each takes the memory of a chunk.
+    Dask's setting ``num_workers``, or as many as the cores, up to a number that feeds any GPU.
     """
     return dask.config.get("num_workers", None) or min(CPU_COUNT, MOST_THREADS) + 1
 
@@ -207,6 +196,12 @@ def _on_cluster(client: Any, tasks: Mapping[int, Delayed], tell: Tell, avoid: se
             # Nobody shall compute it again when the worker that holds it dies.
             future.release()
             tell(numbers[future.key], result)
+        events = [event for _, event in client.get_events("all") if isinstance(event, dict)]
+        lost = [event for event in events if event.get("action") == "remove-worker"]
+        return sum(
+            len(numbers.keys() & {*event["processing-tasks"], *event["lost-computed-tasks"]})
+            for event in lost
+        )
     except _HopelessError:
         raise
     except Exception as error:
@@ -219,9 +214,3 @@ def _on_cluster(client: Any, tasks: Mapping[int, Delayed], tell: Tell, avoid: se
     finally:
         if client.status == "running":
             client.cancel(futures)
-    events = [event for _, event in client.get_events("all") if isinstance(event, dict)]
-    return sum(
-        len(numbers.keys() & {*event["processing-tasks"], *event["lost-computed-tasks"]})
-        for event in events
-        if event.get("action") == "remove-worker"
-    )

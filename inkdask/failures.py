@@ -60,6 +60,13 @@ class Failure:
         """Whether trying again may help; it does not after an error that a user must act on."""
         return isinstance(self.error, UnavailableError) or not isinstance(self.error, InkdaskError)
 
+    @property
+    def reason(self) -> str:
+        """What the error says, for a sentence: without its full stop."""
+        error = self.error
+        text = str(error) if isinstance(error, InkdaskError) else f"{type(error).__name__}: {error}"
+        return " ".join(text.split()).rstrip(".")
+
 
 @concatenate_lookup.register(Failure)
 def _first(arrays: Any, axis: int = 0) -> Failure:

@@ -100,12 +100,12 @@ def alone(row: int, column: int, plan: Plan, grid: GridStore, passes: Passes) ->
 
 def failure(account: engine.Account, summary: Summary) -> InkdaskError:
     """One sentence for the chunks that failed for good."""
-    first = next(iter(account.failed.values())).error
+    first = next(iter(account.failed.values()))
     for failed in account.failed.values():
         log.debug("a chunk failed:\n%s", failed.trace)
     error = InkdaskError(
-        f"{engine.reason(first)} ({summary.failed} of {summary.finished + summary.failed} chunks "
+        f"{first.reason} ({summary.failed} of {summary.finished + summary.failed} chunks "
         "were not computed; the others are kept, and the same command resumes with the rest)."
     )
-    error.__cause__ = first
+    error.__cause__ = first.error
     return error

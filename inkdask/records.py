@@ -1,8 +1,4 @@
-"""Records of jobs: what was asked for, and the grid that holds it.
-
-A job under ``<ZARR_OUTPUT_DIR>`` leaves ``jobs/<digest of what was said>.json``, so that `reduce`
-finds its grid without the weights and the layers, from which the grid's name is made.
-"""
+"""Records of jobs, ``<ZARR_OUTPUT_DIR>/jobs/<digest>.json``, by which `reduce` finds a grid."""
 
 from __future__ import annotations
 
@@ -39,26 +35,21 @@ def find(folder: str, asked: Mapping[str, Any], first: str) -> str:
     if fitting:
         (one, said), *others = fitting.items()
         words = "; ".join(f"in {uri}, {differences(said, it)}" for uri, it in others[: SHOWN - 1])
-        words = words.replace(" there", " in the first")
-        raise InkdaskError(
-            f"{len(fitting)} jobs in {folder} are meant, the first in {one}; {words}: say which, "
-            "or name one with --grid."
-        )
-    apart = sorted((text.count(" there "), uri, text) for uri, text in _apart(jobs, asked))
-    there = "; ".join(f"in {uri}, {text}" for _, uri, text in apart[:SHOWN]) or "it has none"
-    more = f"; and {len(apart) - SHOWN} that differ more" if len(apart) > SHOWN else ""
+        there = f"{len(fitting)} jobs in {folder} are meant, the first in {one}; "
+        there += words.replace(" there and ", " in the first and ")
+        raise InkdaskError(f"{there}: say which, or name one with --grid.")
+    apart = {(grid, differences(said, asked)) for said, grid in jobs}
+    near = sorted(apart, key=lambda job: (job[1].count(" there and "), *job))
+    there = "; ".join(f"in {uri}, {words}" for uri, words in near[:SHOWN]) or "it has none"
+    more = f"; and {len(near) - SHOWN} that differ more" if len(near) > SHOWN else ""
     raise InkdaskError(f"No job in {folder} is this one: {there}{more}; {first}")
-
-
-def _apart(jobs: list[tuple[Said, str]], asked: Mapping[str, Any]) -> set[tuple[str, str]]:
-    return {(grid, differences(said, asked)) for said, grid in jobs}
 
 
 def _read_all(folder: str) -> list[tuple[Said, str]]:
     """Read what was said, and the grid, of every job; one that is damaged blocks no other."""
-    place = storage.join(folder, "jobs")
-    uris = [storage.join(place, entry.name) for entry in storage.list_folder(place)]
-    jobs = []
+    place, jobs = storage.join(folder, "jobs"), []
+    names = (entry.name for entry in storage.list_folder(place))
+    uris = [storage.join(place, name) for name in names if name.endswith(".json")]
     for uri, text in zip(uris, for_each(storage.read_bytes, uris), strict=True):
         try:
             record = json.loads(text)
