@@ -12,6 +12,7 @@ from inkdask.blending import Window
 from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Origin, Provenance, Recipe, Said, differences
+from inkdask.models.sources import sha256
 from inkdask.pictures.exporting import Look
 from inkdask.plan import Plan
 from inkdask.provenance import UNSAID, asked_of, origin_of, picture_options, recipe_of, said_of
@@ -147,8 +148,8 @@ class Job:
         if changed := changed_input(self.recipe, self.origin):
             self.grid.restart()
             raise InkdaskError(
-                f"The layers of {self.origin.volume} were changed while they were read: {changed}. "
-                "Give the same command again."
+                f"The input of {self.origin.volume} changed while the job ran: {changed}. Give the "
+                "same command again."
             )
 
     @property
@@ -191,16 +192,24 @@ def changed_input(recipe: Recipe, origin: Origin) -> str:
     except InkdaskError as error:
         log.info("The input of the tiles cannot be compared: %s", error)
         return ""
+    weights = origin.weights_from
     changed = [
         what
         for what, then, now in (
             ("layers", recipe.input, segment.identity),
             ("mask", recipe.mask, segment.mask_identity),
+            ("weights", recipe.weights, _digest_of(weights) or recipe.weights),
         )
         if then != now
     ]
     words = " and ".join(changed)
     return f"the {words} had another size, time, ETag or content" if changed else ""
+
+
+def _digest_of(weights: str | None) -> str | None:
+    """SHA-256 of a local checkpoint; None for weights elsewhere, which have a pinned revision."""
+    is_file = weights and storage.is_local(weights) and Path(weights).is_file()
+    return sha256(Path(str(weights))) if is_file else None
 
 
 def output_stem(folder: str | None, origin: Origin, model: str) -> str:

@@ -1,4 +1,4 @@
-"""What a job will do, settled before anything is computed: network, volume, tiles that fit."""
+"""A plan: network, volume and tiles, settled before anything is computed."""
 
 from __future__ import annotations
 
@@ -79,40 +79,17 @@ class Plan:
 
     @classmethod
     def of(cls, source: Given, settings: Settings) -> Plan:
-        """Settle all that the settings leave open; this reads headers, and no layer.
-
-        Raises
-        ------
-        InkdaskError
-            When model and layers do not fit, or either cannot be used, in one sentence.
-        """
+        """Settle all that the settings leave open; this reads headers, and no layer."""
         settings.require("model")
         # A model says how many layers it reads; a callable reads as many as there are.
         network = None if callable(settings.model) else _network(settings)
         opened = _open(source, settings, network)
-        kept = _kept_layers(opened.shape[0], settings)
         segment = opened if isinstance(opened, Segment) else None
         given = segment.layers if segment else tuple(range(opened.shape[0]))
+        kept = _kept_layers(len(given), settings)
         layers, factor = given[kept], settings.z_downsample_mean_factor
-        depth = len(layers) // factor
-        network = network or _network(settings, depth)
-        if depth != network.layers:
-            raise InkdaskError(
-                f"Channel mismatch: {depth} layers are given ({span(layers)}), but model "
-                f"{network.model.key} reads {network.layers}; set START_LAYER and END_LAYER"
-                + (
-                    ", or MODEL_IN_CHANS to crop the range about its centre."
-                    if depth > network.layers
-                    else "."
-                )
-            )
-        if 0 < len(given) - len(layers) < factor:
-            log.warning(
-                "Layer %s is left out: %d layers are no multiple of Z_DOWNSAMPLE_MEAN_FACTOR=%d",
-                span(tuple(number for number in given if number not in layers)),
-                len(given),
-                factor,
-            )
+        network = network or _network(settings, len(layers) // factor)
+        _check_layers(given, layers, network, factor)
 
         stride = settings.stride or min(network.model.stride, network.tile)
         chunk = chunk_sides(segment, settings.chunk_size)
@@ -122,13 +99,9 @@ class Plan:
             inside = opened.take(kept).crop(*reach.slices)
             volume, mask = inside.lazy(read_or_fail)
         else:
-            inside, mask = None, None
-            volume = opened[(kept, *reach.slices)]
-        volume = _average(volume, factor)
-        cropped = segment.window if segment else None
-        corner = reach.shift(cropped[0].start, cropped[1].start).corner if cropped else reach.corner
+            inside, volume, mask = None, opened[(kept, *reach.slices)], None
+        corner = inside.box.corner if inside and inside.box else reach.corner
         path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
-        asked = settings.layers if path else None
         return cls(
             network=network,
             segment=segment,
@@ -136,14 +109,18 @@ class Plan:
             source=path or (segment.uri if segment else None),
             mask_path=settings.mask_path if path else None,
             layers=layers,
-            layer_range=asked or (min(layers), max(layers) + 1),
+            layer_range=(path and settings.layers) or (min(layers), max(layers) + 1),
             is_reversed=settings.force_reverse,
-            volume=volume,
+            volume=_average(volume, factor),
             mask=mask,
-            tiling=Tiling.of(volume.shape[1:], network.tile, stride, chunk),
+            tiling=Tiling.of(reach.shape, network.tile, stride, chunk),
             corner=corner,
             region=region,
-            roi_xyxy=region.shift(*corner).xyxy if settings.roi_xyxy or cropped else None,
+            roi_xyxy=(
+                region.shift(*corner).xyxy
+                if settings.roi_xyxy or (segment and segment.box)
+                else None
+            ),
         )
 
     @property
@@ -159,14 +136,14 @@ class Plan:
 
     @property
     def middle_layer(self) -> da.Array:
-        """The middle one of the layers, dask uint8 (1, y, x); no other layer is read for it."""
+        """Middle layer alone, dask uint8 (1, y, x)."""
         middle = len(self.layers) // 2
         if self.inside is None:
             return self.volume[self.volume.shape[0] // 2][None]
         return self.inside.take(slice(middle, middle + 1)).lazy(read_or_fail)[0]
 
     def cut(self, rows: slice, columns: slice) -> tuple[da.Array, da.Array | None]:
-        """A window of volume and mask, in one block each, that reads no more than it needs."""
+        """Return some rows and columns of volume and mask, in one block each; reads no more."""
         if self.inside is None:
             volume, mask = self.volume[:, rows, columns], None
         else:
@@ -177,7 +154,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """What the job is about, for the names of files."""
+        """Name of the segment, for the names of files."""
         return self.segment.name if self.segment else "array"
 
     def __str__(self) -> str:
@@ -205,7 +182,7 @@ def chunk_sides(segment: Segment | None, side: int) -> tuple[int, int]:
 
 
 def span(layers: tuple[int, ...]) -> str:
-    """Layer numbers as a person says them: ``3 to 28``, ``28 to 3 in reverse``."""
+    """Layer numbers in words: ``3 to 28``, ``28 to 3 in reverse``."""
     if len(layers) < 2:
         return str(*layers)
     return f"{layers[0]} to {layers[-1]}{' in reverse' if layers[0] > layers[-1] else ''}"
@@ -254,7 +231,7 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
 
 
 def _kept_layers(depth: int, settings: Settings) -> slice:
-    """The middle layers that the network reads, of as many as there are, and their order."""
+    """Return the slice of the layers that the network reads: the middle ones, in its order."""
     factor, count = settings.z_downsample_mean_factor, depth
     if settings.model_in_chans:
         count = min(settings.model_in_chans * factor, depth)
@@ -265,6 +242,27 @@ def _kept_layers(depth: int, settings: Settings) -> slice:
         kept = kept[::-1]
     # A range that runs down to layer 0 stops before -1, which a slice would take for the last.
     return slice(kept.start, kept.stop if kept.stop >= 0 else None, kept.step)
+
+
+def _check_layers(
+    given: tuple[int, ...], kept: tuple[int, ...], network: Network, factor: int
+) -> None:
+    """Check that the network reads as many layers as are kept, and tell of one that is left out."""
+    depth = len(kept) // factor
+    if depth != network.layers:
+        crop = ", or MODEL_IN_CHANS to crop the range about its centre"
+        raise InkdaskError(
+            f"Channel mismatch: {depth} layers are given ({span(kept)}), but model "
+            f"{network.model.key} reads {network.layers}; set START_LAYER and END_LAYER"
+            f"{crop if depth > network.layers else ''}."
+        )
+    if 0 < len(given) - len(kept) < factor:
+        log.warning(
+            "Layer %s is left out: %d layers are no multiple of Z_DOWNSAMPLE_MEAN_FACTOR=%d",
+            span(tuple(number for number in given if number not in kept)),
+            len(given),
+            factor,
+        )
 
 
 def _reach(whole: Tiling, roi_xyxy: Region | None) -> tuple[Box, Box]:

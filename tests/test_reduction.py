@@ -356,7 +356,7 @@ def test_layers_that_change_meanwhile_make_no_picture(segment, tmp_path, volume,
         return network(x)
 
     options = {"model": meddling, "num_parts": num_parts, **FEW}
-    with pytest.raises(InkdaskError, match="were changed while they were read: the layers had"):
+    with pytest.raises(InkdaskError, match="changed while the job ran: the layers had"):
         inkdask.run(segment, **options)
     assert not Path(segment, "predictions").exists()
     grid, _ = GridStore.open(grid_in(tmp_path / "partitions"))

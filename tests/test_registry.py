@@ -107,7 +107,6 @@ def shelf() -> Iterator[Path]:
         (registry.resolve, "."),
         (registry.resolve, "second.ckpt"),
         (registry.resolve, "nothing.ckpt"),
-        (registry.known_of, "second.ckpt"),
     ],
 )
 def test_resolve_reports_a_folder_without_permission(

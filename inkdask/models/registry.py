@@ -145,19 +145,7 @@ def resolve(
     if callable(model):
         spec, digest, k = resolve_callable(model, layers, tile, version)
     else:
-        spec = _described(model, model_type)
-        if precision == "int8" and spec.architecture != ARCHITECTURES["timesformer"]:
-            raise InkdaskError(
-                f"Precision int8 is for timesformer, and model {spec.key} is not one."
-            )
-        spec, path = hub.settle(spec)
-        digest = sha256(path)
-        k, rest = divmod(tile or spec.tile, spec.pixels_per_logit)
-        if rest or k < 1:
-            raise InkdaskError(
-                f"Model {spec.key} needs tiles whose side is a multiple of "
-                f"{spec.pixels_per_logit} pixels, not {tile or spec.tile}."
-            )
+        spec, digest, k = _resolve_weights(model, model_type, tile, precision)
     return Network(
         model=spec,
         layers=layers or spec.layers,
@@ -172,6 +160,23 @@ def resolve(
         compile_mode=compile_mode,
         function=model if callable(model) else None,
     )
+
+
+def _resolve_weights(
+    model: str, model_type: str | None, tile: int | None, precision: Precision
+) -> tuple[ModelSpec, str, int]:
+    """Return spec, digest of the weights, and k of a model given by name."""
+    spec = _described(model, model_type)
+    if precision == "int8" and spec.architecture != ARCHITECTURES["timesformer"]:
+        raise InkdaskError(f"Precision int8 is for timesformer, and model {spec.key} is not one.")
+    spec, path = hub.settle(spec)
+    k, rest = divmod(tile or spec.tile, spec.pixels_per_logit)
+    if rest or k < 1:
+        raise InkdaskError(
+            f"Model {spec.key} needs tiles whose side is a multiple of "
+            f"{spec.pixels_per_logit} pixels, not {tile or spec.tile}."
+        )
+    return spec, sha256(path), k
 
 
 def _described(model: str, model_type: str | None) -> ModelSpec:
