@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import math
-import mmap
 import resource
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from inkdask import engine
 from inkdask.tiling import Tiling
 
+M_MMAP_THRESHOLD = -3  # of mallopt
 IMPORTS = 600e6  # bytes of a process that has imported everything and loaded a network
 
 
@@ -34,13 +31,15 @@ def memory_limit() -> int:
     return int(system.memory_limit())
 
 
-def pages(shape: tuple[int, ...]) -> np.ndarray:
-    """Return zeros, uint8, whose memory returns to the system as soon as the array is dropped.
+@cache
+def map_large_blocks() -> None:
+    """Let the C library map every array of 1 MB and more by itself, in this process.
 
-    The C library would keep freed memory for the thread that allocated it.
+    Such an array goes back to the system when it is dropped. By default the bound grows with the
+    arrays, whose memory then stays with the thread that freed them.
     """
-    size = math.prod(shape)
-    return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, size).reshape(shape)
+    if (mallopt := _of_c_library("mallopt")) is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def give_back() -> None:
@@ -49,13 +48,13 @@ def give_back() -> None:
     The C library keeps what each thread has freed: hundreds of megabytes in a long job with many
     threads.
     """
-    if (trim := _trim()) is not None:
+    if (trim := _of_c_library("malloc_trim")) is not None:
         trim(0)
 
 
-@cache
-def _trim() -> Any:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+def _of_c_library(name: str) -> Any:
+    """Return a function that glibc has, and others lack."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def expected_memory(

@@ -19,7 +19,7 @@ import tifffile
 from inkdask import storage
 from inkdask.box import Box, Slices
 from inkdask.errors import InkdaskError
-from inkdask.memory import pages
+from inkdask.memory import map_large_blocks
 from inkdask.reading import lzw
 from inkdask.storage.parallel import for_each
 
@@ -210,7 +210,8 @@ class TiffBlock:
 
     def read(self) -> np.ndarray:
         """Fetch and decode the block, uint8 (z, y, x)."""
-        out = pages(self.shape)
+        map_large_blocks()
+        out = np.zeros(self.shape, np.uint8)
         for_each(lambda run: run.read_into(out), self._runs())
         return out
 

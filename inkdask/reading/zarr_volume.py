@@ -19,6 +19,7 @@ import zarr
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
+from inkdask.memory import map_large_blocks
 from inkdask.reading.volume import WHOLE_BYTES, MadeOf, Occupied, whole_units
 
 # Attributes of a prepared array.
@@ -261,5 +262,6 @@ def _identity(name: str, array: zarr.Array) -> str:
 @lru_cache(maxsize=16)
 def _array(process: int, uri: str, path: str, identity: str) -> zarr.Array:
     """Open an array, once in each process."""
+    map_large_blocks()
     with storage.decoded(uri):
         return zarr.open_array(storage.zarr_store(uri, read_only=True), path=path, mode="r")
