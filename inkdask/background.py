@@ -60,8 +60,8 @@ class Background:
         Chunks that somebody sees, and that are too many to be computed unasked.
     observers
         Called, from any thread, with each chunk that has new tiles, and with None at the end.
-    pictures
-        What viewers have made of it, kept as long as this is.
+    attached
+        What others have made of it, to be kept as long as it is.
     """
 
     def __init__(self, plan: Plan, job: Job | None = None, progressive: bool = False) -> None:
@@ -72,7 +72,7 @@ class Background:
         self.failure = ""
         self.left_out = 0
         self.observers: list[Observer] = []
-        self.pictures: dict[Hashable, Any] = {}
+        self.attached: dict[Hashable, Any] = {}
         self._focused: list[Place] = []
         self._started: list[Place] = []
         self._seen: list[Place] = []

@@ -111,8 +111,9 @@ def test_each_pass_shows_the_whole_and_sees_more(tmp_path, monkeypatch, capsys):
     papyrus = volume.any(axis=0)
     scores = [auc(each[papyrus], truth[papyrus]) for each in seen]
     print("AUC of each pass:", *(f"{score:.4f}" for score in scores))
-    assert scores == sorted(scores)
     assert scores[0] > 0.8
+    assert scores[1] > scores[0]
+    assert scores[2] > scores[1] - 1e-3  # the second sees almost all
     assert_same_picture(seen[-1], expected)
     assert not list(Path(uri).parent.glob("*preview*"))
 

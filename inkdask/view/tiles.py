@@ -180,7 +180,7 @@ class Ink(_Picture):
     @classmethod
     def of(cls, ink: InkMap) -> Ink:
         """Return the picture of a prediction, the same for equal predictions of this process."""
-        pictures = ink.background.pictures
+        pictures = ink.background.attached
         with _turn:
             if ink.map.name not in pictures:
                 pictures[ink.map.name] = cls(ink)
