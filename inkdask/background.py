@@ -33,7 +33,7 @@ from inkdask.tiling import Axis
 
 log = logging.getLogger(__name__)
 
-AUTO_TILES = 20_000  # up to so many are computed because somebody sees them
+AUTO_TILES = 20_000  # up to so many are computed by `see`
 KEPT = 8  # backgrounds of a process, the latest used
 
 Place = tuple[int, int]  # row and column of a chunk
@@ -44,7 +44,7 @@ _lock = threading.Lock()
 
 
 class Background:
-    """What computes the chunks of a prediction, one for each prediction and process.
+    """Runner of the chunks of a prediction, one for each prediction and process.
 
     Boxes are in pixels of the picture, which is the plan's region.
 
@@ -55,13 +55,13 @@ class Background:
     finest
         Number of the last pass.
     failure
-        What went wrong, in one sentence; empty when nothing did.
+        Error of the last attempt, in one sentence; empty without one.
     left_out
-        Chunks that somebody sees, and that are too many to be computed unasked.
+        Number of chunks in the last `see`, if they were too many to compute.
     observers
         Called, from any thread, with each chunk that has new tiles, and with None at the end.
     attached
-        What others have made of it, to be kept as long as it is.
+        Objects that users of this background keep as long as it lives.
     """
 
     def __init__(self, plan: Plan, job: Job | None = None, progressive: bool = False) -> None:
@@ -135,7 +135,7 @@ class Background:
         self._go_on()
 
     def see(self, box: Box) -> None:
-        """Compute the chunks of a box that somebody sees, if they are few."""
+        """Compute the chunks of a box, if they have at most `AUTO_TILES` tiles."""
         missing = self._missing(self._reaching(box))
         rows, columns = self._tiling.grid_chunks
         is_small = sum(rows[row] * columns[column] for row, column in missing) <= AUTO_TILES

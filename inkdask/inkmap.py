@@ -34,9 +34,9 @@ class InkMap:
     blend_mode, gaussian_sigma
         The blending window.
     progressive
-        Whether the background goes from coarse to fine.
+        Whether the background computes from coarse to fine.
     job
-        Where a progressive prediction is stored; None for another.
+        Job whose grid stores a progressive prediction; None for a plain one.
     """
 
     map: da.Array
@@ -50,11 +50,11 @@ class InkMap:
 
     @property
     def background(self) -> Background:
-        """What computes it in the background, for all equal predictions of this process."""
+        """Runner that computes it in the background, shared by equal predictions."""
         return Background.of(self.grid.name, self.plan, self.job, self.progressive)
 
     def start(self) -> None:
-        """Compute all of it in the background; what is there so far is `so_far`.
+        """Compute all of it in the background; `so_far` is the part that is done.
 
         A progressive prediction goes from coarse to fine over the whole segment. It is stored: the
         next session, or `run` with the same words, goes on from it.

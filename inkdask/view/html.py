@@ -1,4 +1,4 @@
-"""What a segment and a prediction say of themselves in a notebook: HTML that needs no kernel."""
+"""Descriptions of segments and predictions for notebooks: HTML that needs no kernel."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 360  # pixels: longest side
 THUMBNAIL_SHARE = 0.005  # of a segment's bytes that its thumbnail may read
-THUMBNAIL_BUDGET = Budget(12 << 20, 200)  # and no more than this
-SMALL = 4 << 20  # pixels: a layer of no more is read whole
+THUMBNAIL_BUDGET = Budget(12 << 20, 200)  # of a thumbnail, whatever the segment's size
+SMALL = 4 << 20  # pixels: a layer of up to so many is read whole
 NO_THUMBNAIL = "no thumbnail: layers of this kind are decoded whole"
 
 __all__ = ["escape", "ink_html", "segment_html", "several_html", "usual_contrast"]
@@ -86,7 +86,7 @@ def ink_html(ink: InkMap) -> str:
 
 
 def several_html(predictions: Mapping[str, InkMap]) -> str:
-    """Set the thumbnails of predictions side by side; computes nothing."""
+    """Describe predictions by thumbnails side by side; computes nothing."""
     pictures = {title: Ink.of(ink) for title, ink in predictions.items()}
     cells = "".join(
         f"<figure style='margin:4px'>{_img(_picture(None, picture))}"
@@ -120,7 +120,7 @@ def _thumbnail_of(segment: Segment) -> np.ndarray | None:
 
 
 class _Same:
-    """A segment as a key: the same files and the same box make the same thumbnail."""
+    """Segment as a key: the same files and the same box make the same thumbnail."""
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
@@ -140,7 +140,7 @@ def _overview(same: _Same, budget: Budget) -> np.ndarray | None:
 
 
 def _picture(grey: np.ndarray | None, ink: Ink | None = None) -> Image.Image | None:
-    """A thumbnail: papyrus in grey, and the ink that is known over it."""
+    """Thumbnail of papyrus in grey, and the ink that is known over it."""
     values = ink.overview if ink and ink.background.known.any() else None
     if grey is not None:
         low, high = _ends(grey)
@@ -208,12 +208,12 @@ def _tiles(tiling: Tiling, grey: np.ndarray | None) -> str:
 
 
 def _share(grey: np.ndarray | None) -> float:
-    """Share of pixels with data; 1 where nobody knows."""
+    """Share of pixels with data; 1 without a thumbnail."""
     return 1.0 if grey is None else float(np.mean(grey > 0))
 
 
 def _cost(ink: InkMap, grey: np.ndarray | None) -> str:
-    """What computing all of it reads, and how long it takes at the speed measured here."""
+    """Bytes that computing all of it reads, and the time at the speed measured here."""
     segment, reads = ink.plan.segment, float(ink.plan.volume.nbytes)
     if segment and segment.stored_bytes:
         area = float(np.prod(ink.tiling.shape) / np.prod(segment.shape[1:]))

@@ -1,4 +1,4 @@
-"""What the viewer shows, cut into tiles of `SIDE` pixels at scales 1, 1/2, 1/4, ...
+"""Pictures for the viewer, cut into tiles of `SIDE` pixels at scales 1, 1/2, 1/4, ...
 
 A tile (level, row, column) is a square of ``SIDE << level`` pixels. Tiles of coarse levels come
 from an overview of the whole picture, which stays. Finer tiles come from blocks that are kept as
@@ -53,7 +53,7 @@ class _Picture:
 
 
 class Papyrus(_Picture):
-    """The layers of a segment or of a volume, one of which is looked at.
+    """Layers of a segment or of a volume, of which the viewer shows one.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ class Papyrus(_Picture):
 
     @classmethod
     def of_plan(cls, plan: Plan) -> Papyrus:
-        """Return what lies under a prediction: the layers that the network reads."""
+        """Return the layers that the network of a prediction reads."""
         region, segment = plan.region, plan.segment
         if segment is None:
             return cls(
@@ -154,12 +154,12 @@ class Papyrus(_Picture):
 
 
 class Ink(_Picture):
-    """The picture of a prediction, of what its background has computed.
+    """Picture of what the background of a prediction has computed.
 
     Attributes
     ----------
     background
-        What computes the chunks.
+        Runner that computes the chunks.
     observers
         Called, from any thread, with each box that has changed, and with None when the background
         has ended.
@@ -218,7 +218,7 @@ class Ink(_Picture):
 
     @property
     def overview(self) -> np.ndarray:
-        """The whole picture as `tile` has it, at most `OVERVIEW` pixels wide and tall."""
+        """The whole picture in the values of `tile`, at most `OVERVIEW` pixels wide and tall."""
         return self._overview.copy()
 
     def _on_chunk(self, place: Place | None) -> None:
@@ -252,9 +252,9 @@ class Ink(_Picture):
 
     def _read(self, box: Box) -> np.ndarray:
         """Put a box together from the chunks that are known."""
-        out = np.full(box.shape, UNKNOWN, np.uint8)
+        out, known = np.full(box.shape, UNKNOWN, np.uint8), self.background.known
         for place in self.background.chunks_in(box):
-            if self.background.known[place]:
+            if known[place]:
                 pixels = self._kept.get(place, lambda at=place: self._chunk(at))  # type: ignore[misc]
                 self._pixels_of(place).paste(pixels, out, box)
         return out
