@@ -372,7 +372,7 @@ def test_large_segment_on_s3_is_described_at_once(s3, how):
     seconds, read = time.process_time() - began, storage.counters() - before
     print(f"{seconds:.2f} s, {read.bytes_read / stored:.3%} of {stored:,} bytes, {read.requests}")
     assert read.bytes_read < 0.01 * stored
-    assert read.requests < 400
+    assert read.requests < 250
     assert seconds < 2  # of this process, because the machine may be busy with something else
     assert "20,000 x 20,000" in html
     assert len(thumbnails(html)) == 1
