@@ -8,7 +8,9 @@ from typing import Any
 import dask.array as da
 
 from inkdask import showing
-from inkdask.blending import Window
+from inkdask.background import Background
+from inkdask.blending import Window, blend
+from inkdask.box import Box
 from inkdask.job import Job
 from inkdask.plan import Plan
 from inkdask.specs import Network
@@ -32,9 +34,9 @@ class InkMap:
     blend_mode, gaussian_sigma
         The blending window.
     progressive
-        Whether the background goes from coarse to fine.
+        Whether the background computes from coarse to fine.
     job
-        Where a progressive prediction is stored; None for another.
+        Job whose grid stores a progressive prediction; None for a plain one.
     """
 
     map: da.Array
@@ -46,27 +48,32 @@ class InkMap:
     progressive: bool = False
     job: Job | None = None
 
-    def start(self) -> None:
-        """Compute all of it in the background; what is there so far is `so_far`.
+    @property
+    def background(self) -> Background:
+        """Runner that computes it in the background, shared by equal predictions."""
+        return Background.of(self.grid.name, self.plan, self.job, self.progressive)
 
-        A progressive prediction goes from coarse to fine over the whole segment, and is stored: the
+    def start(self) -> None:
+        """Compute all of it in the background; `so_far` is the part that is done.
+
+        A progressive prediction goes from coarse to fine over the whole segment. It is stored: the
         next session, or `run` with the same words, goes on from it.
         """
-        showing.view.background(self).start()
+        self.background.start()
 
     def focus(self, y0: int, y1: int, x0: int, x1: int) -> None:
         """Compute a region of the picture before all else, in the background; in pixels."""
-        showing.view.background(self).focus((slice(y0, y1), slice(x0, x1)))
+        self.background.focus(Box(y0, y1, x0, x1))
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the background has nothing more to compute."""
-        showing.view.background(self).wait(seconds)
+        self.background.wait(seconds)
 
     @property
     def so_far(self) -> da.Array:
-        """The picture of all tiles that the background has run, dask float32 (y, x)."""
-        so_far: da.Array = showing.view.background(self).so_far
-        return so_far
+        """Picture of all tiles that the background has run, dask float32 (y, x); else 0."""
+        grid, window = self.background.grid, (self.blend_mode, self.gaussian_sigma)
+        return blend(grid.grid(), grid.valid(), self.tiling, *window)[self.plan.region.slices]
 
     @property
     def tiling(self) -> Tiling:
@@ -75,7 +82,7 @@ class InkMap:
 
     @property
     def network(self) -> Network:
-        """The network that they go through."""
+        """Network that the tiles go through."""
         return self.plan.network
 
     def __repr__(self) -> str:
@@ -84,7 +91,7 @@ class InkMap:
         return f"<InkMap of {place}: {height} x {width}, model {self.network.model.key}>"
 
     def show(self, **options: Any) -> Any:
-        """Look at it in Jupyter, over or beside the papyrus: a `Viewer`; see `view.show_ink`."""
+        """Show it in Jupyter, over or beside the papyrus, in a `Viewer`; see `view.show_ink`."""
         return showing.view.show_ink(self, **options)
 
     def _repr_html_(self) -> str:

@@ -1,7 +1,7 @@
-"""How things are shown in Jupyter, as `inkdask.view` tells it.
+"""Where a segment and a prediction find `inkdask.view`, without a circle of imports.
 
-A segment and a prediction can be shown, and the view is made of segments and predictions. So that
-no import goes in a circle, they look here for the view, which comes here when inkdask is imported.
+The view is made of segments and predictions, and both can be shown. `inkdask.view` puts itself here
+when inkdask is imported.
 """
 
 from types import ModuleType

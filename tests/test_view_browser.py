@@ -158,7 +158,7 @@ def screenshot(page, name):
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
-def test_explore(page, lab):
+def test_explore_notebook_shows_layers_ink_and_a_box(page, lab):
     url, folder = lab
     open_notebook(page, url, "explore.ipynb")
     run_all(page)
@@ -258,7 +258,7 @@ def test_explore(page, lab):
     screenshot(page, "without-kernel")
 
 
-def test_compare(page, lab):
+def test_compare_notebook_zooms_all_panels(page, lab):
     url, _ = lab
     open_notebook(page, url, "compare.ipynb")
     run_all(page)

@@ -3,8 +3,8 @@
 The classes call these functions only when somebody looks, so that a job needs neither widgets nor
 a browser. The widgets stand on anywidget and ipywidgets, because these run in JupyterLab, Notebook,
 VS Code and Voilà alike, without a network and without megabytes in the saved notebook (a Bokeh plot
-brings its library along or fetches it), and because the browser then holds the tiles it has seen:
-it zooms, blends and changes contrast without asking the kernel (ipympl draws every move there).
+brings its library along or fetches it). The browser holds the tiles it has seen: it zooms, blends
+and changes contrast without asking the kernel, which ipympl asks for every move.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from inkdask.errors import InkdaskError
 if TYPE_CHECKING:
     from inkdask.inkmap import InkMap
     from inkdask.segment import Segment
-    from inkdask.view.lazy import LazyInk
     from inkdask.view.viewer import Viewer
 
-__all__ = ["background", "compare", "ink_html", "segment_html", "show_ink", "show_segment"]
+__all__ = ["compare", "ink_html", "segment_html", "show_ink", "show_segment"]
 
 
 def segment_html(segment: Segment) -> str:
@@ -39,15 +38,8 @@ def ink_html(ink: InkMap) -> str:
     return html.ink_html(ink)
 
 
-def background(ink: InkMap) -> LazyInk:
-    """What computes a prediction in the background, for all viewers of this process."""
-    from inkdask.view import lazy
-
-    return lazy.lazy_ink(ink)
-
-
 def show_segment(segment: Segment, *, height: int = 480) -> Viewer:
-    """Look at the layers of a segment: slide through them, set the contrast, zoom and pan.
+    """Show the layers of a segment: slide through them, set the contrast, zoom and pan.
 
     Parameters
     ----------
@@ -55,20 +47,15 @@ def show_segment(segment: Segment, *, height: int = 480) -> Viewer:
         From `inkdask.open_segment`.
     height
         Of the viewer, in pixels of the screen.
-
-    Raises
-    ------
-    InkdaskError
-        When the packages of the ``viz`` extra are missing.
     """
     return _viewer().of_segment(segment, height=height)
 
 
 def show_ink(ink: InkMap, *, beside: bool = False, height: int = 480) -> Viewer:
-    """Look at a prediction over its papyrus, or beside it.
+    """Show a prediction over its papyrus, or beside it.
 
-    What is in sight is computed in the background, from the middle outwards, if it is not more
-    than a few chunks; more when a box is drawn or the button is pressed.
+    The background computes what is in sight, from the middle outwards, if that is a few chunks;
+    more when a box is drawn or the button is pressed.
 
     Parameters
     ----------
@@ -78,31 +65,21 @@ def show_ink(ink: InkMap, *, beside: bool = False, height: int = 480) -> Viewer:
         Whether papyrus and prediction begin side by side.
     height
         Of the viewer, in pixels of the screen.
-
-    Raises
-    ------
-    InkdaskError
-        When the packages of the ``viz`` extra are missing.
     """
     return _viewer().of_ink(ink, beside=beside, height=height)
 
 
 def compare(predictions: Mapping[str, InkMap], *, columns: int = 2, height: int = 560) -> Viewer:
-    """Look at predictions of one segment side by side, all at the same place.
+    """Show predictions of one segment side by side, all at the same place.
 
     Parameters
     ----------
     predictions
-        What to call them, and the predictions; all of one size.
+        Predictions of one size, by their titles.
     columns
         Panels in a row.
     height
         Of the viewer, in pixels of the screen.
-
-    Raises
-    ------
-    InkdaskError
-        When their sizes differ, or the packages of the ``viz`` extra are missing.
     """
     if not isinstance(predictions, Mapping) or not predictions:
         raise InkdaskError('compare takes predictions by what to call them: {"a": ink_a, ...}.')

@@ -1,4 +1,4 @@
-"""What was read or computed to be looked at, kept for the next look."""
+"""Cache of arrays that were read or computed for a viewer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import numpy as np
 
 
 class Kept:
-    """Arrays up to so many bytes, the latest used; each is made once, whoever asks first."""
+    """The latest used arrays, up to a number of bytes.
+
+    Threads that ask for one array at once wait for the first of them to make it.
+    """
 
     def __init__(self, most_bytes: int) -> None:
         self._most, self._bytes = most_bytes, 0
@@ -19,7 +22,7 @@ class Kept:
         self._arrays: OrderedDict[Hashable, Future[np.ndarray]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return the array of a key, or make it; a failure to do so is not kept."""
+        """Return the array of a key, or make it; an error of ``make`` is not kept."""
         with self._lock:
             known = self._arrays.get(key)
             future = known or self._arrays.setdefault(key, Future())

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 
+from inkdask.box import Box
 from inkdask.segment import Segment
 from inkdask.storage.parallel import for_each
 
@@ -41,18 +42,18 @@ class Layer:
         Whether reading a part takes no more than its bytes: False where the first read decodes
         whole layers, and for dask arrays, which may compute anything.
     read
-        Function that reads rows and columns, uint8 (y, x).
+        Function that reads a box, uint8 (y, x).
     """
 
     shape: tuple[int, int]
     unit: tuple[int, int]
     unit_bytes: float
     is_cheap: bool
-    read: Callable[[slice, slice], np.ndarray]
+    read: Callable[[Box], np.ndarray]
 
     @classmethod
     def of_segment(cls, segment: Segment, index: int) -> Layer:
-        """One layer of a segment's files, uncropped."""
+        """Return one layer of a segment's files, uncropped."""
         source = segment.source.take(slice(index, index + 1))
         height, width = source.shape[1:]
         unit = min(source.unit[0], height), min(source.unit[1], width)
@@ -62,23 +63,21 @@ class Layer:
             unit,
             source.cost(slice(0, height), slice(0, width)) / units,
             source.can_be_sampled,
-            lambda rows, columns: source.block(rows, columns).read()[0],
+            lambda box: source.block(*box.slices).read()[0],
         )
 
     @classmethod
     def of_array(cls, array: da.Array) -> Layer:
-        """One layer of a dask volume, uint8 (y, x)."""
-        height, width = array.shape
+        """Return one layer of a dask volume, uint8 (y, x)."""
         unit = max(array.chunks[0]), max(array.chunks[1])
+        bytes_ = float(unit[0] * unit[1])
+        return cls(
+            array.shape, unit, bytes_, False, lambda box: np.asarray(array[box.slices].compute())
+        )
 
-        def read(rows: slice, columns: slice) -> np.ndarray:
-            return np.asarray(array[rows, columns].compute())
-
-        return cls((height, width), unit, float(unit[0] * unit[1]), False, read)
-
-    def is_dear(self, rows: slice, columns: slice, budget: Budget) -> bool:
-        """Whether reading those rows and columns exceeds the budget."""
-        down, across = (_pieces(s, u) for s, u in zip((rows, columns), self.unit, strict=True))
+    def is_dear(self, box: Box, budget: Budget) -> bool:
+        """Whether reading a box exceeds the budget."""
+        down, across = map(_pieces, box.slices, self.unit)
         return len(down) * len(across) > self.pieces_for(budget)
 
     def pieces_for(self, budget: Budget) -> float:
@@ -86,63 +85,57 @@ class Layer:
         return max(1, min(budget.pieces, budget.bytes / max(self.unit_bytes, 1)))
 
 
-def look(layer: Layer, rows: slice, columns: slice, step: int, budget: Budget) -> np.ndarray:
-    """Read a part of a layer at a coarser scale.
+def look(layer: Layer, box: Box, step: int, budget: Budget) -> np.ndarray:
+    """Read a box of a layer at a coarser scale; one that exceeds the budget is sampled.
 
-    Parameters
-    ----------
-    layer
-        Layer to read.
-    rows, columns
-        Part to read, in pixels of the layer.
-    step
-        Pixels of the layer for each pixel of the result, along an axis.
-    budget
-        Limit; a part that exceeds it is sampled.
-
-    Returns
-    -------
-    numpy.ndarray
-        uint8 (y, x), one pixel for each step that has begun.
+    Returns uint8 (y, x), one pixel for each ``step`` that has begun.
     """
-    if not layer.is_dear(rows, columns, budget):
-        return shrink(layer.read(rows, columns), step)
-    height, width = layer.unit
+    if not layer.is_dear(box, budget):
+        return shrink(layer.read(box), step)
+    (height, width), (rows, columns) = layer.unit, box.slices
+    tall, wide = (-(-side // step) for side in box.shape)
     count = int(layer.pieces_for(budget))
     down: Sequence[int] = _pieces(rows, height)
     across: Sequence[int] = _pieces(columns, width)
     if len(across) == 1:  # strips
         down = _spread(down, count)
-        bands = for_each(lambda i: layer.read(_span(i, height, rows), columns), down)
+        bands = for_each(lambda i: layer.read(Box.of(_span(i, height, rows), columns)), down)
         means = np.stack([shrink(band.mean(axis=0, keepdims=True), step)[0] for band in bands])
-        return _between(_middles(down, height, rows, step), means, -(-_size(rows) // step))
+        return _between(_middles(down, height, rows, step), means, tall)
     side = max(count**0.5, 1)
-    tall = (len(down) / len(across)) ** 0.5
-    down, across = _spread(down, int(side * tall)), _spread(across, int(side / tall))
-    places = [(i, j) for i in down for j in across]
-    values = for_each(
-        lambda at: layer.read(_span(at[0], height, rows), _span(at[1], width, columns)).mean(),
-        places,
-    )
+    aspect = (len(down) / len(across)) ** 0.5
+    down, across = _spread(down, int(side * aspect)), _spread(across, int(side / aspect))
+    pieces = [
+        Box.of(_span(i, height, rows), _span(j, width, columns)) for i in down for j in across
+    ]
+    values = for_each(lambda piece: layer.read(piece).mean(), pieces)
     means = np.array(values).reshape(len(down), len(across))
-    means = _between(_middles(down, height, rows, step), means, -(-_size(rows) // step), float)
-    return _between(_middles(across, width, columns, step), means.T, -(-_size(columns) // step)).T
+    means = _between(_middles(down, height, rows, step), means, tall, float)
+    return _between(_middles(across, width, columns, step), means.T, wide).T
 
 
-def shrink(pixels: np.ndarray, step: int) -> np.ndarray:
-    """Average squares of ``step`` pixels, rounded; squares at the end may be smaller."""
+def shrink(pixels: np.ndarray, step: int, unknown: int | None = None) -> np.ndarray:
+    """Average squares of ``step`` pixels, rounded; squares at the end may be smaller.
+
+    Pixels of the value ``unknown`` do not count. A square of nothing else is unknown too.
+    """
     if step == 1:
         return np.asarray(pixels, np.uint8)
-    sums = pixels
+    if unknown is None:
+        counts = [np.minimum(step, n - np.arange(0, n, step)) for n in pixels.shape]
+        return np.rint(_sums(pixels, step) / np.outer(*counts)).astype(np.uint8)
+    known = pixels != unknown
+    count = _sums(known, step)
+    means = np.rint(_sums(np.where(known, pixels, 0), step) / np.maximum(count, 1))
+    return np.where(count > 0, means, unknown).astype(np.uint8)
+
+
+def _sums(pixels: np.ndarray, step: int) -> np.ndarray:
+    """Add squares of ``step`` pixels, float32."""
     for axis in (0, 1):
         starts = np.arange(0, pixels.shape[axis], step)
-        sums = np.add.reduceat(sums, starts, axis=axis, dtype=np.float32)
-    counts = [np.minimum(step, n - np.arange(0, n, step)) for n in pixels.shape]
-    return np.rint(sums / np.outer(*counts)).astype(np.uint8)
-
-
-def _size(span: slice) -> int:
-    return int(span.stop - span.start)
+        pixels = np.add.reduceat(pixels, starts, axis=axis, dtype=np.float32)
+    return pixels
 
 
 def _pieces(span: slice, unit: int) -> range:

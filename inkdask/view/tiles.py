@@ -1,8 +1,8 @@
-"""What the viewer shows, cut into tiles of `SIDE` pixels at scales 1, 1/2, 1/4, ...
+"""Pictures for the viewer, cut into tiles of `SIDE` pixels at scales 1, 1/2, 1/4, ...
 
 A tile (level, row, column) is a square of ``SIDE << level`` pixels. Tiles of coarse levels come
-from an overview of the whole picture, which stays; finer ones from blocks that are kept as long as
-there is room.
+from an overview of the whole picture, which stays. Finer tiles come from blocks that are kept as
+long as there is room.
 """
 
 from __future__ import annotations
@@ -10,15 +10,22 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import dask.array as da
 import numpy as np
 
+from inkdask.background import Place
+from inkdask.blending import blend_chunk
+from inkdask.box import Box
 from inkdask.plan import Plan
 from inkdask.segment import Segment
 from inkdask.storage.parallel import for_each
+from inkdask.tiling import Axis
 from inkdask.view.kept import Kept
 from inkdask.view.sampling import Budget, Layer, look, shrink
+
+if TYPE_CHECKING:
+    from inkdask.inkmap import InkMap
 
 SIDE = 256  # pixels of a tile on the screen
 OVERVIEW = 1024  # pixels: the longest side of an overview
@@ -27,30 +34,29 @@ MOST = 254
 KEPT_BYTES = 256 << 20  # of one picture
 TILE_BUDGET, OVERVIEW_BUDGET = Budget(48 << 20, 512), Budget(64 << 20, 1024)
 
-Window = tuple[slice, slice]
+_turn = threading.Lock()
 
 
-def overview_level(shape: tuple[int, int]) -> int:
-    """The finest level at which the whole picture is at most `OVERVIEW` pixels wide and tall."""
-    return max((max(shape) - 1) // OVERVIEW, 0).bit_length()
+class _Picture:
+    """A picture of a shape (y, x) in pixels, and the level of its overview."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape, self.whole = shape, Box.at((0, 0), shape)
+        self._kept = Kept(KEPT_BYTES)
+        # The finest level at which all of it is at most `OVERVIEW` pixels wide and tall.
+        self._level = max((max(shape) - 1) // OVERVIEW, 0).bit_length()
+
+    def _box_of(self, level: int, row: int, column: int) -> Box:
+        """Pixels of a tile."""
+        side = SIDE << level
+        return Box.at((row * side, column * side), (side, side)).intersect(self.whole)
 
 
-def window_of(shape: tuple[int, int], level: int, row: int, column: int) -> Window:
-    """Rows and columns of a tile, in pixels of the picture."""
-    side = SIDE << level
-    return (
-        slice(row * side, min((row + 1) * side, shape[0])),
-        slice(column * side, min((column + 1) * side, shape[1])),
-    )
-
-
-class Papyrus:
-    """The layers of a segment or of a volume, one of which is looked at.
+class Papyrus(_Picture):
+    """Layers of a segment or of a volume, of which the viewer shows one.
 
     Attributes
     ----------
-    shape
-        Height and width in pixels.
     numbers
         Numbers of the layers, in the order of their indices.
     """
@@ -62,35 +68,29 @@ class Papyrus:
         corner: tuple[int, int],
         open_layer: Callable[[int], Layer],
     ) -> None:
-        self.numbers, self.shape = tuple(numbers), shape
+        super().__init__(shape)
+        self.numbers = tuple(numbers)
         self._corner, self._open = corner, open_layer
         self._layers: dict[int, Layer] = {}
-        self._kept = Kept(KEPT_BYTES)
-        self._level = overview_level(shape)
 
     @classmethod
     def of_segment(cls, segment: Segment) -> Papyrus:
-        """The layers of a segment, cropped as it is."""
-        corner = (segment.window[0].start, segment.window[1].start) if segment.window else (0, 0)
+        """Return the layers of a segment, cropped as it is."""
+        corner = segment.box.corner if segment.box else (0, 0)
         return cls(
-            segment.layers,
-            segment.shape[1:],
-            corner,
-            lambda index: Layer.of_segment(segment, index),
+            segment.layers, segment.shape[1:], corner, lambda i: Layer.of_segment(segment, i)
         )
 
     @classmethod
     def of_plan(cls, plan: Plan) -> Papyrus:
-        """What lies under a prediction: the layers that the network reads."""
+        """Return the layers that the network of a prediction reads."""
         region, segment = plan.region, plan.segment
         if segment is None:
-            volume = plan.volume
-            numbers: Sequence[int] = range(volume.shape[0])
             return cls(
-                numbers,
+                range(plan.volume.shape[0]),
                 region.shape,
                 region.corner,
-                lambda index: Layer.of_array(volume[index]),
+                lambda index: Layer.of_array(plan.volume[index]),
             )
         place = {number: index for index, number in enumerate(segment.layers)}
         return cls(
@@ -106,216 +106,181 @@ class Papyrus:
         return self.layer(0).is_cheap
 
     def layer(self, index: int) -> Layer:
-        """One of the layers."""
+        """Return one of the layers."""
         if index not in self._layers:
             self._layers[index] = self._open(index)
         return self._layers[index]
 
     def tile(self, index: int, level: int, row: int, column: int) -> np.ndarray:
-        """One tile of a layer, uint8 (y, x)."""
+        """Return a tile of a layer, uint8 (y, x)."""
+        box = self._box_of(level, row, column)
         if level >= self._level:
-            rows, columns = window_of(self.shape, level, row, column)
-            step, more = 1 << self._level, level - self._level
-            part = self.overview(index)[
-                rows.start // step : -(-rows.stop // step),
-                columns.start // step : -(-columns.stop // step),
-            ]
-            return shrink(part, 1 << more)
-        layer = self.layer(index)
-        rows, columns = self._on_file(window_of(self.shape, level, row, column))
-        if layer.is_dear(rows, columns, TILE_BUDGET):
-            return look(layer, rows, columns, 1 << level, TILE_BUDGET)
-        return shrink(self._read(index, rows, columns), 1 << level)
+            part = self.overview(index)[_coarser(box, self._level).slices]
+            return shrink(part, 1 << (level - self._level))
+        layer, box = self.layer(index), box.shift(*self._corner)
+        if layer.is_dear(box, TILE_BUDGET):
+            return look(layer, box, 1 << level, TILE_BUDGET)
+        return shrink(self._read(index, box), 1 << level)
 
     def overview(self, index: int, budget: Budget = OVERVIEW_BUDGET) -> np.ndarray:
-        """A whole layer, uint8 (y, x), at most `OVERVIEW` pixels wide and tall."""
+        """Return a whole layer, uint8 (y, x), at most `OVERVIEW` pixels wide and tall."""
 
         def make() -> np.ndarray:
-            whole = self._on_file((slice(0, self.shape[0]), slice(0, self.shape[1])))
-            return look(self.layer(index), *whole, 1 << self._level, budget)
+            box = self.whole.shift(*self._corner)
+            return look(self.layer(index), box, 1 << self._level, budget)
 
         return self._kept.get(("overview", index, budget), make)
 
-    def _on_file(self, window: Window) -> Window:
-        (rows, columns), (top, left) = window, self._corner
-        return (
-            slice(rows.start + top, rows.stop + top),
-            slice(columns.start + left, columns.stop + left),
-        )
-
-    def _read(self, index: int, rows: slice, columns: slice) -> np.ndarray:
-        """Put a window together from blocks that are kept."""
+    def _read(self, index: int, box: Box) -> np.ndarray:
+        """Put a box of a layer together from blocks that are kept."""
         layer = self.layer(index)
         height, width = (unit * -(-SIDE // unit) for unit in layer.unit)
-        out = np.empty((rows.stop - rows.start, columns.stop - columns.start), np.uint8)
+        out = np.empty(box.shape, np.uint8)
 
-        def paste(place: tuple[int, int]) -> None:
-            (y0, y1), (x0, x1) = (
-                (piece * side, min((piece + 1) * side, length))
-                for piece, side, length in zip(place, (height, width), layer.shape, strict=True)
-            )
-            block = self._kept.get(
-                (index, *place), lambda: layer.read(slice(y0, y1), slice(x0, x1))
-            )
-            top, bottom = max(y0, rows.start), min(y1, rows.stop)
-            left, right = max(x0, columns.start), min(x1, columns.stop)
-            out[
-                top - rows.start : bottom - rows.start, left - columns.start : right - columns.start
-            ] = block[top - y0 : bottom - y0, left - x0 : right - x0]
+        def paste(place: Place) -> None:
+            block = Box.at((place[0] * height, place[1] * width), (height, width))
+            block = block.intersect(Box.at((0, 0), layer.shape))
+            block.paste(self._kept.get((index, *place), lambda: layer.read(block)), out, box)
 
-        # In the pool of readers also when it is one block: who waits there for another's block
-        # waits for a thread that needs no further one.
+        # Always use the pool, because a waiting thread must not block another read.
         for_each(
             paste,
             itertools.product(
-                range(rows.start // height, -(-rows.stop // height)),
-                range(columns.start // width, -(-columns.stop // width)),
+                range(box.top // height, -(-box.bottom // height)),
+                range(box.left // width, -(-box.right // width)),
             ),
         )
         return out
 
 
-class Ink:
-    """An ink map that becomes known chunk by chunk.
-
-    Subclasses know the chunks: `known`, `_chunk`.
+class Ink(_Picture):
+    """Picture of what the background of a prediction has computed.
 
     Attributes
     ----------
-    shape
-        Height and width in pixels.
-    edges
-        First pixel of every chunk, then the length, along y and x.
+    background
+        Runner that computes the chunks.
     observers
-        Called with the window that has changed, from any thread.
+        Called, from any thread, with each box that has changed, and with None when the background
+        has ended.
     """
 
-    def __init__(self, ink: da.Array) -> None:
-        height, width = ink.shape
-        self.shape = (height, width)
-        self.edges = [np.cumsum([0, *sizes]) for sizes in ink.chunks]
-        self.observers: list[Callable[[Window], None]] = []
-        self._kept = Kept(KEPT_BYTES)
-        self._level = overview_level(self.shape)
-        step = 1 << self._level
-        self._overview = np.full((-(-height // step), -(-width // step)), UNKNOWN, np.uint8)
+    def __init__(self, ink: InkMap) -> None:
+        super().__init__(ink.map.shape)
+        self.background = ink.background
+        self.observers: list[Callable[[Box | None], None]] = []
+        self._region, self._tiling = ink.plan.region, ink.tiling
+        self._window = ink.blend_mode, ink.gaussian_sigma
+        self._overview = np.full(_coarser(self.whole, self._level).shape, UNKNOWN, np.uint8)
         self._drawing = threading.Lock()
+        self.background.observers.append(self._on_chunk)
+        for place in np.argwhere(self.background.known).tolist():
+            self._refresh(*place)
 
-    @property
-    def known(self) -> np.ndarray:
-        """Which chunks can be shown, bool (rows, columns)."""
-        raise NotImplementedError
-
-    def _chunk(self, row: int, column: int) -> np.ndarray:
-        """The pixels of a chunk that is known: float32 (y, x) in [0, 1]."""
-        raise NotImplementedError
+    @classmethod
+    def of(cls, ink: InkMap) -> Ink:
+        """Return the picture of a prediction, the same for equal predictions of this process."""
+        pictures = ink.background.attached
+        with _turn:
+            if ink.map.name not in pictures:
+                pictures[ink.map.name] = cls(ink)
+            picture: Ink = pictures[ink.map.name]
+        return picture
 
     @property
     def status(self) -> str:
-        """How far it is, in words."""
-        return f"{np.count_nonzero(self.known):,} of {self.known.size:,} chunks computed"
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether chunks are being computed."""
-        return False
-
-    def see(self, window: Window) -> None:
-        """Take note of what is in sight."""
-
-    def focus(self, window: Window) -> None:
-        """Compute a window before all others."""
+        """How far the background is, what it waits for, or what went wrong."""
+        ink = self.background
+        passes, known = ink.passes, np.count_nonzero(ink.known)
+        computed = f"{known:,} of {passes.size:,} chunks computed"
+        if ink.failure:
+            return ink.failure
+        if ink.left_out:
+            return (
+                f"{computed}; {ink.left_out:,} in sight are many: zoom in, draw a box, or press "
+                "Compute"
+            )
+        if ink.is_progressive:
+            return (
+                f"pass {min(int(passes.min()) + 2, ink.finest + 1)} of {ink.finest + 1}, "
+                f"{np.count_nonzero(passes == ink.finest):,} of {passes.size:,} chunks at their "
+                "finest"
+            )
+        return computed + (f", {ink.to_come:,} to come" if ink.to_come else "")
 
     def tile(self, level: int, row: int, column: int) -> np.ndarray:
-        """One tile, uint8 (y, x): 254 times the probability, or `UNKNOWN`."""
-        rows, columns = window_of(self.shape, level, row, column)
+        """Return a tile, uint8 (y, x): 254 times the probability, or `UNKNOWN`."""
+        box = self._box_of(level, row, column)
         if level < self._level:
-            return _shrink_known(self._read(rows, columns), 1 << level)
-        step = 1 << self._level
-        part = self._overview[
-            rows.start // step : -(-rows.stop // step),
-            columns.start // step : -(-columns.stop // step),
-        ]
-        return _shrink_known(part, 1 << (level - self._level))
+            return shrink(self._read(box), 1 << level, UNKNOWN)
+        part = self._overview[_coarser(box, self._level).slices]
+        return shrink(part, 1 << (level - self._level), UNKNOWN)
 
     @property
     def overview(self) -> np.ndarray:
-        """The whole picture as `tile` has it, at most `OVERVIEW` pixels wide and tall."""
+        """The whole picture in the values of `tile`, at most `OVERVIEW` pixels wide and tall."""
         return self._overview.copy()
 
-    def chunks_in(self, window: Window) -> list[tuple[int, int]]:
-        """Rows and columns of the chunks that meet a window, those about its middle first."""
-        spans = [
-            range(
-                max(int(np.searchsorted(edges, span.start, "right")) - 1, 0),
-                min(int(np.searchsorted(edges, span.stop, "left")), len(edges) - 1),
-            )
-            for edges, span in zip(self.edges, window, strict=True)
-        ]
-        middle = [(span.start + span.stop) / 2 for span in window]
+    def _on_chunk(self, place: Place | None) -> None:
+        """Show a chunk anew, and those after it, into which its tiles reach."""
+        if place is None:
+            self._tell(None)
+            return
+        known = self.background.known
+        for row, column in itertools.product(*(range(i, i + 2) for i in place)):
+            if row < known.shape[0] and column < known.shape[1] and known[row, column]:
+                self._refresh(row, column)
 
-        def distance(place: tuple[int, int]) -> float:
-            centre = [
-                (edges[i] + edges[i + 1]) / 2 for edges, i in zip(self.edges, place, strict=True)
-            ]
-            return float(np.hypot(centre[0] - middle[0], centre[1] - middle[1]))
-
-        return sorted(itertools.product(spans[0], spans[1]), key=distance)
-
-    def pixels_of(self, row: int, column: int) -> Window:
-        """The window of a chunk."""
-        y, x = self.edges
-        return slice(int(y[row]), int(y[row + 1])), slice(int(x[column]), int(x[column + 1]))
-
-    def refresh(self, row: int, column: int) -> None:
-        """Show a chunk anew, after it was computed."""
+    def _refresh(self, row: int, column: int) -> None:
         self._kept.drop((row, column))
-        window = self.pixels_of(row, column)
-        step = 1 << self._level
-        rows, columns = (
-            slice(span.start // step * step, min(-(-span.stop // step) * step, length))
-            for span, length in zip(window, self.shape, strict=True)
+        box, step = self._pixels_of((row, column)), 1 << self._level
+        coarse = _coarser(box, self._level)
+        fine = Box(
+            *(edge * step for edge in (coarse.top, coarse.bottom, coarse.left, coarse.right))
         )
         with self._drawing:
-            part = _shrink_known(self._read(rows, columns), step)
-            top, left = rows.start // step, columns.start // step
-            self._overview[top : top + part.shape[0], left : left + part.shape[1]] = part
-        for observer in list(self.observers):
-            observer(window)
+            part = self._read(fine.intersect(self.whole))
+            self._overview[coarse.slices] = shrink(part, step, UNKNOWN)
+        self._tell(box)
 
-    def _read(self, rows: slice, columns: slice) -> np.ndarray:
-        """Put a window together from the chunks that are known."""
-        out = np.full((rows.stop - rows.start, columns.stop - columns.start), UNKNOWN, np.uint8)
-        known = self.known
-        for row, column in self.chunks_in((rows, columns)):
-            if not known[row, column]:
-                continue
-            chunk = self._kept.get(
-                (row, column),
-                lambda at=(row, column): encode(self._chunk(*at)),  # type: ignore[misc]
-            )
-            ys, xs = self.pixels_of(row, column)
-            top, bottom = max(ys.start, rows.start), min(ys.stop, rows.stop)
-            left, right = max(xs.start, columns.start), min(xs.stop, columns.stop)
-            out[
-                top - rows.start : bottom - rows.start, left - columns.start : right - columns.start
-            ] = chunk[top - ys.start : bottom - ys.start, left - xs.start : right - xs.start]
+    def _tell(self, box: Box | None) -> None:
+        for observer in list(self.observers):
+            observer(box)
+
+    def _pixels_of(self, place: Place) -> Box:
+        return self.background.pixels_of(place).inside(self._region.corner).intersect(self.whole)
+
+    def _read(self, box: Box) -> np.ndarray:
+        """Put a box together from the chunks that are known."""
+        out, known = np.full(box.shape, UNKNOWN, np.uint8), self.background.known
+        for place in self.background.chunks_in(box):
+            if known[place]:
+                pixels = self._kept.get(place, lambda at=place: self._chunk(at))  # type: ignore[misc]
+                self._pixels_of(place).paste(pixels, out, box)
         return out
+
+    def _chunk(self, place: Place) -> np.ndarray:
+        """Blend a chunk that is known, uint8 (y, x)."""
+        tiling, pixels, (row, column) = self._tiling, self.background.pixels_of(place), place
+        tiles = _reach(tiling.y, row), _reach(tiling.x, column)
+        grid, valid = self.background.grid.read(tiles, pixels.slices)
+        at = np.array([row]), np.array([column])
+        ink = blend_chunk(grid, valid, *at, tiling, *self._window)
+        shown, _ = pixels.common(self._region)
+        return encode(np.asarray(ink[shown]))
 
 
 def encode(ink: np.ndarray) -> np.ndarray:
-    """Probabilities to the values of a tile, uint8."""
+    """Turn probabilities into the values of a tile, uint8."""
     return np.rint(np.clip(ink, 0, 1) * MOST).astype(np.uint8)
 
 
-def _shrink_known(pixels: np.ndarray, step: int) -> np.ndarray:
-    """Average squares of ``step`` pixels, of those that are known."""
-    if step == 1:
-        return pixels
-    known = pixels != UNKNOWN
-    sums = [np.where(known, pixels, 0), known]
-    for axis in (0, 1):
-        starts = np.arange(0, pixels.shape[axis], step)
-        sums = [np.add.reduceat(s, starts, axis=axis, dtype=np.float32) for s in sums]
-    mean = np.rint(sums[0] / np.maximum(sums[1], 1))
-    return np.where(sums[1] > 0, mean, UNKNOWN).astype(np.uint8)
+def _coarser(box: Box, level: int) -> Box:
+    """Pixels of a coarser level that cover a box."""
+    step = 1 << level
+    return Box(box.top // step, -(-box.bottom // step), box.left // step, -(-box.right // step))
+
+
+def _reach(axis: Axis, index: int) -> slice:
+    """Grid rows of a chunk, and those before it that reach into it."""
+    return slice(max(int(axis.rows[index]) - axis.depth, 0), int(axis.rows[index + 1]))

@@ -355,7 +355,7 @@ function render({ model, el }) {
       redraw();
       showCursor();
     } else if (message.kind === "changed") {
-      const [y0, y1, x0, x1] = message.window;
+      const [y0, y1, x0, x1] = message.box;
       for (const [name, tile] of tiles) {
         const key = name.split(",").map(Number);
         if (key[0] !== message.picture) continue;
@@ -364,7 +364,7 @@ function render({ model, el }) {
       }
       redraw();
     } else if (message.kind === "look_at") {
-      fit(message.window);
+      fit(message.box);
       moved();
     }
   }

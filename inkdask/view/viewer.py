@@ -1,7 +1,7 @@
 """The viewer: a widget that shows pictures by tiles, and the controls about it.
 
-The browser asks for the tiles in sight and keeps them (``viewer.js``); this side reads or computes
-them, in threads of its own, so that the kernel stays free.
+The browser asks for the tiles in sight and keeps them (``viewer.js``). The kernel's side reads them
+in threads of its own, so that the kernel stays free.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ import ipywidgets as widgets
 import traitlets
 from IPython.display import HTML, display
 
+from inkdask.box import Box, Slices
 from inkdask.errors import InkdaskError
 from inkdask.view import html
-from inkdask.view.tiles import SIDE, Ink, Papyrus, Window
+from inkdask.view.tiles import SIDE, Ink, Papyrus
 
 if TYPE_CHECKING:
     from inkdask.inkmap import InkMap
@@ -40,7 +42,7 @@ class Canvas(anywidget.AnyWidget):
     shape
         Height and width of the pictures, in pixels.
     panels
-        For each panel its title, and whether it shows papyrus, and which prediction (or none).
+        Title of each panel, whether it shows papyrus, and the number of its prediction or 0.
     columns
         Panels in a row.
     layer, numbers
@@ -48,11 +50,11 @@ class Canvas(anywidget.AnyWidget):
     contrast
         Values that are black and white, 0 to 255.
     opacity
-        Of ink over papyrus, 0 to 1.
+        Opacity of ink over papyrus, 0 to 1.
     is_drawing
-        Whether dragging draws a box, and does not move the picture.
+        Whether dragging draws a box; else it moves the picture.
     sight, box
-        What is in sight, and the box that was drawn last: y0, y1, x0, x1 in pixels.
+        Pixels in sight, and the box that was drawn last: y0, y1, x0, x1.
     """
 
     _esm = _HERE / "viewer.js"
@@ -80,7 +82,7 @@ class Viewer:
     canvas
         The pictures; its traits can be read and set.
     controls
-        The widgets about it, by name.
+        Widgets about the canvas, by name.
     """
 
     def __init__(
@@ -89,11 +91,9 @@ class Viewer:
         inks: Sequence[Ink],
         panels: list[dict[str, Any]],
         static: str,
-        sources: Sequence[Any] = (),
         **traits: Any,
     ) -> None:
         self._papyrus, self._inks, self._static = papyrus, tuple(inks), static
-        self._sources = tuple(sources)  # of the inks: what has a focus of its own
         shape = (papyrus or inks[0]).shape
         numbers = list(papyrus.numbers) if papyrus else []
         low, high = html.usual_contrast(papyrus)
@@ -115,33 +115,25 @@ class Viewer:
         self.canvas.observe(self._on_sight, "sight")
         self.canvas.observe(self._on_box, "box")
         for number, ink in enumerate(self._inks, 1):
-            ink.observers.append(_Changed(self, number))
+            ink.observers.append(partial(self._on_change, number))
         self._say()
 
     @classmethod
     def of_segment(cls, segment: Segment, *, height: int) -> Viewer:
-        """Look at layers."""
-        panels = [{"title": "", "papyrus": True, "ink": 0}]
-        papyrus = Papyrus.of_segment(segment)
-        return cls(papyrus, [], panels, html.segment_html(segment), height=height)
+        """Show layers."""
+        papyrus, panel = Papyrus.of_segment(segment), _panel("", True, 0)
+        return cls(papyrus, [], [panel], html.segment_html(segment), height=height)
 
     @classmethod
     def of_ink(cls, ink: InkMap, *, beside: bool, height: int) -> Viewer:
-        """Look at a prediction and its papyrus."""
-        panels, columns = _BESIDE if beside else _OVER
-        return cls(
-            Papyrus.of_plan(ink.plan),
-            [html.picture_of(ink)],
-            panels,
-            html.ink_html(ink),
-            [ink],
-            columns=columns,
-            height=height,
-        )
+        """Show a prediction and its papyrus."""
+        papyrus, panels = Papyrus.of_plan(ink.plan), _BESIDE if beside else _OVER
+        static, columns = html.ink_html(ink), len(panels)
+        return cls(papyrus, [Ink.of(ink)], panels, static, columns=columns, height=height)
 
     @classmethod
     def of_several(cls, predictions: Mapping[str, InkMap], *, columns: int, height: int) -> Viewer:
-        """Look at predictions side by side."""
+        """Show predictions side by side."""
         shapes = {ink.map.shape for ink in predictions.values()}
         if len(shapes) != 1:
             raise InkdaskError(
@@ -149,45 +141,23 @@ class Viewer:
                 + " and ".join(f"{height} x {width}" for height, width in sorted(shapes))
                 + " pixels."
             )
-        panels = [
-            {"title": title, "papyrus": False, "ink": number}
-            for number, title in enumerate(predictions, 1)
-        ]
-        return cls(
-            None,
-            [html.picture_of(ink) for ink in predictions.values()],
-            panels,
-            html.several_html(predictions),
-            list(predictions.values()),
-            columns=columns,
-            height=height,
-        )
+        panels = [_panel(title, False, number) for number, title in enumerate(predictions, 1)]
+        inks, static = map(Ink.of, predictions.values()), html.several_html(predictions)
+        return cls(None, list(inks), panels, static, columns=columns, height=height)
 
     @property
-    def box(self) -> Window | None:
+    def box(self) -> Slices | None:
         """The box that was drawn last, as rows and columns: ``ink.map[viewer.box]``."""
-        if not self.canvas.box:
-            return None
-        y0, y1, x0, x1 = self.canvas.box
-        return slice(y0, y1), slice(x0, x1)
+        return Box(*self.canvas.box).slices if self.canvas.box else None
 
     def look_at(self, rows: slice, columns: slice) -> None:
-        """Move so that a window, in pixels, fills the view."""
+        """Move so that these rows and columns, in pixels, fill the view."""
         edges = [rows.start, rows.stop, columns.start, columns.stop]
         self.canvas.sight = [float(edge) for edge in edges]  # for views that open later
-        self.canvas.send({"kind": "look_at", "window": edges})
-
-    def refresh(self, window: Window | None = None, number: int = 1) -> None:
-        """Show a prediction anew, all of it or a window: what has been computed since."""
-        height, width = self.canvas.shape
-        rows, columns = window or (slice(0, height), slice(0, width))
-        edges = [rows.start, rows.stop, columns.start, columns.stop]
-        self._changes += 1
-        self.canvas.send({"kind": "changed", "picture": number, "window": edges})
-        self._say()
+        self.canvas.send({"kind": "look_at", "box": edges})
 
     def _ipython_display_(self) -> None:
-        # First what is left where no kernel lives; the widget hides it while it is there.
+        # The static picture stays where no kernel lives; the widget hides it.
         display(HTML(f'<div class="inkdask-static">{self._static}</div>'))
         display(self.widget)
 
@@ -204,7 +174,7 @@ class Viewer:
             controls["contrast"] = widgets.IntRangeSlider(
                 value=canvas.contrast, min=0, max=255, description="Contrast"
             )
-            # Between two models, SelectionSlider has an index, which is the layer's.
+            # The index of a SelectionSlider, which only its model has, is the layer's.
             widgets.jslink((controls["layer"], "index"), (canvas, "layer"))
             widgets.jslink((controls["contrast"], "value"), (canvas, "contrast"))
         if self._papyrus and self._inks:
@@ -213,9 +183,10 @@ class Viewer:
             )
             widgets.jslink((controls["opacity"], "value"), (canvas, "opacity"))
             controls["beside"] = widgets.ToggleButtons(
-                options=["over", "beside"], value="over" if canvas.columns == 1 else "beside"
+                options=["over", "beside"],
+                value="over" if canvas.columns == 1 else "beside",
+                style={"button_width": "5em"},
             )
-            controls["beside"].style.button_width = "5em"
             controls["beside"].observe(self._on_beside, "value")
         if self._inks:
             controls["draw"] = widgets.ToggleButton(
@@ -227,7 +198,7 @@ class Viewer:
                 description="Compute", icon="play", layout={"width": "8em"},
                 tooltip="Compute all that is in sight",
             )  # fmt: skip
-            controls["compute"].on_click(lambda _: self._focus(_pixels(canvas)))
+            controls["compute"].on_click(lambda _: self._focus(_sight(canvas)))
         controls["status"] = widgets.HTML()
         controls["status"].add_class("inkdask-status")
         return controls
@@ -237,22 +208,30 @@ class Viewer:
         return widgets.HBox(shown, layout={"flex_flow": "row wrap"})
 
     def _on_beside(self, change: Any) -> None:
-        panels, columns = _BESIDE if change["new"] == "beside" else _OVER
-        with self.canvas.hold_sync():  # else the browser lays out with one of them
-            self.canvas.panels, self.canvas.columns = panels, columns
+        panels = _BESIDE if change["new"] == "beside" else _OVER
+        with self.canvas.hold_sync():  # because the browser lays out by both
+            self.canvas.panels, self.canvas.columns = panels, len(panels)
 
     def _on_sight(self, _: Any) -> None:
         for ink in self._inks:
-            ink.see(_pixels(self.canvas))
+            ink.background.see(_sight(self.canvas))
         self._say()
 
     def _on_box(self, _: Any) -> None:
-        if self.box:
-            self._focus(self.box)
+        if self.canvas.box:
+            self._focus(Box(*self.canvas.box))
 
-    def _focus(self, window: Window) -> None:
+    def _focus(self, box: Box) -> None:
         for ink in self._inks:
-            ink.focus(window)
+            ink.background.focus(box)
+        self._say()
+
+    def _on_change(self, number: int, box: Box | None) -> None:
+        """Tell the browser of pixels that have changed, and the user how far it is."""
+        if box is not None:
+            self._changes += 1
+            edges = [box.top, box.bottom, box.left, box.right]
+            self.canvas.send({"kind": "changed", "picture": number, "box": edges})
         self._say()
 
     def _say(self, trouble: str = "") -> None:
@@ -260,7 +239,7 @@ class Viewer:
         self.controls["status"].value = html.escape(words)
 
     def _on_message(self, _: Any, content: Any, __: Any) -> None:
-        """Serve the tiles in sight; those asked for before and not begun are out of sight."""
+        """Serve the tiles in sight; earlier ones that are not begun are out of sight."""
         if content.get("kind") != "tiles":
             return
         wanted: list[TileKey] = [tuple(key) for key in content["wanted"]]
@@ -289,36 +268,24 @@ class Viewer:
                 self._asked.pop(key, None)
         size = {"kind": "tile", "key": list(key), "size": list(pixels.shape)}
         self.canvas.send(size, [pixels.tobytes()])
-        with self._turn:  # what changed while it was read may be missing from it
+        with self._turn:  # a tile lacks what has changed while it was read
             if self._changes != before and picture != PAPYRUS and key not in self._asked:
                 self._asked[key] = self._readers.submit(self._serve, key)
 
 
-class _Changed:
-    """Tells a viewer of a prediction's chunks."""
-
-    def __init__(self, viewer: Viewer, number: int) -> None:
-        self._viewer, self._number = viewer, number
-
-    def __call__(self, window: Window) -> None:
-        self._viewer.refresh(window, self._number)
+def _panel(title: str, papyrus: bool, ink: int) -> dict[str, Any]:
+    return {"title": title, "papyrus": papyrus, "ink": ink}
 
 
-_OVER = [{"title": "", "papyrus": True, "ink": 1}], 1
-_BESIDE = (
-    [
-        {"title": "papyrus", "papyrus": True, "ink": 0},
-        {"title": "ink", "papyrus": False, "ink": 1},
-    ],
-    2,
-)
+_OVER = [_panel("", True, 1)]
+_BESIDE = [_panel("papyrus", True, 0), _panel("ink", False, 1)]
 
 
-def _pixels(canvas: Canvas) -> Window:
-    """What is in sight, in whole pixels of the picture."""
+def _sight(canvas: Canvas) -> Box:
+    """Whole pixels of the picture that are in sight, at least one."""
     height, width = canvas.shape
     y0, y1, x0, x1 = canvas.sight or (0, height, 0, width)
-    return (
-        slice(max(int(y0), 0), max(min(int(y1) + 1, height), 1)),
-        slice(max(int(x0), 0), max(min(int(x1) + 1, width), 1)),
-    )
+    return Box(
+        max(int(y0), 0), max(min(int(y1) + 1, height), 1),
+        max(int(x0), 0), max(min(int(x1) + 1, width), 1),
+    )  # fmt: skip

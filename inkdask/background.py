@@ -1,0 +1,264 @@
+"""Chunks of a prediction, computed by a thread while the program goes on.
+
+The chunks go into a stored grid like that of a job: in a scratch folder that ends with the process,
+or for a progressive prediction in the grid of the job itself, where the next session finds them.
+No tile runs twice, and memory does not grow with the segment.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any
+
+import dask.array as da
+import numpy as np
+
+from inkdask import engine
+from inkdask.box import Box
+from inkdask.errors import InkdaskError
+from inkdask.failures import fallible
+from inkdask.inference import infer
+from inkdask.job import Job
+from inkdask.plan import Plan
+from inkdask.provenance import recipe_of
+from inkdask.specs import InferredChunk, Passes
+from inkdask.store import GridStore
+from inkdask.tiling import Axis
+
+log = logging.getLogger(__name__)
+
+AUTO_TILES = 20_000  # up to so many are computed by `see`
+KEPT = 8  # backgrounds of a process, the latest used
+
+Place = tuple[int, int]  # row and column of a chunk
+Observer = Callable[[Place | None], None]
+
+_known: OrderedDict[Hashable, Background] = OrderedDict()
+_lock = threading.Lock()
+
+
+class Background:
+    """Runner of the chunks of a prediction, one for each prediction and process.
+
+    Boxes are in pixels of the picture, which is the plan's region.
+
+    Attributes
+    ----------
+    passes
+        Last pass that each chunk has, int (rows, columns); -1 for none.
+    finest
+        Number of the last pass.
+    failure
+        Error of the last attempt, in one sentence; empty without one.
+    left_out
+        Number of chunks in the last `see`, if they were too many to compute.
+    observers
+        Called, from any thread, with each chunk that has new tiles, and with None at the end.
+    attached
+        Objects that users of this background keep as long as it lives.
+    """
+
+    def __init__(self, plan: Plan, job: Job | None = None, progressive: bool = False) -> None:
+        self._plan, self._job, self.is_progressive = plan, job, progressive
+        self._tiling = plan.tiling
+        self.passes = np.full(plan.tiling.block_shape, -1)
+        self.finest = plan.tiling.passes - 1
+        self.failure = ""
+        self.left_out = 0
+        self.observers: list[Observer] = []
+        self.attached: dict[Hashable, Any] = {}
+        self._focused: list[Place] = []
+        self._started: list[Place] = []
+        self._seen: list[Place] = []
+        self._blocks: dict[int, np.ndarray] = {}  # of Delayed, for each pass
+        self._grid: GridStore | None = None
+        self._thread: threading.Thread | None = None
+        self._turn = threading.Lock()
+        if job is not None:
+            job.create()
+            self._grid = job.grid
+            self.passes[:] = job.grid.passes_done()
+
+    @classmethod
+    def of(cls, name: str, plan: Plan, job: Job | None, progressive: bool) -> Background:
+        """Return the background of the tiles of this name, the same for all who ask."""
+        key = name, plan.region, progressive, job and job.grid
+        with _lock:
+            background = _known.pop(key, None) or cls(plan, job, progressive)
+            _known[key] = background
+            while len(_known) > KEPT:
+                _known.popitem(last=False)
+        return background
+
+    @property
+    def grid(self) -> GridStore:
+        """Where the chunks are stored; a scratch folder is made at the first use."""
+        with self._turn:
+            if self._grid is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="inkdask-")
+                self._grid = GridStore.at(f"{self._folder.name}/grid.zarr", recipe_of(self._plan))
+                self._grid.make_arrays()
+            return self._grid
+
+    @property
+    def known(self) -> np.ndarray:
+        """Chunks that have all of their tiles, or the coarsest, bool (rows, columns)."""
+        return self.passes >= 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether chunks are being computed."""
+        return self._thread is not None
+
+    @property
+    def to_come(self) -> int:
+        """Chunks that are wanted and not at their finest."""
+        return len(self._missing(self._focused + self._started + self._seen))
+
+    def start(self) -> None:
+        """Compute all chunks; a progressive prediction does each pass over all of them."""
+        with self._turn:
+            self._started = list(np.ndindex(self.passes.shape))
+            self.left_out = 0
+        self._go_on()
+
+    def focus(self, box: Box) -> None:
+        """Compute the chunks of a box, however many, before all others."""
+        with self._turn:
+            self._focused, self.left_out = self._missing(self._reaching(box)), 0
+        self._go_on()
+
+    def see(self, box: Box) -> None:
+        """Compute the chunks of a box, if they have at most `AUTO_TILES` tiles."""
+        missing = self._missing(self._reaching(box))
+        rows, columns = self._tiling.grid_chunks
+        is_small = sum(rows[row] * columns[column] for row, column in missing) <= AUTO_TILES
+        with self._turn:
+            self._started = []  # the latest wish counts
+            self._seen = missing if is_small else []
+            self.left_out = 0 if is_small else len(missing)
+        self._go_on()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until nothing is being computed; raise an `InkdaskError` for what could not be."""
+        if (thread := self._thread) is not None:
+            thread.join(seconds)
+        if self.failure:
+            raise InkdaskError(self.failure)
+
+    def pixels_of(self, place: Place) -> Box:
+        """Return the pixels of the volume that a chunk is."""
+        (row, column), (y, x) = place, (self._tiling.y.edges, self._tiling.x.edges)
+        return Box(int(y[row]), int(y[row + 1]), int(x[column]), int(x[column + 1]))
+
+    def chunks_in(self, box: Box) -> list[Place]:
+        """Return the chunks that meet a box, those about its middle first."""
+        inside = box.shift(*self._plan.region.corner)
+
+        def distance(place: Place) -> float:
+            chunk = self.pixels_of(place)
+            return float(np.hypot(
+                chunk.top + chunk.bottom - inside.top - inside.bottom,
+                chunk.left + chunk.right - inside.left - inside.right,
+            ))  # fmt: skip
+
+        rows = _meeting(self._tiling.y, inside.top, inside.bottom)
+        columns = _meeting(self._tiling.x, inside.left, inside.right)
+        return sorted(itertools.product(rows, columns), key=distance)
+
+    def _reaching(self, box: Box) -> list[Place]:
+        """Chunks of a box, and those before them, whose tiles reach into them."""
+        places = dict.fromkeys(self.chunks_in(box))
+        for row, column in list(places):
+            for before in ((row - 1, column), (row, column - 1), (row - 1, column - 1)):
+                if min(before) >= 0:
+                    places.setdefault(before)
+        return list(places)
+
+    def _missing(self, places: Sequence[Place]) -> list[Place]:
+        return [place for place in dict.fromkeys(places) if self.passes[place] < self.finest]
+
+    def _go_on(self) -> None:
+        with self._turn:
+            if self._thread is None and self.to_come:
+                self.failure = ""
+                self._thread = threading.Thread(target=self._work, name="ink", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._turn:
+                    number, batch = self._next()
+                    if not batch:
+                        self._thread = None
+                        break
+                blocks = self._delayed(number)
+                tasks = [blocks[place] for place in batch]
+                engine.compute_each(tasks, partial(self._receive, number)).check()
+        except Exception as error:
+            # Nobody called: the failure is told by `failure` and `wait`.
+            if not isinstance(error, InkdaskError):
+                log.exception("a chunk could not be computed in the background")
+            with self._turn:
+                self.failure = str(error) or type(error).__name__
+                self._focused, self._started, self._seen, self._thread = [], [], [], None
+        self._tell(None)
+
+    def _next(self) -> tuple[int, list[Place]]:
+        """Return a pass, and the chunks of one row, which read together, to compute now."""
+        missing = self._missing(self._focused) or self._missing(self._started + self._seen)
+        number = self.finest
+        if self.is_progressive and missing:
+            least = min(self.passes[place] for place in missing)
+            missing = [place for place in missing if self.passes[place] == least]
+            number = int(least) + 1
+        batch = [place for place in missing if place[0] == missing[0][0]]
+        return number, batch[: _abreast()]
+
+    def _delayed(self, number: int) -> np.ndarray:
+        """Tasks of all chunks for a pass, Delayed (rows, columns)."""
+        if number not in self._blocks:
+            plan = self._plan
+            done = number - 1 if self.is_progressive else -1
+            passes = Passes(np.full(self.passes.shape, done), number)
+            chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask, passes).chunks
+            located = da.map_blocks(
+                _locate, chunks, meta=np.empty((0, 0), object), enforce_ndim=False
+            )
+            self._blocks[number] = located.to_delayed()
+        return self._blocks[number]
+
+    def _receive(self, number: int, located: tuple[Place, InferredChunk]) -> None:
+        place, chunk = located
+        self.grid.write(chunk, *place, number)
+        self.passes[place] = number
+        self._tell(place)
+
+    def _tell(self, place: Place | None) -> None:
+        for observer in list(self.observers):
+            observer(place)
+
+
+def _meeting(axis: Axis, start: int, stop: int) -> range:
+    """Chunks of an axis that meet the pixels ``start`` to ``stop``."""
+    first = int(np.searchsorted(axis.edges, start, "right")) - 1
+    after = int(np.searchsorted(axis.edges, stop, "left"))
+    return range(max(first, 0), min(after, len(axis.chunks)))
+
+
+@fallible
+def _locate(chunk: InferredChunk, block_id: Place) -> tuple[Place, InferredChunk]:
+    return block_id, chunk
+
+
+def _abreast() -> int:
+    """Number of chunks computed side by side: a few, so that a new wish is served soon."""
+    client = engine.current_client()
+    return 3 if client is None else max(3, sum(client.nthreads().values()))
