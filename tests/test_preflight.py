@@ -63,9 +63,7 @@ def test_memory_for_a_mask_and_for_colours_is_counted(segment, tmp_path):
 
 def test_smaller_chunk_is_advised_where_it_helps(tmp_path, monkeypatch):
     segment = write_segment(tmp_path / "tall", papyrus((4, 900, 301)))
-    monkeypatch.setattr(
-        volume, "BLOCK_SIDE", 16
-    )  # because larger blocks need most memory
+    monkeypatch.setattr(volume, "BLOCK_SIDE", 16)  # because larger blocks need most memory
 
     def job(**options):
         return inkdask.run(segment, model=depth_slope, stride=64, **options)

@@ -177,9 +177,7 @@ def test_incomplete_grid_copy_makes_no_picture(segment, tmp_path):
         inkdask.run(segment, step="reduce", **options)
     assert np.array_equal(read_picture(inkdask.run(segment, **options)), whole)
     lost = np.count_nonzero(~np.isnan(tiles[:, :, 0, 0]))
-    assert (
-        0 < lost <= count_tiles(tmp_path) - before < 2 * lost
-    )  # and trial tiles
+    assert 0 < lost <= count_tiles(tmp_path) - before < 2 * lost  # and trial tiles
 
 
 def test_grid_lies_at_the_given_place(segment, tmp_path):
