@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import inkdask
-from inkdask import storage
+from inkdask import engine, storage
 from inkdask.errors import InkdaskError
 from inkdask.store import GridStore
 from tests.files import grids, read_picture, write_layers
@@ -152,7 +152,7 @@ def test_picture_is_the_same_after_workers_are_killed(segment, tmp_path, capsys,
 
     os.truncate(limit, share)
     capsys.readouterr()
-    workers = Client(n_workers=2, threads_per_worker=2, dashboard_address=None)
+    workers = Client(n_workers=3, threads_per_worker=2, dashboard_address=None)
     with suppress(TimeoutError), workers:  # closing may time out on a busy machine
         killer = threading.Thread(target=kill_some)
         killer.start()
@@ -164,7 +164,7 @@ def test_picture_is_the_same_after_workers_are_killed(segment, tmp_path, capsys,
     assert "computed again after workers were lost" in said
     again = int(said.split(" of them computed again")[0].rsplit(" ", 1)[1])
     # A killed worker loses the chunks that it computes and those that it has not yet reported.
-    assert 0 < again <= 2 * 2 * len(killed)
+    assert 0 < again <= 3 * 2 * len(killed)
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
@@ -184,7 +184,8 @@ def test_job_resumes_after_its_client_is_killed(place, segment, start, tmp_path,
 
     undisturbed = inkdask.run(segment, model=network, zarr_output_dir=tmp_path / "undisturbed")
     assert np.array_equal(resumed, read_picture(undisturbed))
-    assert tiles <= 1.05 * count_tiles(tmp_path)
+    in_flight = engine.threads() * (128 // 16) ** 2  # tiles of the chunks that the kill lost
+    assert tiles <= count_tiles(tmp_path) + in_flight
 
 
 @pytest.mark.parametrize(
