@@ -125,7 +125,7 @@ def test_volume_of_wrong_depth_is_refused():
 
 
 @given(st.data())
-def test_tiles_with_data_equal_a_count_of_each_tile(data):
+def test_tiles_with_data_match_a_search_of_each_tile(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     seen = rng.random((40, 50)) < data.draw(st.sampled_from([0.0, 0.01, 0.1]))
     ys, xs = np.array([0, 5, 11, 32]), np.array([0, 7, 42])
