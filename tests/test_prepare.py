@@ -16,7 +16,7 @@ from tests.oracle import depth_slope, papyrus
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
-HEIGHT, WIDTH = 150, 1200
+HEIGHT, WIDTH = 150, 1500
 
 
 @pytest.fixture
