@@ -1,15 +1,15 @@
-"""From the tile grid to the ink map: overlap-add written as two small matrix products.
+"""Blend the tile grid to the ink map: overlap-add as two small matrix products.
 
-After the sigmoid, everything that happens to a tile is linear and separable: bilinear upsampling
-of its k x k probabilities to T x T pixels, the window, the sum over tiles. With u the bilinear
-basis and w the window,
+After the sigmoid, each step is linear and separable: bilinear upsampling of k x k probabilities to
+T x T pixels, the blending window, and the sum over tiles. With u the bilinear basis and w the
+window,
 
     ink[y, x] = sum_{i,a,j,b} By[y, (i,a)] P[i,a,j,b] Bx[x, (j,b)] / weight[y, x]
     weight[y, x] = sum_{i,j} wy[y, i] M[i, j] wx[x, j]
 
-where By[y, (i,a)] = w(y - y_i) u_a(y - y_i), the same for x, and M is 1 where a tile ran. Any
-origin y_i works, so the last tile simply touches the border. The same code runs on NumPy, and on
-CuPy where the process computes on a GPU; what leaves a task is NumPy's.
+where By[y, (i,a)] = w(y - y_i) u_a(y - y_i), Bx likewise, and M is 1 where a tile ran. Any origin
+y_i works, so the last tile touches the border. The same code runs on NumPy, and on CuPy where the
+process computes on a GPU; a task returns NumPy arrays.
 """
 
 from __future__ import annotations
@@ -30,30 +30,26 @@ from inkdask.tiling import Axis, Tiling
 log = logging.getLogger(__name__)
 
 Window = Literal["hann", "gaussian"]
-FLOOR = 1e-6  # of a window, of which the largest weight is 1
+FLOOR = 1e-6  # least weight of a window whose largest weight is 1
 
-_without_cupy = threading.Event()  # it has failed in this process
+_without_cupy = threading.Event()  # set once CuPy failed in this process
 
 
 def blend(
     grid: da.Array, valid: da.Array, tiling: Tiling, window: Window = "hann", sigma: float = 0.0
 ) -> da.Array:
-    """Blend tile probabilities to the ink map, lazily.
+    """Blend tile probabilities to the ink map, a lazy float32 (y, x) in [0, 1].
 
     Parameters
     ----------
     grid
         Dask float (gy, gx, k, k), NaN where no tile ran; chunked as ``tiling.grid_chunks``.
     valid
-        Dask bool (y, x), chunked as ``tiling.chunks``: the map is 0 elsewhere.
+        Dask bool (y, x), chunked as ``tiling.chunks``; the map is 0 where it is False.
     tiling
-        Where the tiles lie.
+        Places of the tiles.
     window, sigma
         As in `taper`.
-
-    Returns
-    -------
-    Dask float32 (y, x) in [0, 1].
     """
     before = {
         axis: (along.depth if len(along.chunks) > 1 else 0, 0)
@@ -91,11 +87,11 @@ def blend_chunk(
     Parameters
     ----------
     grid
-        The chunk's tiles and those before it that reach into it, (gy, gx, k, k).
+        Tiles of the chunk and of the chunks before it that overlap it, (gy, gx, k, k).
     valid
-        The chunk's pixels that have data, bool (y, x).
+        Pixels of the chunk with data, bool (y, x).
     row, column
-        Where the chunk lies, int (1,).
+        Place of the chunk, int (1,) each.
     """
     y = matrices(tiling.y, int(row[0]), grid.shape[-1], window, sigma)
     x = matrices(tiling.x, int(column[0]), grid.shape[-1], window, sigma)
@@ -103,17 +99,17 @@ def blend_chunk(
     if xp is not np:
         try:
             return np.asarray(_products(xp, grid, valid, *y, *x).get())
-        except Exception as error:  # a driver that is too old for it, or no memory left
+        except Exception as error:  # for example an old driver, or lack of memory
             _without_cupy.set()
             log.warning("CuPy cannot blend, NumPy does: %s", error)
     return np.asarray(_products(np, grid, valid, *y, *x))
 
 
 def _products(xp: Any, *arrays: np.ndarray) -> Any:
-    """Multiply grid, valid and the matrices of both axes with NumPy or CuPy: an array of theirs."""
+    """Multiply the grid by the matrices of both axes, with NumPy or CuPy: float32 (y, x)."""
     grid, valid, By, wy, Bx, wx = (xp.asarray(array) for array in arrays)
     ran = ~xp.isnan(grid[:, :, 0, 0])  # (gy, gx)
-    # In float64 the picture is the same whatever threads, processor or library multiply.
+    # Multiply in float64, because float32 pictures would differ between processors and libraries.
     P = xp.where(ran[:, :, None, None], grid, 0).astype(xp.float64)
     P = rearrange(P, "gy gx a b -> (gy a) (gx b)")
     total = (By @ P) @ Bx.T  # (y, x)
@@ -123,13 +119,13 @@ def _products(xp: Any, *arrays: np.ndarray) -> Any:
 
 
 def array_library() -> Any:
-    """CuPy, where it is installed and this process has work on a GPU anyway; else NumPy."""
+    """Return CuPy where it is installed and this process uses a GPU, otherwise NumPy."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized() or _without_cupy.is_set():
         return np
     try:
         import cupy
-    except Exception:  # not there, or not for this machine
+    except Exception:  # not installed, or not for this machine
         return np
     return cupy
 
@@ -137,12 +133,12 @@ def array_library() -> Any:
 def matrices(
     axis: Axis, index: int, k: int, window: Window, sigma: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One chunk along one axis: B (pixels, tiles * k) and w (pixels, tiles), float64."""
+    """Return B (pixels, tiles * k) and w (pixels, tiles) of a chunk along an axis, float64."""
     origins = tuple(axis.reaching_origins(index).tolist())
     return _matrices(origins, axis.chunks[index], axis.tile, k, window, sigma)
 
 
-@lru_cache(maxsize=16)  # all chunks inside an image share theirs; those at its borders differ
+@lru_cache(maxsize=16)  # few, because all chunks but those at the borders share theirs
 def _matrices(
     origins: tuple[int, ...], pixels: int, tile: int, k: int, window: Window, sigma: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -160,22 +156,22 @@ def _matrices(
 def taper(tile: int, window: Window = "hann", sigma: float = 0.0) -> np.ndarray:
     """Weights of a tile's pixels along one axis, float64 (tile,), positive everywhere.
 
-    ``hann`` is sampled at half-pixel offsets, sin^2(pi (n + 1/2) / T): its ends are not zero, so
-    the outermost pixels are seen, and it sums to a constant at strides T/2, T/4, ...
+    ``hann`` is sampled at half-pixel offsets, sin^2(pi (n + 1/2) / T). Its ends are positive, so
+    the outermost pixels have weight. Its sum is constant at strides T/2, T/4, ...
     ``gaussian`` has standard deviation ``sigma`` pixels; 0 means T / 2.5.
     """
     n = np.arange(tile) + 0.5
     if window == "hann":
         return np.sin(np.pi * n / tile) ** 2
-    # A narrow one must not vanish at the ends: pixels there would be seen by no tile at all.
+    # Bound the weights from below, because the outermost pixels need a weight.
     return np.maximum(np.exp(-0.5 * ((n - tile / 2) / (sigma or tile / 2.5)) ** 2), FLOOR)
 
 
 def upsampling(tile: int, k: int) -> np.ndarray:
     """Bilinear interpolation from k values to the pixels of a tile, float64 (tile, k).
 
-    The same as ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``: values
-    sit at the centres of k equal parts, and pixels beyond the outermost centres take its value.
+    Equals ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``: the values
+    lie at the centres of k equal parts, and pixels beyond the outermost centre take its value.
     """
     position = np.clip((np.arange(tile) + 0.5) * k / tile - 0.5, 0, k - 1)
     left = np.minimum(position.astype(int), max(k - 2, 0))

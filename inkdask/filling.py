@@ -1,4 +1,4 @@
-"""Filling a stored grid: what is missing of it is computed, chunk by chunk."""
+"""Fill a stored grid: compute its missing chunks."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ log = logging.getLogger("inkdask")
 
 
 def check_weights(network: Network) -> None:
-    """Fail before anything is read when the weights are not those of the network."""
+    """Check that the weights fit the network, before any layer is read."""
     if network.function is None:
-        from inkdask.models import weights  # torch: a job needs it, an import of inkdask does not
+        from inkdask.models import weights  # here, because it imports torch
 
         weights.load(network)
 
 
 def fill(grid: GridStore, plan: Plan, mine: np.ndarray, summary: Summary, last: int) -> None:
-    """Compute what some chunks lack up to a pass, each written as soon as it is done.
+    """Compute the missing tiles of some chunks up to a pass; store each chunk once it is done.
 
     Parameters
     ----------
     mine
         The chunks, bool (rows, columns).
     last
-        The pass: tiles of later ones do not run.
+        The last pass to run.
 
     Raises
     ------
     InkdaskError
-        When chunks failed for good; the others are done all the same.
+        When chunks failed for good; the other chunks are stored.
     """
     passes = Passes(grid.passes_done(), last)
     missing = np.argwhere((passes.done < last) & mine)
@@ -53,7 +53,7 @@ def fill(grid: GridStore, plan: Plan, mine: np.ndarray, summary: Summary, last: 
     tiles = plan.tiling.tiles_until(last) - plan.tiling.tiles_there(passes.done)
     total = int(tiles[(passes.done < last) & mine].sum())
     before = summary.progress
-    # A chunk is thousands of tiles; those that run in this process are counted as they run.
+    # Peek at the tiles of this process, because a chunk of thousands of tiles reports late.
     with Meter("ink", total, "tiles", peek=lambda: summary.progress - before) as meter:
 
         def on_report(chunk: ChunkReport) -> None:
@@ -74,7 +74,7 @@ def fill(grid: GridStore, plan: Plan, mine: np.ndarray, summary: Summary, last: 
 
 
 def together(places: np.ndarray, plan: Plan, grid: GridStore, passes: Passes) -> list[Delayed]:
-    """One task for each of many chunks, which read together."""
+    """Return one task for each of many chunks; the tasks share what they read."""
     chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask, passes).chunks
     saved = da.map_blocks(
         save_chunk,
@@ -88,7 +88,7 @@ def together(places: np.ndarray, plan: Plan, grid: GridStore, passes: Passes) ->
 
 
 def alone(row: int, column: int, plan: Plan, grid: GridStore, passes: Passes) -> Delayed:
-    """The task of one chunk, which reads nothing but what this chunk needs."""
+    """Return the task of one chunk, which reads only the data of this chunk."""
     volume, mask = plan.cut(plan.tiling.y.reading(row), plan.tiling.x.reading(column))
     blocks = [array.to_delayed().item() for array in (volume, mask) if array is not None]
     if mask is not None:
@@ -99,7 +99,7 @@ def alone(row: int, column: int, plan: Plan, grid: GridStore, passes: Passes) ->
 
 
 def failure(account: engine.Account, summary: Summary) -> InkdaskError:
-    """One sentence for the chunks that failed for good."""
+    """Return one error for all chunks that failed for good."""
     first = next(iter(account.failed.values()))
     for failed in account.failed.values():
         log.debug("a chunk failed:\n%s", failed.trace)

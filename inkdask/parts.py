@@ -1,10 +1,9 @@
-"""Static parts: which chunks each of several machines computes.
+"""Static parts: the chunks that each of several machines computes.
 
-Parts are runs of chunks in reading order, so that a part reads its own rows of the layers and few
-others. They are cut where the work is even, and the work is the tiles that are not empty. How many
-these are nobody knows before the layers are read; the middle layer alone, a few per cent of the
-reading, tells it well enough. The first part estimates, and keeps the estimate in the grid's store,
-so that all parts agree.
+A part is a run of chunks in reading order, so a part reads few rows of the layers beside its own.
+The parts have about equal work, and the work of a chunk is its number of tiles with data. This
+number is estimated from the middle layer alone, because reading that layer costs a few per cent of
+the job. The first part stores the estimate with the grid, so that all parts agree.
 """
 
 from __future__ import annotations
@@ -20,31 +19,31 @@ from inkdask.tiling import Tiling
 
 
 def assign(work: np.ndarray, num_parts: int) -> np.ndarray:
-    """Which part each chunk belongs to, int (rows, columns).
+    """Part of each chunk, int (rows, columns).
 
     Parameters
     ----------
     work
         Estimated work in each chunk, (rows, columns).
     num_parts
-        Parts; where there are more than chunks, some have none.
+        Number of parts; some parts have no chunk when there are fewer chunks than parts.
     """
-    cost = work.ravel() + 1.0  # an empty chunk must be read too
+    cost = work.ravel() + 1.0  # because an empty chunk is read too
     middle = np.cumsum(cost) - cost / 2
     return (middle * num_parts / cost.sum()).astype(int).reshape(work.shape)
 
 
 def agreed_work(store: GridStore, plan: Plan) -> np.ndarray:
-    """The estimate that all parts share, (rows, columns); made by the first that asks."""
+    """Return the estimate that all parts share, (rows, columns); the first part makes it."""
     work = store.work()
     if work is None:
         work = estimate(plan)
-        store.plan_work(work)  # two that ask at once keep the same
+        store.plan_work(work)  # safe for two parts at once, because both store the same values
     return work
 
 
 def estimate(plan: Plan) -> np.ndarray:
-    """Tiles of each chunk that probably have data, int32 (rows, columns)."""
+    """Estimate the tiles with data of each chunk, int32 (rows, columns)."""
     tiling = plan.tiling
     source = plan.segment.source if plan.segment else None
     if source and source.occupancy:
@@ -70,7 +69,7 @@ def _count_tiles(
     tiling: Tiling,
     block_id: tuple[int, int],
 ) -> tuple[int, int, int]:
-    """Row and column of a chunk, and how many of its tiles have data."""
+    """Return row and column of a chunk, and the number of its tiles with data."""
     row, column = block_id
     seen = (block[0] != 0) if mask is None else (block[0] != 0) & mask[0]
     ys, xs = tiling.y.local_origins(row), tiling.x.local_origins(column)
@@ -80,7 +79,7 @@ def _count_tiles(
 
 
 def _from_known(share: np.ndarray, side: int, plan: Plan) -> np.ndarray:
-    """The same from the share of pixels with data in squares of ``side`` pixels."""
+    """Estimate the work from the share of pixels with data in squares of ``side`` pixels."""
     tiling = plan.tiling
     places = [
         np.minimum((axis.origins + corner + tiling.tile // 2) // side, len_ - 1)

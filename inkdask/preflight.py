@@ -1,7 +1,6 @@
-"""What would stop a job after hours, found in seconds: too little memory, too little disk.
+"""Find in seconds what would stop a job after hours: too little memory, too little disk.
 
-The figures are estimates, and low ones for disks, because how well a result compresses is not known
-before it is there.
+The figures are estimates. Those of disks are low, because compression is not known in advance.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from inkdask.tiling import Tiling
 
 log = logging.getLogger("inkdask")
 
-PICTURE = 0.5  # bytes of a pixel, of the stored picture or of the PNG, with some of it empty
-CODE = 1.0  # bytes of a probability in the tile grid, the same
-COMPRESSED = 0.3  # of the bytes of a volume
+PICTURE = 0.5  # bytes per pixel of the stored picture, and of the PNG; part of it is empty
+CODE = 1.0  # bytes per probability of the tile grid; part of it is empty
+COMPRESSED = 0.3  # share of the bytes of a volume
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,14 @@ class Need:
 
 
 def check_places(job: Job, result_file: str, num_parts: int, overwrite: bool) -> None:
-    """Check that all that a job writes, or one part of it, has a place and the room for it."""
+    """Check that a job, or one part of it, can write its outputs and has disk space for them."""
     grid = storage.join(job.grid.uri, "zarr.json")
     for file in (f"{job.target}.png", result_file, grid):
         outputs.check_writable(file)
     variable = "ZARR_OUTPUT_DIR" if job.folder else "GRID"
     missing = 1.0
     if not overwrite and GridStore.label(job.grid.uri):
-        with suppress(InkdaskError):  # another part is just making it, or `run` says what is wrong
+        with suppress(InkdaskError):  # another part is creating it, or `run` reports the error
             missing = float(np.mean(~job.grid.chunks_done()))
     size = missing * _grid_bytes(job.grid) / num_parts
     needs = [Need("tile grid", variable, job.grid.uri, size)]
@@ -67,9 +66,9 @@ def check_places(job: Job, result_file: str, num_parts: int, overwrite: bool) ->
 
 
 def check_prepared(job: Job, replaces: bool) -> None:
-    """Check that a prepared array holds the layers of the segment whose picture is to be made.
+    """Check that a prepared array holds the current layers of the job's segment.
 
-    ``replaces`` is whether the picture goes to the segment itself.
+    ``replaces`` is True where the picture goes to the segment itself.
     """
     segment = job.plan.segment if job.plan else None
     made_of = segment.source.made_of if segment else None
@@ -86,7 +85,7 @@ def check_prepared(job: Job, replaces: bool) -> None:
     layers = min(made_of.layers), max(made_of.layers) + 1
     try:
         now = open_segment(source, layers, mask=NO_MASK, level=job.origin.ome_zarr_level).identity
-    except InkdaskError as error:  # the layers may be gone, for which an array is prepared too
+    except InkdaskError as error:  # the layers may be gone, because an array can serve instead
         log.info("The layers of %s cannot be compared with %s: %s", source, place, error)
         return
     if now != made_of.identity:
@@ -97,7 +96,7 @@ def check_prepared(job: Job, replaces: bool) -> None:
 
 
 def check_room_for_picture(region: Box, target: str) -> None:
-    """Check that the disks suffice for a picture at ``target``, which has no ending."""
+    """Check that the disks suffice for a picture at ``target``, a path without ending."""
     check_disks(_picture(region, target))
 
 
@@ -109,7 +108,7 @@ def check_room_to_prepare(segment: Segment, uri: str, compress: bool) -> None:
 
 
 def check_memory(plan: Plan) -> None:
-    """Check that the processes of a job have the memory that it is expected to take."""
+    """Check that each process of a job has the memory that the job is expected to take."""
     where, limit, threads, processes = _processes()
 
     def expected(tiling: Tiling) -> float:
@@ -131,25 +130,25 @@ def check_memory(plan: Plan) -> None:
 
 
 def _processes() -> tuple[str, int, int | None, int]:
-    """Where chunks are computed: its name, bytes and threads of a process, and how many."""
+    """Return name, memory in bytes and threads of a process, and the number of processes."""
     client = engine.current_client()
     if client is None:
         return "this machine", memory_limit(), None, 1
     workers = client.scheduler_info(n_workers=-1)["workers"]
     limits = [worker["memory_limit"] for worker in workers.values() if worker["memory_limit"]]
-    if not limits:  # none has come yet, or none says
+    if not limits:  # no worker is there yet, or none has a limit
         return "a worker", 0, 1, 1
     threads = max(worker["nthreads"] for worker in workers.values())
     return "a worker", min(limits), threads, len(workers)
 
 
 def _decoding(segment: Segment | None) -> float:
-    """Bytes held while what cannot be cut is decoded: layers of such files, and a mask."""
+    """Bytes in memory while a mask, or a layer that is decoded whole, is decoded."""
     return max((source.decoding_bytes for source in _sources(segment)), default=0)
 
 
 def _sources(segment: Segment | None) -> list[Source]:
-    """Layers and mask of a segment, those that are there."""
+    """Return the sources of layers and mask that a segment has."""
     found = (segment.source, segment.mask_source) if segment else ()
     return [source for source in found if source]
 
@@ -170,7 +169,7 @@ def _picture(region: Box, target: str) -> list[Need]:
 
 
 def _scratch(segment: Segment | None) -> list[Need]:
-    """What a process without a cluster decodes into; workers have folders of their own."""
+    """Scratch space without a cluster; workers have folders of their own."""
     size = sum(source.scratch_bytes for source in _sources(segment)) * COMPRESSED
     if not size or engine.current_client():
         return []
@@ -178,7 +177,7 @@ def _scratch(segment: Segment | None) -> list[Need]:
 
 
 def check_disks(needs: Iterable[Need]) -> None:
-    """Check that every local disk has the free space for all that goes there."""
+    """Check that each local disk has free space for the sum of its needs."""
     disks: dict[int, list[Need]] = defaultdict(list)
     for need in needs:
         if storage.is_local(need.place):
@@ -197,6 +196,6 @@ def check_disks(needs: Iterable[Need]) -> None:
 
 
 def _existing(place: str) -> Path:
-    """The nearest folder above a place that is there already."""
+    """Return the nearest existing folder at or above a place."""
     path = Path(storage.filesystem(place)[1])
     return next(folder for folder in [path, *path.parents] if folder.exists())

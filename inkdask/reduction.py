@@ -1,7 +1,7 @@
-"""From a stored tile grid to the picture: no weights, no GPU, and no layers are needed.
+"""Make the picture of a stored tile grid, without weights, GPU or layers.
 
-A job ends with it, parts are put together by it, and an old grid gives another picture: with
-another blending window, or of another region.
+Each job ends with this step, and so do parts. A stored grid also gives pictures of other regions
+and blending windows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from inkdask.storage import outputs
 
 log = logging.getLogger("inkdask")
 
-PREVIEW = "_preview"  # of a picture that is not yet final
+PREVIEW = "_preview"  # ends the name of an unfinished picture
 
 
 def picture(job: Job, num_parts: int) -> str:
@@ -42,13 +42,13 @@ def picture(job: Job, num_parts: int) -> str:
 
 
 def preview(job: Job) -> str:
-    """Write the picture of the tiles that are there so far, beside the final one's place."""
+    """Write the picture of the stored tiles beside the place of the final picture."""
     write(job, job.target + PREVIEW)
     return f"{job.target}{PREVIEW}.png"
 
 
 def check_complete(job: Job, num_parts: int) -> None:
-    """Check that the grid lacks nothing of the region: a picture never has holes."""
+    """Check that the grid has all chunks of the region, because a picture never has holes."""
     grid, region = job.grid, job.region
     y = grid.tiling.y.reaching_chunks(region.top, region.bottom)
     x = grid.tiling.x.reaching_chunks(region.left, region.right)
@@ -68,13 +68,13 @@ def check_complete(job: Job, num_parts: int) -> None:
 
 
 def tell_of_replaced(uri: str, made_of: Provenance) -> None:
-    """Say that the picture at ``uri`` is another one than is to be, where that is so."""
+    """Log how the picture at ``uri`` differs from the one that replaces it."""
     try:
         there = open_picture(uri).provenance if is_picture(uri) else None
-    except InkdaskError:  # damaged: no loss
+    except InkdaskError:  # a damaged picture may be replaced
         return
     if there is not None:
-        # The same tiles may lie in other chunks, and have run elsewhere.
+        # Ignore chunks and extent of the grid, because they do not change the picture.
         alike = replace(
             there.recipe,
             chunk=made_of.recipe.chunk,

@@ -1,24 +1,23 @@
-"""The stored tile grid: what makes a job resumable, and a picture re-blendable without a GPU.
+"""The stored tile grid: jobs resume from it, and pictures are blended from it without a GPU.
 
-One zarr 3 group for each job, named after the segment and the digest of its recipe, so that
-different jobs never meet:
+Each job has one zarr 3 group. Its name holds the segment and the digest of the recipe, so different
+jobs have different groups:
 
     <ZARR_OUTPUT_DIR>/<segment>-<digest>.zarr    attributes: format, generation, recipe, origin
         g1/grid    uint16 (gy, gx, k, k)  0: no tile ran here; c: probability (c - 1) / 65534
-        g1/valid   bool (y, x)            any layer is non-zero
-        g1/done    int8 (rows, columns)   last pass that a chunk has; -1 for none
-        g1/work    int32 (rows, columns)  tiles that probably have data; -1: not estimated
-        g1/ran_in  uint8 (rows, columns)  arithmetic of a chunk's tiles, an index of `PRECISIONS`
+        g1/valid   bool (y, x)            pixels where any layer is non-zero
+        g1/done    int8 (rows, columns)   last pass of each chunk; -1: none
+        g1/work    int32 (rows, columns)  estimated tiles with data; -1: not estimated
+        g1/ran_in  uint8 (rows, columns)  precision of each chunk, an index of `PRECISIONS`
 
-A job runs all tiles of a chunk at once, or goes from coarse to fine: then each pass is merged into
-what the chunk has. A chunk has one writer at a time; its data are written before its element of
-``done``, and each has zarr chunks of its own, so writers never touch each other's objects. Zarr
-reads an object that is gone, as after a copy that broke off, as its fill value; so what is marked
-as done is also looked for.
+A job runs all tiles of a chunk at once, or in passes from coarse to fine. Each pass is merged into
+the stored chunk. A chunk has one writer at a time, which writes the data before the element of
+``done``. Each chunk has its own zarr chunks, so writers never share an object. Zarr reads a missing
+object as its fill value, for example after an incomplete copy. A chunk therefore counts as done
+only if its mark and its objects are there.
 
-To start anew is to write the next generation to the attributes: from then on the arrays lie in
-``g2``, and whoever still works on ``g1`` reaches nothing of it. The attributes say all that a
-picture needs, so a stored grid is complete in itself.
+A restart writes the next generation to the attributes. The arrays then lie in ``g2``, and writers
+of ``g1`` cannot change them. The attributes hold everything else that a picture needs.
 """
 
 from __future__ import annotations
@@ -46,25 +45,25 @@ from inkdask.tiling import Tiling
 
 ENDING = ".zarr"
 PRECISIONS = ("", "float32", "bfloat16", "int8")
-STEPS = 65534  # of a probability in 16 bits: 30 times finer than float16 near 1, and no larger
+STEPS = 65534  # steps of a probability: 30 times finer than float16 near 1, in as many bits
 
-restarted: list[str] = []  # grids that this process has started anew
+restarted: list[str] = []  # URIs of grids that this process restarted
 
 
 @dataclass(frozen=True)
 class ChunkReport:
-    """Account of a finished chunk.
+    """Report of a finished chunk.
 
     Attributes
     ----------
     ran, empty
         Tiles that went through the network, and tiles without data.
     precision
-        Arithmetic of the network, as in `InferredChunk`.
+        Precision of the network, as in `InferredChunk`.
     process
         Host and process id of the worker.
     counters, peak_memory
-        What that process has read since it started, and the most memory it held, in bytes.
+        Counters of that process since its start, and its peak memory in bytes.
     """
 
     ran: int
@@ -77,10 +76,10 @@ class ChunkReport:
 
 @dataclass(frozen=True)
 class GridStore:
-    """Where a job's tile grid lies: small and picklable, and one generation of the grid.
+    """Place and shape of one generation of a tile grid; small and picklable.
 
-    Each process opens an array once for each `GridStore`, so a handle is never used for a grid of
-    another shape or generation at the same place.
+    Each process opens an array once per `GridStore`, so no handle serves a grid of another shape or
+    generation at the same place.
     """
 
     uri: str
@@ -90,20 +89,20 @@ class GridStore:
 
     @classmethod
     def of(cls, folder: str, segment: str, recipe: Recipe) -> GridStore:
-        """Return the store of a recipe under a folder, in the generation that is there."""
+        """Return the store of a recipe in a folder, in its current generation."""
         name = f"{segment}-{recipe.digest[:16]}{ENDING}"
         return cls.at(storage.join(folder, name), recipe)
 
     @classmethod
     def at(cls, uri: str, recipe: Recipe) -> GridStore:
-        """Return the store of a recipe at a place, in the generation that is there."""
+        """Return the store of a recipe at a place, in its current generation."""
         label = cls.label(uri)
         tiling = Tiling.of(recipe.size, recipe.tile, recipe.stride, recipe.chunk)
         return cls(uri, tiling, recipe.k, label.generation if label else 1)
 
     @classmethod
     def open(cls, uri: str) -> tuple[GridStore, Label]:
-        """Open the store at ``uri``, which must be there."""
+        """Open the existing store at ``uri``."""
         label = cls.label(uri)
         if label is None:
             raise InkdaskError(f"{uri} is no tile grid that this version of inkdask can read.")
@@ -116,7 +115,7 @@ class GridStore:
             return None
         node = storage.zarr_node(uri)
         attributes = dict(node.attrs)
-        # A prepared volume is an array, and a picture is a group of other attributes.
+        # Check the attributes, because a picture is a group too; a prepared volume is an array.
         if not isinstance(node, zarr.Group) or not {"recipe", "fingerprint"} & attributes.keys():
             return None
         if attributes.get("format") != FORMAT:
@@ -124,17 +123,17 @@ class GridStore:
         return Label.from_json(attributes, uri)
 
     def create(self, recipe: Recipe, origin: Origin, said: Said | None = None) -> None:
-        """Make the empty store, or leave what is there for the job to go on from.
+        """Create the empty store, or keep the existing one to resume from.
 
-        Several processes may do so at once. The origin becomes this one, and what was said, because
-        the same tiles may have been asked for with another region. Marks of chunks whose data are
-        gone are taken back.
+        Several processes may do so at once. ``origin`` and ``said`` replace the stored ones,
+        because the same tiles may serve another region. Chunks that lost data are marked as not
+        done.
         """
         there = self.check_place(recipe)
         label = Label(FORMAT, self.generation, recipe, origin, said).to_json()
         with storage.explained(self.uri):
             place = storage.zarr_store(self.uri)
-            with suppress(ContainsGroupError):  # others may be making the same
+            with suppress(ContainsGroupError):  # another process may have created it
                 zarr.create_group(place, zarr_format=3, attributes=label)
             if there and (there.origin, there.said) != (origin, said):
                 del label["generation"]
@@ -146,7 +145,7 @@ class GridStore:
                     self._data("done")[tuple(chunk)] = -1
 
     def make_arrays(self) -> None:
-        """Make the arrays that are not there."""
+        """Create the missing arrays."""
         tiling, k = self.tiling, self.k
         side = [min(axis.step, axis.length) for axis in (tiling.y, tiling.x)]
         tiles = [axis.grid_chunks[0] for axis in (tiling.y, tiling.x)]
@@ -171,11 +170,11 @@ class GridStore:
                     zarr.create_array(place, name=self._path(name), zarr_format=3, **how)
 
     def check_place(self, recipe: Recipe) -> Label | None:
-        """Check that the store may be where it is to be; return the label that is there.
+        """Check that the place is free or has this job's grid; return the label of that grid.
 
-        Another job's grid, and a folder of other things, are no place for it.
+        Another job's grid and a folder with other files are refused.
         """
-        # Ignore what another process is still writing, or tries to.
+        # Ignore files that another process is still writing, and probes of write access.
         entries = {entry.name for entry in storage.list_folder(self.uri)}
         others = {name for name in entries if not name.endswith((".partial", outputs.PROBE))}
         there = self.label(self.uri)
@@ -188,9 +187,9 @@ class GridStore:
         return there
 
     def restart(self) -> GridStore:
-        """Start the grid anew, and return its next generation; the arrays are still to be made.
+        """Start the next generation of the grid and return it, without its arrays.
 
-        Processes that start the same generation anew at once agree on the next one.
+        Processes that restart the same generation at once get the same next one.
         """
         after = replace(self, generation=self.generation + 1)
         with storage.explained(self.uri):
@@ -200,21 +199,21 @@ class GridStore:
         return after
 
     def check_current(self) -> None:
-        """Check that nobody has started the grid anew."""
+        """Check that this generation is the current one."""
         label = self.label(self.uri)
         if label is None or label.generation != self.generation:
             raise InkdaskError(f"The tile grid {self.uri} was started anew by another job.")
 
     def remove_earlier(self) -> None:
-        """Remove the earlier generations, which nothing reaches; what cannot be removed stays."""
+        """Remove the earlier generations, as far as possible."""
         for number in range(1, self.generation):
             with suppress(InkdaskError):
                 outputs.remove(storage.join(self.uri, f"g{number}"))
 
     def work(self) -> np.ndarray | None:
-        """Tiles of each chunk that probably have data, int32 (rows, columns), once planned.
+        """Estimated tiles with data of each chunk, int32 (rows, columns).
 
-        None before, and where it is damaged: it can be estimated again.
+        None where the estimate is missing or damaged, because it can be made again.
         """
         try:
             work = self._read("work")
@@ -223,40 +222,40 @@ class GridStore:
         return None if (work < 0).any() else work
 
     def plan_work(self, work: np.ndarray) -> None:
-        """Keep an estimate of the work, so that all parts divide it alike."""
+        """Store an estimate of the work, so that all parts share it."""
         with storage.explained(self.uri):
             self._array("work")[:] = work
 
     def passes_done(self) -> np.ndarray:
-        """Last pass that each chunk has, int (rows, columns); -1 for none."""
-        marks = self._read("done")  # before the data, which others may be writing
+        """Last pass of each chunk, int (rows, columns); -1 for none."""
+        marks = self._read("done")  # before the data, because writers write the data first
         return np.where(self._lost(), -1, marks).astype(int)
 
     def chunks_done(self) -> np.ndarray:
-        """Chunks that have all of their tiles, bool (rows, columns)."""
+        """Chunks that are done, bool (rows, columns)."""
         return np.asarray(self.passes_done() == self.tiling.passes - 1)
 
     def has_any(self, chunks: np.ndarray) -> bool:
-        """Whether any of some chunks, bool (rows, columns), is there, damaged ones included."""
+        """Return True if any of ``chunks``, bool (rows, columns), is stored or damaged."""
         try:
             return bool((self.passes_done()[chunks] >= 0).any())
         except DamagedError:
             return True
 
     def precisions(self) -> tuple[str, ...]:
-        """Arithmetic in which tiles ran; workers of different hardware may differ."""
+        """Precisions used; several where the hardware of workers differs."""
         found = np.unique(self._read("ran_in")).tolist()
         return tuple(PRECISIONS[number] for number in found if number)
 
     def write(self, chunk: InferredChunk, row: int, column: int, last: int = -1) -> int:
-        """Store a chunk whose tiles are there up to a pass; return how many ran just now."""
+        """Store a chunk with its tiles up to pass ``last``; return how many tiles ran."""
         y, x = self.tiling.y, self.tiling.x
         tiles = (slice(*y.rows[row : row + 2]), slice(*x.rows[column : column + 2]))
         pixels = (slice(*y.edges[row : row + 2]), slice(*x.edges[column : column + 2]))
         codes, last = encode(chunk.grid), last % self.tiling.passes
         ran = int(np.count_nonzero(codes[:, :, 0, 0]))
         there = int(self._read("done", (row, column)))
-        if there >= 0:  # an earlier pass
+        if there >= 0:  # an earlier pass is stored
             codes = np.maximum(codes, self._read("grid", tiles))
         with storage.explained(self.uri):
             self._data("grid")[tiles] = codes
@@ -267,24 +266,24 @@ class GridStore:
         return ran
 
     def grid(self) -> da.Array:
-        """The stored probabilities, dask float32 (gy, gx, k, k), NaN where no tile ran."""
+        """Stored probabilities, dask float32 (gy, gx, k, k), NaN where no tile ran."""
         stored = da.from_array(_Lazy(self, "grid"), (*self.tiling.grid_chunks, self.k, self.k))
         return stored.map_blocks(decode, dtype=np.float32)
 
     def valid(self) -> da.Array:
-        """Pixels that have data, dask bool (y, x)."""
+        """Pixels with data, dask bool (y, x)."""
         return da.from_array(_Lazy(self, "valid"), self.tiling.chunks)
 
     def read(
         self, tiles: tuple[slice, slice], pixels: tuple[slice, slice]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Read a part of `grid` and of `valid` now: float32 (gy, gx, k, k), and bool (y, x)."""
+        """Read a part of `grid`, float32 (gy, gx, k, k), and of `valid`, bool (y, x)."""
         return decode(self._read("grid", tiles)), self._read("valid", pixels)
 
     def _lost(self) -> np.ndarray:
-        """Chunks that lack data that were written, bool (rows, columns).
+        """Chunks that are marked as done and lack data, bool (rows, columns).
 
-        Listings tell, without reading.
+        Lists the objects and reads none.
         """
         return self._stored("done") & ~(self._stored("grid") & self._stored("valid"))
 
@@ -294,22 +293,22 @@ class GridStore:
         there = np.zeros(shape, bool)
         for file in storage.list_files(storage.join(self.uri, self._path(name), "c")):
             place = file.split("/")
-            if all(map(str.isdecimal, place)):  # else another file, such as one half written
+            if all(map(str.isdecimal, place)):  # skip other files, for example half-written ones
                 there[tuple(map(int, place))] = True
         there = there.reshape(shape[:2])
         for axis, count in enumerate(self.tiling.block_shape):
-            # The last chunk of an axis may be long, and more than one of zarr's.
+            # Combine zarr chunks, because the last chunk of an axis may span several of them.
             there = np.logical_and.reduceat(there, np.arange(count), axis)
         return there
 
     def _read(self, name: str, box: Any = ...) -> np.ndarray:
-        """Read from one of the arrays; what cannot be decoded is a `DamagedError`."""
+        """Read from an array; raise `DamagedError` where its data cannot be decoded."""
         remedy = ": run the job with --overwrite, or delete the tile grid"
         with storage.decoded(storage.join(self.uri, self._path(name)), remedy):
             return np.asarray(self._array(name)[box])
 
     def _data(self, name: str) -> zarr.Array:
-        """Open an array to write all that is given, so that no object means lost."""
+        """Open an array that stores empty chunks too, because a missing object means lost data."""
         return self._array(name).with_config({"write_empty_chunks": True})
 
     def _array(self, name: str) -> zarr.Array:
@@ -322,12 +321,12 @@ class GridStore:
 
 @lru_cache(maxsize=64)
 def _open(grid: GridStore, name: str) -> zarr.Array:
-    """Open an array of a grid to read and write, once in a process."""
+    """Open an array of a grid to read and write, once per process."""
     return zarr.open_array(storage.zarr_store(storage.join(grid.uri, grid._path(name))), mode="r+")
 
 
 class _Lazy:
-    """An array of a stored grid, as Dask reads it."""
+    """Array of a stored grid, in the form that Dask reads."""
 
     def __init__(self, store: GridStore, name: str) -> None:
         array = store._array(name)
@@ -346,7 +345,7 @@ def save_chunk(
     *,
     block_id: tuple[int, int],
 ) -> ChunkReport:
-    """Store one chunk from the worker that computed it, and report."""
+    """Store a chunk on the worker that computed it, and return its report."""
     tiling = store.tiling
     done, last = (-1, tiling.passes - 1) if passes is None else (passes.done[block_id], passes.last)
     ran = store.write(chunk, *block_id, last)
@@ -358,26 +357,26 @@ def save_chunk(
 
 
 def process_name() -> str:
-    """This process among all of a cluster: host and process id."""
+    """Return host and process id, which name a process in a cluster."""
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def encode(grid: np.ndarray) -> np.ndarray:
-    """Probabilities to uint16 codes; NaN (no tile ran) becomes 0."""
+    """Convert probabilities to uint16 codes; NaN (no tile ran) becomes 0."""
     ran = ~np.isnan(grid)
     return np.where(ran, np.rint(np.where(ran, grid, 0) * STEPS) + 1, 0).astype(np.uint16)
 
 
 def decode(codes: np.ndarray) -> np.ndarray:
-    """Uint16 codes to float32 probabilities of the same shape; NaN where no tile ran.
+    """Convert uint16 codes to float32 probabilities; NaN where no tile ran.
 
-    They are off by at most 1 / 131068.
+    The error is at most 1 / 131068.
     """
     probability = (codes.astype(np.float32) - 1) / STEPS
     return np.where(codes > 0, probability, np.float32(np.nan))
 
 
 def check_same(uri: str, there: Recipe, here: Recipe) -> None:
-    """Check that the grid at ``uri`` is this very job's; all that differs is named."""
+    """Check that the grid at ``uri`` has this recipe; the error names the differences."""
     if differing := differences(there, here):
         raise InkdaskError(f"The tile grid {uri} is another job's: {differing}.")

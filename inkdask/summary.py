@@ -1,4 +1,4 @@
-"""The account of a job: what was computed, skipped and read, and how fast."""
+"""Count what a job computes, skips and reads, and how fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("inkdask")
 
 
 class Summary:
-    """Adds up what the chunks of a job report.
+    """Sum of the reports of a job's chunks.
 
     Attributes
     ----------
@@ -28,11 +28,11 @@ class Summary:
     tiles
         Tiles of the job.
     precisions
-        Of the arithmetic of those that ran; none of a function, which has its own.
+        Precisions used; empty for callables.
     finished, failed
-        Chunks of this run that were computed, and that could not be.
+        Chunks of this run that were computed, and chunks that failed.
     lost
-        Chunks that a worker was computing when it was lost, and that another computed again.
+        Chunks that were lost with a worker and computed again.
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class Summary:
         self._before = dict(engine.on_workers(_named_counters))
 
     def resume(self, passes_done: np.ndarray, mine: np.ndarray, tiling: Tiling) -> None:
-        """Count what is there before the job, and what the job is to do.
+        """Count the tiles of the job, and those that an earlier run stored.
 
-        ``passes_done`` is that of `GridStore.passes_done`, and ``mine`` is True for the chunks of
-        this job's part.
+        ``passes_done`` comes from `GridStore.passes_done`; ``mine`` is True for the chunks of this
+        job's part.
         """
         self.tiles = int(tiling.tiles_until(tiling.passes - 1)[mine].sum())
         self.resumed = int(tiling.tiles_there(passes_done)[mine].sum())
@@ -66,12 +66,12 @@ class Summary:
 
     @property
     def here(self) -> storage.Counters:
-        """What this process has done since the job began."""
+        """Counters of this process since the job began."""
         return storage.counters() - self._start
 
     @property
     def progress(self) -> int:
-        """Tiles run in this process so far, and those found empty."""
+        """Tiles that ran in this process so far, plus empty tiles."""
         return self.here.tiles + self.empty
 
     @property
@@ -86,7 +86,7 @@ class Summary:
 
     @property
     def peak_memory(self) -> int:
-        """The most memory that any one process of the job held, in bytes."""
+        """Largest peak memory of a process of the job, in bytes."""
         return max([peak_memory(), *(r.peak_memory for r in self._processes.values())])
 
     def say(self, uri: str) -> None:

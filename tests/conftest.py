@@ -1,4 +1,4 @@
-"""Servers that many tests share: an S3 of their own, and faults in front of it."""
+"""Shared fixtures: environments, an S3 server, and a proxy that injects faults before it."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from tests.files import SHAPE, random_volume
 
 @pytest.fixture(autouse=True)
 def logging_as_before():
-    """Undo what the command line sets, so that tests do not depend on their order."""
+    """Restore the logging that the command line changes, so the order of tests does not matter."""
     root, own = logging.getLogger(), logging.getLogger("inkdask")
     handlers, level = list(root.handlers), own.level
     yield
@@ -28,8 +28,8 @@ def logging_as_before():
 
 @pytest.fixture(autouse=True)
 def no_gpu_unless_marked(request, monkeypatch):
-    """A test without the mark ``gpu`` means the CPU, on a machine with a GPU too."""
-    import torch  # whichever test comes first
+    """Hide the GPU from tests without the mark ``gpu``."""
+    import torch
 
     if torch.cuda.is_available() and not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -37,17 +37,17 @@ def no_gpu_unless_marked(request, monkeypatch):
 
 @pytest.fixture
 def pixels():
-    """A small volume uint16 (z, y, x)."""
+    """Small volume, uint16 (z, y, x)."""
     return random_volume(SHAPE)
 
 
 @pytest.fixture
 def own_environment(monkeypatch, tmp_path):
-    """An environment without any setting but places of the test's own, and small chunks."""
+    """Remove all settings from the environment but the test's own places and small chunks."""
     for _, variable, _ in parameters():
-        monkeypatch.setenv(variable, "")  # so that it is restored, whatever the job sets
+        monkeypatch.setenv(variable, "")  # set it first, because monkeypatch then restores it
         monkeypatch.delenv(variable)
-    monkeypatch.setenv("MODEL_VERSION", "1")  # imported functions may resume
+    monkeypatch.setenv("MODEL_VERSION", "1")  # lets imported functions resume
     monkeypatch.setattr(Environment, "told", None)
     monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
     monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))
@@ -57,7 +57,7 @@ def own_environment(monkeypatch, tmp_path):
 
 @pytest.fixture
 def own_tiles(own_environment, monkeypatch, tmp_path):
-    """An environment in which `tests.jobs.network` counts its tiles, and failures wait briefly."""
+    """Let `tests.jobs.network` count its tiles, and shorten the pause after failures."""
     monkeypatch.setenv("BATCH_SIZE", "8")
     monkeypatch.setenv("TILES_LOG", str(tmp_path / "tiles.log"))
     monkeypatch.setattr(engine, "PAUSE", 0.01)
@@ -70,7 +70,7 @@ def free_port():
 
 
 def start_server(*command, port):
-    """Start a server in a process of its own, and wait until it answers."""
+    """Start a server in another process, and wait until it answers."""
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -88,7 +88,7 @@ def start_server(*command, port):
 
 @pytest.fixture(scope="session")
 def s3_endpoint():
-    """URL of an S3 server (moto) that lives as long as the tests."""
+    """URL of an S3 server (moto) for the whole session."""
     port = free_port()
     process = start_server("-m", "moto.server", "-H", "127.0.0.1", "-p", str(port), port=port)
     yield f"http://127.0.0.1:{port}"
@@ -107,7 +107,7 @@ def proxy_server(s3_endpoint):
 
 @pytest.fixture
 def no_credentials(monkeypatch):
-    """An environment without a trace of AWS."""
+    """Remove all AWS settings from the environment."""
     for variable in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(variable)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -118,7 +118,7 @@ def no_credentials(monkeypatch):
 
 @pytest.fixture
 def s3(s3_endpoint, no_credentials, monkeypatch):
-    """``s3://`` URI of an empty bucket, with the environment set to reach it."""
+    """``s3://`` URI of an empty bucket; the environment has its credentials."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret")
@@ -129,7 +129,7 @@ def s3(s3_endpoint, no_credentials, monkeypatch):
 
 @pytest.fixture
 def faults(s3, proxy_server, monkeypatch):
-    """Faults to inject between inkdask and S3 (`FaultProxy.inject`); none to begin with."""
+    """Proxy between inkdask and S3, without faults until `FaultProxy.inject`."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy_server.url)
     yield proxy_server
     proxy_server.inject()
@@ -137,5 +137,5 @@ def faults(s3, proxy_server, monkeypatch):
 
 @pytest.fixture(params=["local", "s3"])
 def home(request, tmp_path):
-    """A folder that is empty: once on disk, once on S3."""
+    """Empty folder, on disk and on S3."""
     return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3")

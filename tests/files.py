@@ -1,4 +1,4 @@
-"""Volumes, the layer files that hold them, and what jobs leave."""
+"""Helpers that make volumes and layer files, and that read the outputs of jobs."""
 
 import io
 import os
@@ -10,11 +10,11 @@ from PIL import Image
 
 from inkdask import storage
 
-SHAPE = (6, 100, 130)  # of a small volume
+SHAPE = (6, 100, 130)  # small volume (z, y, x)
 
 
 def random_volume(shape, dtype="<u2", seed=0):
-    """Make a volume (z, y, x) of smooth noise, as compressible as a scan, with zeros at the top."""
+    """Make a volume (z, y, x) of noise that compresses like a scan, with zeros at the top."""
     rng = np.random.default_rng(seed)
     pixels = np.cumsum(rng.integers(-900, 901, shape), axis=2) + 30000
     volume = np.clip(pixels, 0, 65535).astype(np.uint16)
@@ -25,13 +25,13 @@ def random_volume(shape, dtype="<u2", seed=0):
 
 
 def assert_reads(segment, expected):
-    """Check that a segment's volume is uint8 (z, y, x) as expected."""
+    """Check that the volume of a segment equals ``expected``, uint8 (z, y, x)."""
     assert segment.shape == expected.shape
     np.testing.assert_array_equal(segment.volume.compute(scheduler="synchronous"), expected)
 
 
 def encode(layer, **options):
-    """Encode an image as a TIFF; one strip unless ``options`` of tifffile say otherwise."""
+    """Encode an image as a TIFF, in one strip unless ``options`` of tifffile set a layout."""
     if "tile" not in options:
         options.setdefault("rowsperstrip", layer.shape[0])
     file = io.BytesIO()
@@ -40,14 +40,14 @@ def encode(layer, **options):
 
 
 def write_layers(folder, volume, first=0, digits=2, **options):
-    """Write ``volume`` (z, y, x) as layers ``first`` and on; options as for `encode`."""
+    """Write a volume (z, y, x) as layers from number ``first``; options as for `encode`."""
     for number, layer in enumerate(volume, first):
         data = encode(layer, **options)
         storage.write_bytes(storage.join(str(folder), f"{number:0{digits}d}.tif"), data)
 
 
 def write_segment(folder, volume, replace=False):
-    """Write layers 00 and on as uint16, whose low bytes are noise that ``>> 8`` drops."""
+    """Write layers from number 00 as uint16; reading drops their low bytes, which are noise."""
     noise = np.random.default_rng(3)
     (folder / "layers").mkdir(parents=True, exist_ok=replace)
     for number, layer in enumerate(volume):
@@ -58,7 +58,7 @@ def write_segment(folder, volume, replace=False):
 
 
 def ome(version, axes="zyx"):
-    """Attributes of an OME-Zarr group of two levels."""
+    """Return the attributes of an OME-Zarr group with two levels."""
     multiscales = [
         {
             "version": version,
@@ -72,20 +72,20 @@ def ome(version, axes="zyx"):
 
 
 def read_picture(uri):
-    """Read a picture of Pillow's kinds."""
+    """Read a picture with Pillow."""
     with Image.open(io.BytesIO(storage.read_bytes(uri))) as image:
         return np.asarray(image)
 
 
 def grids(folder):
-    """The stores in a folder."""
+    """Return the URIs of the grids in a folder."""
     entries = storage.list_folder(folder) if storage.exists(folder) else []
     return [storage.join(folder, entry.name) for entry in entries if entry.name.endswith(".zarr")]
 
 
 @contextmanager
 def bound_by_rights():
-    """Be nobody in place of root, whom the rights of files do not bind."""
+    """Become nobody while root, because root may read and write every file."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)

@@ -1,4 +1,4 @@
-"""Values of jobs that nobody ran, and a network that counts its tiles, for jobs that run."""
+"""Recipes and records of invented jobs, and a network that counts its tiles."""
 
 import os
 import time
@@ -33,14 +33,14 @@ PROVENANCE = Provenance(
 
 
 def store_in(folder, recipe=RECIPE):
-    """An empty store of a recipe in a folder, made."""
+    """Create the empty store of a recipe in a folder."""
     store = GridStore.of(str(folder), "seg", recipe)
     store.create(recipe, ORIGIN)
     return store
 
 
 def network(x):
-    """Logits from the first and last layer: (b, 1, 4, 4); counts its tiles, and can be slow."""
+    """Logits from the first and last layer: (b, 1, 4, 4); logs tiles, sleeps on request."""
     with Path(os.environ["TILES_LOG"]).open("a") as log:
         log.write(f"{len(x)}\n")
     time.sleep(len(x) * float(os.environ.get("SECONDS_A_TILE", 0)))
@@ -48,12 +48,12 @@ def network(x):
 
 
 def count_tiles(tmp_path):
-    """Tiles that `network` has run, in all processes, with the fixture ``own_tiles``."""
+    """Count the tiles of `network` in all processes; needs the fixture ``own_tiles``."""
     return sum(map(int, (tmp_path / "tiles.log").read_text().split()))
 
 
 def made_of(volume, layers=3):
-    """Provenance of a picture that was made of all layers of a volume."""
+    """Return the provenance of a picture of all layers of a volume."""
     origin = replace(ORIGIN, source=volume, volume=volume, layer_range=(0, layers))
     recipe = replace(RECIPE, layers=tuple(range(layers)))
     return replace(PROVENANCE, recipe=recipe, origin=replace(origin, opened=(0, layers)))

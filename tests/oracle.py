@@ -1,4 +1,4 @@
-"""The plain truth to compare with: a sliding window in float64, one tile at a time."""
+"""Reference implementation: a sliding window in float64, one tile at a time."""
 
 import numpy as np
 import torch
@@ -39,19 +39,19 @@ def origins(length, tile, stride):
 
 
 def picture(probability):
-    """The contract's uint8 picture of a probability map."""
+    """Convert probabilities to the uint8 picture that users get."""
     return np.floor(255 * np.clip(probability, 0, 1)).astype(np.uint8)
 
 
 def network_of(function, layers, tile=64, k=4, **options):
-    """A `Network` spec around a callable, as `inkdask.models.registry.resolve` makes one."""
+    """Return the `Network` of a callable, as `inkdask.models.registry.resolve` does."""
     model = ModelSpec(key=getattr(function, "__name__", "function"), architecture="", weights="")
     settings = {"clip": 200.0, "divisor": 200.0, "digest": "test", **options}
     return Network(model, layers=layers, tile=tile, k=k, function=function, **settings)
 
 
 def papyrus(shape, seed=0, holes=True):
-    """A uint8 (z, y, x) volume with structure, and zero corners and a hole in it."""
+    """Return a volume uint8 (z, y, x) of noise, with a zero corner and a hole."""
     rng = np.random.default_rng(seed)
     volume = rng.integers(1, 256, shape, dtype=np.uint8)
     if holes:
@@ -64,13 +64,13 @@ def papyrus(shape, seed=0, holes=True):
 
 
 def depth_slope(x):
-    """Logits from how brightness grows over depth, in sixteenths of a tile: (b, 1, 4, 4)."""
+    """Logits from the slope of brightness over depth in sixteenths of a tile: (b, 1, 4, 4)."""
     depth = torch.linspace(-1, 1, x.shape[2]).view(1, 1, -1, 1, 1)
     return 300 * torch.nn.functional.adaptive_avg_pool2d((x * depth).mean(2), 4)
 
 
 def assert_same_picture(got, expected, share=1e-4):
-    """Check that pictures are alike but for roundings of a share of their pixels."""
+    """Check that pictures differ by at most 1, in at most a share of their pixels."""
     difference = np.abs(got.astype(int) - expected)
     assert difference.max() <= 1
     assert np.count_nonzero(difference) <= share * difference.size

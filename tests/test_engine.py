@@ -1,4 +1,4 @@
-"""Tasks that fail: the others finish, what may pass is tried again, and nothing runs twice."""
+"""Test tasks that fail: the others finish, passing causes are retried, nothing runs twice."""
 
 import operator
 import pickle
@@ -31,7 +31,7 @@ def compute_each(request, monkeypatch):
 
 
 class Runs:
-    """How often each number ran, counted in files, because workers have their own memory."""
+    """Count how often each number ran, in files, because workers share no memory."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -51,7 +51,7 @@ def runs(tmp_path):
 
 
 def tens(compute_each, function, count=12):
-    """What `compute_each` makes of ten times each number, over a shared task for each pair."""
+    """Compute ten times each number by `compute_each`; each pair shares a task."""
     shared = [
         delayed(operator.mul)(10, pair, dask_key_name=f"pair-{pair}") for pair in range(count)
     ]
@@ -65,7 +65,7 @@ def tens(compute_each, function, count=12):
     return sorted(results), {number: it.error for number, it in account.failed.items()}
 
 
-def test_failure_does_not_stop_the_others(compute_each, runs):
+def test_failure_does_not_stop_other_tasks(compute_each, runs):
     def function(number, _):
         runs.add(number)
         if number in (3, 8):
@@ -82,7 +82,7 @@ def test_failure_does_not_stop_the_others(compute_each, runs):
 
 
 @pytest.mark.parametrize("error", [UnavailableError, ValueError])
-def test_what_may_pass_is_tried_again(compute_each, runs, error):
+def test_passing_cause_is_retried(compute_each, runs, error):
     def function(number, _):
         run = runs.add(number)
         if number == 5 and run < 3:
@@ -108,7 +108,7 @@ def corrupt():
     raise InkdaskError("a strip is corrupt")
 
 
-def test_all_that_depends_on_a_failure_fails_and_nothing_else(compute_each):
+def test_failure_fails_only_its_dependents(compute_each):
     strip = delayed(corrupt)(dask_key_name="strip")
     tasks = [delayed(add)(n, strip, dask_key_name=f"bad-{n}") for n in range(3)]
     tasks += [delayed(operator.neg)(n, dask_key_name=f"good-{n}") for n in range(5)]
@@ -118,8 +118,8 @@ def test_all_that_depends_on_a_failure_fails_and_nothing_else(compute_each):
     assert set(account.failed) == {0, 1, 2}
 
 
-def test_every_failed_task_is_tried_alone(compute_each, runs):
-    """A block that cannot be read may be needed by some of the tasks only."""
+def test_failed_task_is_retried_alone(compute_each, runs):
+    """Only some of the tasks may need a block that cannot be read."""
     strip = delayed(corrupt)(dask_key_name="strip")
     tasks = [delayed(add)(n, strip, dask_key_name=f"task-{n}") for n in range(4)]
     tasks.append(delayed(operator.neg)(-4))
@@ -135,8 +135,8 @@ def test_every_failed_task_is_tried_alone(compute_each, runs):
     assert [runs[number] for number in range(5)] == [1, 1, 1, 1, 0]
 
 
-def test_exception_of_a_task_that_is_no_value_fails_what_is_left(compute_each):
-    """As a lack of memory in one of Dask's own steps."""
+def test_raised_exception_fails_the_remaining_tasks(compute_each):
+    """One of Dask's own steps may raise, for example without memory."""
 
     def broken():
         raise MemoryError("no room")
@@ -145,7 +145,7 @@ def test_exception_of_a_task_that_is_no_value_fails_what_is_left(compute_each):
     assert [type(it.error) for it in account.failed.values()] == [MemoryError] * 3
 
 
-def test_failure_travels_without_what_cannot_be_pickled():
+def test_failure_pickles_without_unpicklable_parts():
     class LibraryError(Exception):
         def __init__(self):
             super().__init__("of a socket")
@@ -163,7 +163,7 @@ def test_failure_travels_without_what_cannot_be_pickled():
     assert failure.error.__traceback__ is None
 
 
-def test_results_of_fused_tasks_come_as_they_are_done():
+def test_results_of_fused_tasks_arrive_before_the_end():
     done, seen = [], []
 
     def write(block, block_id):
@@ -178,11 +178,11 @@ def test_results_of_fused_tasks_come_as_they_are_done():
         )
     assert not account.failed
     assert len(seen) == 64
-    assert seen[0] < 32  # and not all at the end
+    assert seen[0] < 32  # results come before the end
 
 
-def test_client_that_is_being_made_is_not_used(monkeypatch):
-    """A computation in the background meets it, where a notebook makes one meanwhile."""
+def test_client_without_scheduler_yet_is_not_used(monkeypatch):
+    """A notebook may make a client while a computation runs in the background."""
     made = SimpleNamespace(scheduler=None)
     monkeypatch.setattr("distributed.default_client", lambda: made)
     assert engine.current_client() is None
@@ -190,8 +190,8 @@ def test_client_that_is_being_made_is_not_used(monkeypatch):
     assert engine.current_client() is made
 
 
-def test_threads_are_as_many_as_the_cores_up_to_a_limit(monkeypatch):
-    """Each takes the memory of a chunk, and a machine with GPUs may have two hundred cores."""
+def test_threads_follow_the_cores_up_to_a_limit(monkeypatch):
+    """Each thread needs memory for a chunk, and a machine may have two hundred cores."""
     monkeypatch.setattr(engine, "CPU_COUNT", 2)
     assert engine.threads() == 3
     monkeypatch.setattr(engine, "CPU_COUNT", 192)
@@ -200,7 +200,7 @@ def test_threads_are_as_many_as_the_cores_up_to_a_limit(monkeypatch):
         assert engine.threads() == 7
 
 
-def test_work_stops_early_when_everything_fails(compute_each, runs, tmp_path):
+def test_job_stops_early_when_every_task_fails(compute_each, runs, tmp_path):
     def function(number, _):
         runs.add(number)
         raise RuntimeError("no network")
@@ -222,13 +222,13 @@ def test_work_stops_early_when_everything_fails(compute_each, runs, tmp_path):
         (UnavailableError("s3://bucket does not answer."), r"s3://bucket does not answer\.$"),
     ],
 )
-def test_what_fails_for_good_is_one_sentence(error, says):
+def test_lasting_failure_is_explained(error, says):
     with pytest.raises(InkdaskError, match=f"^{says}") as caught:
         engine.Account({0: Failure(error)}).check()
     assert error in (caught.value, caught.value.__cause__)
 
 
-def test_an_interrupt_is_no_failure(monkeypatch):
+def test_interrupt_is_raised_and_not_a_failure(monkeypatch):
     def stop(_):
         raise KeyboardInterrupt
 
@@ -236,8 +236,8 @@ def test_an_interrupt_is_no_failure(monkeypatch):
         engine.compute_each([delayed(operator.neg)(1)], stop)
 
 
-def test_other_workers_are_tried_first(monkeypatch):
-    """A worker whose network is broken spoils nothing."""
+def test_failed_task_is_retried_on_another_worker(monkeypatch):
+    """One worker may have a broken network."""
     monkeypatch.setattr(engine, "PAUSE", 0.01)
 
     def function(number):
@@ -254,7 +254,7 @@ def test_other_workers_are_tried_first(monkeypatch):
     assert sorted(results) == list(range(9))
 
 
-def test_failures_after_a_success_stop_nobody(monkeypatch):
+def test_failures_after_a_success_do_not_stop_the_job(monkeypatch):
     monkeypatch.setattr(engine, "PAUSE", 0.01)
 
     def function(number):
@@ -270,7 +270,7 @@ def test_failures_after_a_success_stop_nobody(monkeypatch):
     assert len(account.failed) == engine.HOPELESS
 
 
-def test_one_cause_of_many_failures_stops_nobody(monkeypatch):
+def test_many_failures_of_one_cause_do_not_stop_the_job(monkeypatch):
     monkeypatch.setattr(engine, "PAUSE", 0.01)
 
     strip = delayed(corrupt)(dask_key_name="a-strip")

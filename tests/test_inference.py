@@ -1,4 +1,4 @@
-"""The Dask program against the naive sliding window, with a network that is a plain function."""
+"""Test the Dask program against the naive sliding window, with plain functions as networks."""
 
 import dask
 import dask.array as da
@@ -50,7 +50,7 @@ def test_any_image_gives_the_naive_map(height, width, stride, chunk, seed):
     np.testing.assert_allclose(lazy.compute(scheduler="sync"), expected, atol=2e-6)
 
 
-def test_chunks_do_not_change_the_picture():
+def test_map_does_not_depend_on_chunks():
     volume = papyrus((6, 700, 530))
     network = network_of(quarters, layers=6)
     pictures = [
@@ -64,7 +64,7 @@ def test_chunks_do_not_change_the_picture():
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (203, 251), (40, 30), (64, 64), (65, 500)])
-def test_identity_network_gives_back_the_layer(shape):
+def test_identity_network_returns_the_layer(shape):
     """75 % overlap, origins aligned to the stride and not, and images smaller than a tile."""
     rng = np.random.default_rng(1)
     volume = rng.integers(1, 200, (2, *shape), dtype=np.uint8)
@@ -73,7 +73,7 @@ def test_identity_network_gives_back_the_layer(shape):
     np.testing.assert_allclose(lazy.compute(), volume[0] / 200, atol=3e-6)
 
 
-def test_every_tile_runs_once_and_empty_ones_never():
+def test_each_tile_with_data_runs_once_and_empty_tiles_never():
     volume = papyrus((3, 400, 500))
     seen = []
 
@@ -90,7 +90,7 @@ def test_every_tile_runs_once_and_empty_ones_never():
     assert sum(seen) == ran.sum()
 
 
-def test_an_empty_volume_needs_no_network():
+def test_empty_volume_runs_no_network():
     def never(x):
         raise AssertionError("no tile has data")
 
@@ -111,21 +111,21 @@ def test_nothing_is_computed_when_the_graph_is_built():
         ink_map(volume, network_of(quarters, layers=2), 16, 256)
 
 
-def test_a_slice_builds_a_small_graph():
+def test_slice_of_the_map_has_a_small_graph():
     volume = da.zeros((26, 40_000, 40_000), dtype="uint8", chunks=(26, 1000, 1000))
     lazy, _ = ink_map(volume, network_of(quarters, layers=26), 16, 1024)
     (window,) = dask.optimize(lazy[20_000:20_500, 20_000:20_500])
     assert len(window.__dask_graph__()) < 220  # of 30,000
 
 
-def test_a_volume_of_the_wrong_depth_is_refused():
+def test_volume_of_wrong_depth_is_refused():
     lazy, _ = ink_map(da.ones((5, 64, 64), dtype="uint8"), network_of(quarters, layers=4), 16, 128)
     with pytest.raises(Exception, match="Channel mismatch.*5.*4"):
         lazy.compute()
 
 
 @given(st.data())
-def test_tiles_with_data(data):
+def test_tiles_with_data_match_a_search_of_each_tile(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     seen = rng.random((40, 50)) < data.draw(st.sampled_from([0.0, 0.01, 0.1]))
     ys, xs = np.array([0, 5, 11, 32]), np.array([0, 7, 42])
@@ -133,8 +133,8 @@ def test_tiles_with_data(data):
     assert np.array_equal(tiles_with_data(seen, ys, xs, 8), expected)
 
 
-def test_two_tilings_of_a_volume_are_two_arrays():
-    """Computed at once, they must not take each other's blocks."""
+def test_two_tilings_of_a_volume_give_two_arrays():
+    """Computed together, the arrays must not share blocks."""
     volume = da.from_array(papyrus((2, 300, 300)), chunks=-1)
     tilings = [Tiling.of((300, 300), 64, stride, 128) for stride in (16, 32)]
     got = dask.compute(*(over_chunks(height_of, tiling, volume).blocks[0, 0] for tiling in tilings))
@@ -145,8 +145,8 @@ def height_of(block, tiling, block_id):
     return block.shape[1]
 
 
-def test_failed_block_fails_the_chunks_that_need_it_and_no_other():
-    """It passes through Dask's own steps, a mean of layers and a mask."""
+def test_failed_block_fails_only_the_chunks_that_need_it():
+    """A failure passes through a mean of layers and a mask."""
     tiling = Tiling.of((400, 400), 64, 16, 128)
     blocks = da.from_array(papyrus((4, 400, 400), holes=False), chunks=(4, 50, 400))
 
@@ -169,7 +169,7 @@ def test_failed_block_fails_the_chunks_that_need_it_and_no_other():
         infer(halved, tiling, network).grid.compute()
 
 
-def test_a_large_full_tile_has_data():
-    """As many pixels as 16 bits cannot count."""
+def test_large_full_tile_has_data():
+    """The tile has more pixels than 16 bits can count."""
     at = np.array([0])
     assert tiles_with_data(np.ones((256, 256), bool), at, at, 256).all()

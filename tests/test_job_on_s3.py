@@ -1,4 +1,4 @@
-"""The whole job on an S3 server: each byte about once, parts alone, and through faults."""
+"""Test whole jobs on an S3 server: bytes read, regions, and faults."""
 
 import io
 
@@ -13,7 +13,9 @@ from tests.oracle import assert_same_picture, depth_slope, naive_map, papyrus, p
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
-HEIGHT, WIDTH = 1250, 1400
+HEIGHT, WIDTH = 610, 700
+# Share of pixels off by 1: the stored grid has 16 bits, and tiles hardly overlap at stride 64.
+ROUNDED = 2e-3
 
 
 @pytest.fixture(scope="module")
@@ -38,26 +40,26 @@ def read_by(job):
     return result, storage.counters() - before
 
 
-@pytest.mark.parametrize("layout", [{"rowsperstrip": 32}, {"tile": (256, 256)}])
-def test_a_job_reads_each_byte_about_once(s3, volume, layout):
+@pytest.mark.parametrize("layout", [{"rowsperstrip": 32}, {"tile": (128, 128)}])
+def test_job_reads_each_byte_about_once(s3, volume, layout):
     size = upload(volume, f"{s3}/seg", **layout)
-    # The stored grid is on the local disk, and read back from there: that counts too.
+    # The bytes of the stored grid count too, because the job reads it back from the local disk.
     uri, read = read_by(lambda: inkdask.run(f"{s3}/seg", model=depth_slope, stride=64))
     assert read.bytes_read <= 1.15 * size
     got = read_picture(uri)
-    assert_same_picture(got, picture(naive_map(volume, depth_slope, stride=64)), share=1e-3)
+    assert_same_picture(got, picture(naive_map(volume, depth_slope, stride=64)), share=ROUNDED)
 
 
-def test_a_region_reads_little_beside_itself(s3, volume):
-    size = upload(volume, f"{s3}/seg", tile=(128, 128))
+def test_region_reads_only_its_share_of_the_bytes(s3):
+    size = upload(papyrus((5, 1250, 1400)), f"{s3}/seg", tile=(128, 128))
     roi = (300, 400, 300 + 310, 400 + 280)  # 5 % of the area
     _, read = read_by(lambda: inkdask.run(f"{s3}/seg", model=depth_slope, stride=64, roi_xyxy=roi))
     assert read.bytes_read <= 0.15 * size
 
 
-def test_a_job_through_faults_gives_the_same_picture(s3, faults, volume, capsys):
-    part = volume[:, :500, :600]
-    upload(part, f"{s3}/seg", rowsperstrip=8)
+def test_job_gives_the_same_picture_through_faults(s3, faults, volume, capsys):
+    part = volume[:, :300, :400]
+    upload(part, f"{s3}/seg", rowsperstrip=4)
     expected = picture(naive_map(part, depth_slope, stride=64))
     faults.inject(["503", "reset", "500", "truncate"], every=25, latency=0.05)
     uri = inkdask.run(f"{s3}/seg", model=depth_slope, stride=64, zarr_output_dir=f"{s3}/partitions")
@@ -66,4 +68,4 @@ def test_a_job_through_faults_gives_the_same_picture(s3, faults, volume, capsys)
     assert sum(happened.values()) > 0
     assert "retried" in capsys.readouterr().err
     got = read_picture(uri)
-    assert_same_picture(got, expected, share=1e-3)
+    assert_same_picture(got, expected, share=ROUNDED)

@@ -1,4 +1,4 @@
-"""What a job says it reads is what it reads: which layers, and in which order."""
+"""Test plans: the layers, masks and levels that a job reads and logs."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ FIRST = 10  # number of the first of 8 layers
     ],
 )
 @pytest.mark.parametrize("kind", ["tiff", "zarr"])
-def test_the_log_states_the_layers_that_are_read(tmp_path, caplog, kind, options, says, layers):
+def test_log_states_the_layers_that_are_read(tmp_path, caplog, kind, options, says, layers):
     pixels = papyrus((8, 70, 90))
     write_layers(tmp_path / "seg" / "layers", pixels, first=FIRST)
     if kind == "zarr":
@@ -62,13 +62,13 @@ def test_the_log_states_the_layers_that_are_read(tmp_path, caplog, kind, options
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_an_odd_layer_that_has_no_pair_is_named(tmp_path, caplog, reverse):
+def test_averaging_names_layer_without_pair(tmp_path, caplog, reverse):
     pixels = papyrus((8, 70, 90))
     write_layers(tmp_path / "seg" / "layers", pixels, first=FIRST)
     options = {"model": depth_slope, "z_downsample_mean_factor": 2, "force_reverse": reverse}
     settings = Settings.of(layers=(10, 17), **options)
     plan = Plan.of(str(tmp_path / "seg"), settings)
-    means = pixels[:6].reshape(3, 2, 70, 90).mean(axis=1)  # in both directions the same
+    means = pixels[:6].reshape(3, 2, 70, 90).mean(axis=1)  # the same in both directions
     means = means[::-1] if reverse else means
     assert np.array_equal(plan.volume.compute(), np.floor(means + 0.5))
     assert "6 layers (15 to 10 in reverse)" in str(plan) or "6 layers (10 to 15)" in str(plan)
@@ -82,7 +82,7 @@ def test_an_odd_layer_that_has_no_pair_is_named(tmp_path, caplog, reverse):
     ]
 
 
-def test_the_log_names_the_mask(tmp_path, caplog, monkeypatch):
+def test_log_names_the_mask(tmp_path, caplog, monkeypatch):
     write_layers(tmp_path / "seg" / "layers", papyrus((4, 70, 90)))
     Image.new("L", (90, 70), 255).save(tmp_path / "seg" / "seg_mask.png")
     caplog.set_level("INFO", "inkdask")
@@ -94,7 +94,7 @@ def test_the_log_names_the_mask(tmp_path, caplog, monkeypatch):
     assert plain.endswith(", mask none")
 
 
-def test_a_mask_of_another_size_stops_only_what_reads_it(tmp_path, capsys, caplog):
+def test_mask_of_wrong_size_stops_only_jobs_that_read_it(tmp_path, capsys, caplog):
     segment = tmp_path / "seg"
     write_layers(segment / "layers", papyrus((4, 70, 90)))
     Image.new("L", (45, 35), 255).save(segment / "seg_mask.png")
@@ -108,10 +108,10 @@ def test_a_mask_of_another_size_stops_only_what_reads_it(tmp_path, capsys, caplo
     overlay = str(tmp_path / "overlay.png")
     inkdask.export(stored, [overlay], overlay="mean")
     inkdask.export(stored, [overlay], overlay="mean", segment=str(segment))
-    assert not caplog.messages  # what was made without a mask is compared without one
+    assert not caplog.messages  # a grid without a mask is compared without a mask
 
 
-def test_parts_without_the_mask_are_found_again(tmp_path):
+def test_reduce_finds_parts_made_without_the_mask(tmp_path):
     write_layers(tmp_path / "seg" / "layers", papyrus((4, 70, 90)))
     Image.new("L", (90, 70), 255).save(tmp_path / "seg" / "seg_mask.png")
     options = {"model": depth_slope, "num_parts": 2, "mask_path": "none"}
@@ -120,7 +120,7 @@ def test_parts_without_the_mask_are_found_again(tmp_path):
     assert inkdask.run(tmp_path / "seg", step="reduce", **options)
 
 
-def test_the_level_of_an_ome_zarr_is_a_setting(tmp_path):
+def test_plan_reads_the_ome_zarr_level_of_the_settings(tmp_path):
     pixels = papyrus((8, 140, 180))
     group = zarr.create_group(str(tmp_path / "seg.zarr"), attributes=ome("0.5"))
     for level, scaled in enumerate([pixels, pixels[:, ::2, ::2]]):
@@ -135,12 +135,12 @@ def test_the_level_of_an_ome_zarr_is_a_setting(tmp_path):
     assert len(names) == 2
 
 
-def test_a_region_below_the_segment_is_refused():
+def test_region_below_the_segment_is_refused():
     with pytest.raises(SettingsError, match="ROI_XYXY 0,0,301,231 .* 301 x 230 pixels"):
         inkdask.predict(papyrus((6, 230, 301)), depth_slope, roi_xyxy=(0, 0, 301, 231))
 
 
-def test_a_small_tile_has_a_stride_that_fits():
+def test_small_tile_gets_a_stride_that_fits():
     assert inkdask.predict(papyrus((6, 70, 70)), depth_slope, tile=8).tiling.stride == 8
 
 
@@ -151,13 +151,13 @@ def test_a_small_tile_has_a_stride_that_fits():
         (np.ones((70, 70), np.uint8), "three axes"),
     ],
 )
-def test_an_array_that_is_no_volume_is_one_sentence(array, says):
+def test_plan_refuses_array_that_is_no_volume(array, says):
     with pytest.raises(InkdaskError, match=says):
         inkdask.predict(array, depth_slope)
 
 
-def test_the_estimate_of_the_work_heeds_the_mask(tmp_path):
-    """Else one part of a job would have it all."""
+def test_estimate_of_work_respects_the_mask(tmp_path):
+    """Otherwise one part would do all the work."""
     segment = write_segment(tmp_path / "seg", papyrus((6, 230, 301)))
     mask = np.zeros((230, 301), np.uint8)
     mask[:, :100] = 255

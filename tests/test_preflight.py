@@ -1,4 +1,4 @@
-"""What is short is said in seconds, before anything is computed or written."""
+"""Test that lack of memory or disk is reported before anything is computed or written."""
 
 import shutil
 from collections import namedtuple
@@ -27,7 +27,7 @@ def segment(tmp_path):
 
 @pytest.fixture
 def nearly_full(monkeypatch):
-    """Every disk has as many bytes free as this list's last element says."""
+    """List whose last element is the free bytes of every disk."""
     free = [0]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, free[-1]))
     return free
@@ -40,7 +40,7 @@ def assert_refused(says, job, *places):
     assert not any(place.exists() for place in places)
 
 
-def test_too_little_memory_is_found_first(segment, tmp_path, monkeypatch):
+def test_too_little_memory_is_reported_first(segment, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "memory_limit", lambda: 500_000_000)
     says = r"needs about 6\d\d MB of memory in a process, and this machine has 500 MB: .* need less"
     job = lambda: inkdask.run(segment, model=depth_slope)  # noqa: E731
@@ -61,9 +61,9 @@ def test_memory_for_a_mask_and_for_colours_is_counted(segment, tmp_path):
     assert preflight._decoding(inkdask.open_segment(tmp_path / "colour")) == 6 * 230 * 301
 
 
-def test_a_smaller_chunk_is_advised_where_it_helps(tmp_path, monkeypatch):
+def test_smaller_chunk_is_advised_where_it_helps(tmp_path, monkeypatch):
     segment = write_segment(tmp_path / "tall", papyrus((4, 900, 301)))
-    monkeypatch.setattr(volume, "BLOCK_SIDE", 16)  # otherwise the blocks alone need most
+    monkeypatch.setattr(volume, "BLOCK_SIDE", 16)  # because larger blocks need most memory
 
     def job(**options):
         return inkdask.run(segment, model=depth_slope, stride=64, **options)
@@ -74,7 +74,7 @@ def test_a_smaller_chunk_is_advised_where_it_helps(tmp_path, monkeypatch):
     assert job(chunk_size=128)
 
 
-def test_a_full_disk_names_what_would_go_there(segment, tmp_path, nearly_full):
+def test_full_disk_is_reported_with_what_goes_there(segment, tmp_path, nearly_full):
     nearly_full.append(1000)
     says = (
         r"The disk of \S+ has 1.0 kB free, and the job writes about 111 kB there: "
@@ -87,7 +87,7 @@ def test_a_full_disk_names_what_would_go_there(segment, tmp_path, nearly_full):
     assert inkdask.run(segment, model=depth_slope)
 
 
-def test_what_is_there_already_needs_no_room(segment, tmp_path, nearly_full):
+def test_stored_chunks_need_no_more_room(segment, tmp_path, nearly_full):
     nearly_full.append(10**9)
     part = {"model": depth_slope, "num_parts": 2}
     for number in range(2):
@@ -100,13 +100,13 @@ def test_what_is_there_already_needs_no_room(segment, tmp_path, nearly_full):
         inkdask.run(segment, part_id=1, overwrite=True, **part)
 
 
-def test_places_on_s3_have_room(segment, s3, nearly_full):
-    nearly_full.append(40_000)  # for the PNG in the making
+def test_places_on_s3_need_no_room_on_disk(segment, s3, nearly_full):
+    nearly_full.append(40_000)  # enough for the PNG in the making
     options = {"output_path": s3, "zarr_output_dir": f"{s3}/partitions"}
     assert inkdask.run(segment, model=depth_slope, **options)
 
 
-def test_layers_that_are_decoded_whole_need_scratch(tmp_path, nearly_full):
+def test_layers_decoded_whole_need_scratch(tmp_path, nearly_full):
     pixels = papyrus((6, 300, 400))
     (tmp_path / "png" / "layers").mkdir(parents=True)
     for number, layer in enumerate(pixels):
@@ -117,7 +117,7 @@ def test_layers_that_are_decoded_whole_need_scratch(tmp_path, nearly_full):
         inkdask.run(tmp_path / "png", model=depth_slope, stride=64)
 
 
-def test_prepare_asks_for_room_too(segment, tmp_path, nearly_full):
+def test_prepare_reports_full_disk(segment, tmp_path, nearly_full):
     nearly_full.append(300_000)
     place = tmp_path / "volume.zarr"
     job = lambda: inkdask.prepare(segment, surface_volume_zarr=place)  # noqa: E731
@@ -125,7 +125,7 @@ def test_prepare_asks_for_room_too(segment, tmp_path, nearly_full):
     assert inkdask.prepare(segment, surface_volume_zarr=place, use_zarr_compression=True)
 
 
-def test_workers_are_asked_for_their_own_memory(segment):
+def test_memory_of_workers_is_checked(segment):
     distributed = pytest.importorskip("distributed")
     with (
         distributed.LocalCluster(
@@ -138,7 +138,7 @@ def test_workers_are_asked_for_their_own_memory(segment):
         inkdask.run(segment, model=depth_slope)
 
 
-def test_the_peak_is_this_process_s_own():
+def test_peak_memory_is_that_of_this_process():
     before = memory.peak_memory()
     held = np.ones(100_000_000, np.uint8)
     assert memory.peak_memory() >= before
@@ -147,13 +147,13 @@ def test_the_peak_is_this_process_s_own():
     memory.give_back()
 
 
-def test_what_decoding_holds_counts(segment, monkeypatch):
+def test_memory_for_decoding_is_counted(segment, monkeypatch):
     monkeypatch.setattr(preflight, "_decoding", lambda segment: 10**15)
     with pytest.raises(InkdaskError, match="of memory in a process"):
         inkdask.run(segment, model=depth_slope)
 
 
-def test_a_part_needs_room_for_its_share_alone(segment, monkeypatch, tmp_path):
+def test_part_needs_room_for_its_share_only(segment, monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(
         preflight, "check_disks", lambda needs: seen.setdefault(parts, next(iter(needs)).size)

@@ -1,4 +1,4 @@
-"""The prepared array: the same voxels, the same picture, resumable, and never read unfinished."""
+"""Test the prepared array: its voxels, its pictures, resuming, and what it refuses."""
 
 import shutil
 
@@ -16,7 +16,7 @@ from tests.oracle import depth_slope, papyrus
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
-HEIGHT, WIDTH = 310, 1500
+HEIGHT, WIDTH = 150, 1500
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def segment(tmp_path, volume):
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_the_array_holds_the_layers(segment, volume, home, compress):
+def test_prepared_array_holds_the_layers(segment, volume, home, compress):
     uri = storage.join(home, "volume.zarr")
     got = inkdask.prepare(
         segment, layers=(2, 7), surface_volume_zarr=uri, use_zarr_compression=compress
@@ -44,8 +44,8 @@ def test_the_array_holds_the_layers(segment, volume, home, compress):
     assert not storage.exists(f"{uri}.done")
 
 
-def test_inference_from_it_gives_the_same_picture(segment):
-    """The range is counted once: by the numbers of the layers, not from the array's first."""
+def test_prepared_array_gives_the_same_picture(segment):
+    """A range of layers means their numbers, not their places in the array."""
     uri = inkdask.run(segment, step="prepare", layers=(2, 7))
     options = {"model": depth_slope, "layers": (5, 7)}
     direct = np.asarray(Image.open(inkdask.run(segment, **options)))
@@ -54,9 +54,7 @@ def test_inference_from_it_gives_the_same_picture(segment):
     assert np.array_equal(direct, prepared)
 
 
-def test_a_stopped_run_resumes_and_nothing_reads_it_meanwhile(
-    segment, volume, tmp_path, monkeypatch
-):
+def test_stopped_prepare_resumes_and_its_array_is_not_read(segment, volume, tmp_path, monkeypatch):
     uri = str(tmp_path / "volume.zarr")
     copied = []
     copy = preparation._copy_block
@@ -85,7 +83,7 @@ def test_a_stopped_run_resumes_and_nothing_reads_it_meanwhile(
     assert np.array_equal(zarr.open_array(uri, mode="r")[:], volume)
 
 
-def test_marks_that_are_damaged_are_one_sentence(segment, volume, tmp_path, monkeypatch):
+def test_prepare_reports_damaged_marks(segment, volume, tmp_path, monkeypatch):
     uri = str(tmp_path / "volume.zarr")
     with monkeypatch.context() as context:
         context.setattr(preparation, "_copy_block", stopped)
@@ -102,7 +100,7 @@ def stopped(*_, **__):
     raise InkdaskError("the disk is full")
 
 
-def test_a_full_disk_is_one_sentence(segment, tmp_path, monkeypatch):
+def test_prepare_reports_full_disk(segment, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -112,8 +110,8 @@ def test_a_full_disk_is_one_sentence(segment, tmp_path, monkeypatch):
         inkdask.prepare(segment, surface_volume_zarr=str(tmp_path / "volume.zarr"))
 
 
-def test_an_array_of_another_segment_is_refused(segment, volume, tmp_path):
-    """Its picture would take the place of the right one."""
+def test_run_refuses_array_of_another_segment(segment, volume, tmp_path):
+    """Its picture would replace that of the segment."""
     other = write_segment(tmp_path / "other", volume)
     prepared = inkdask.prepare(other)
     options = {"model": depth_slope, "surface_volume_zarr": prepared}
@@ -124,9 +122,7 @@ def test_an_array_of_another_segment_is_refused(segment, volume, tmp_path):
     assert inkdask.run(f"{other}/layers", **options)
 
 
-def test_a_finished_array_is_kept_and_one_of_other_files_is_replaced(
-    segment, volume, monkeypatch, caplog
-):
+def test_finished_array_is_kept_until_its_layers_change(segment, volume, monkeypatch, caplog):
     uri = inkdask.prepare(segment)
     monkeypatch.setattr(preparation, "_copy_block", None)
     with caplog.at_level("INFO", "inkdask"):
@@ -142,7 +138,7 @@ def test_a_finished_array_is_kept_and_one_of_other_files_is_replaced(
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("kind", ["array", "group", "folder"])
-def test_what_inkdask_did_not_write_is_not_replaced(segment, tmp_path, kind, overwrite):
+def test_prepare_refuses_to_replace_foreign_data(segment, tmp_path, kind, overwrite):
     place = tmp_path / "precious.zarr"
     if kind == "array":
         attributes = {"source": "precious", "layers": [1, 2]}
@@ -156,7 +152,7 @@ def test_what_inkdask_did_not_write_is_not_replaced(segment, tmp_path, kind, ove
     assert (place / "thesis.txt").exists()
 
 
-def test_another_codec_or_range_starts_anew_in_the_same_process(segment, volume, tmp_path):
+def test_array_of_another_codec_or_range_starts_anew(segment, volume, tmp_path):
     place = str(tmp_path / "volume.zarr")
     for options in ({}, {"use_zarr_compression": True}, {"layers": (1, 6)}):
         inkdask.prepare(segment, surface_volume_zarr=place, **options)
@@ -164,13 +160,13 @@ def test_another_codec_or_range_starts_anew_in_the_same_process(segment, volume,
         assert np.array_equal(zarr.open_array(place, mode="r")[:], volume[first:last])
 
 
-def test_layer_numbers_that_an_array_keeps_are_believed(segment, tmp_path):
+def test_run_refuses_layers_that_the_array_lacks(segment, tmp_path):
     place = inkdask.prepare(segment, layers=(0, 5))
     with pytest.raises(InkdaskError, match="05, 06 missing"):
         inkdask.run(segment, model=depth_slope, layers=(2, 7), surface_volume_zarr=place)
 
 
-def test_array_older_than_its_layers_is_refused(segment, volume):
+def test_run_refuses_array_older_than_its_layers(segment, volume):
     prepared = inkdask.prepare(segment, layers=(1, 7))
     options = {"model": depth_slope, "surface_volume_zarr": prepared}
     assert inkdask.check(segment, **options)
@@ -179,7 +175,7 @@ def test_array_older_than_its_layers_is_refused(segment, volume):
     for job in (inkdask.check, inkdask.run):
         with pytest.raises(InkdaskError, match=says):
             job(segment, **options)
-    shutil.rmtree(segment / "layers")  # which an array is prepared for, too
+    shutil.rmtree(segment / "layers")  # the array may serve instead of the layers
     assert inkdask.run(segment, **options)
 
 

@@ -1,4 +1,4 @@
-"""What is stored of a run: grids of this job and of others, pictures made of them, parts."""
+"""Test stored grids: which one a job takes, parts, and the pictures made of them."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ from tests.oracle import depth_slope, papyrus
 pytestmark = pytest.mark.usefixtures("own_tiles")
 
 LAYERS, HEIGHT, WIDTH = 5, 330, 700  # 2 x 5 chunks
-FEW = {"stride": 64, "chunk_size": 512}  # tiles and chunks, where their number does not matter
+FEW = {"stride": 64, "chunk_size": 512}  # for tests that need no more tiles or chunks
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def volume():
 
 @pytest.fixture
 def segment(tmp_path, volume):
-    """Layers in tiles of 128 pixels."""
+    """Folder of layers in TIFF tiles of 128 pixels."""
     folder = tmp_path / "segment"
     write_layers(folder / "layers", volume, tile=(128, 128), compression="deflate")
     return str(folder)
@@ -58,9 +58,9 @@ def grid_in(folder):
     return grid
 
 
-def test_unreadable_tile_stops_no_other_chunk(segment, tmp_path, capsys):
-    """And when the file is as it was, the rest is computed and nothing else."""
-    options = {"model": network, "layers": (0, LAYERS)}
+def test_unreadable_tile_fails_only_its_chunks_and_resumes(segment, tmp_path, capsys):
+    """The job computes only the failed chunks once the file is restored."""
+    options = {"model": network, "layers": (0, LAYERS), "stride": 32}
     whole = read_picture(inkdask.run(segment, zarr_output_dir=tmp_path / "whole", **options))
     layer = Path(segment, "layers", "02.tif")
     kept = tmp_path / "kept.tif"
@@ -98,7 +98,6 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", [*CHANGES, "input"], ids=str)
 def test_changed_job_has_another_recipe(segment, change):
-    """A changed job never takes an old grid, and refuses one that is named."""
     options = {"model": network, "layers": (0, LAYERS)}
     job = Settings.of(s3_path=segment, **options)
     plan = Plan.of(segment, job)
@@ -124,10 +123,11 @@ def test_named_grid_of_another_job_is_refused(segment, tmp_path):
         inkdask.run(segment, grid=grid, step="reduce", divisor=255, **options)
 
 
-def test_grid_gives_other_pictures_without_model_and_layers(segment, tmp_path):
-    whole = read_picture(inkdask.run(segment, model=network))
+def test_grid_without_model_and_layers_gives_other_pictures(segment, tmp_path):
+    options = {"model": network, "stride": 32}
+    whole = read_picture(inkdask.run(segment, **options))
     grid = grid_in(tmp_path / "partitions")
-    gaussian = read_picture(inkdask.run(segment, model=network, blend_mode="gaussian"))
+    gaussian = read_picture(inkdask.run(segment, **options, blend_mode="gaussian"))
     shutil.rmtree(Path(segment, "layers"))
     out = {"grid": grid, "step": "reduce", "output_path": tmp_path / "out"}
     assert np.array_equal(read_picture(inkdask.run(**out)), whole)
@@ -141,17 +141,18 @@ def test_grid_gives_other_pictures_without_model_and_layers(segment, tmp_path):
         inkdask.run(**out, roi_xyxy=(0, 0, 701, 10))
 
 
-def test_region_that_every_tile_touches_shares_the_grid_of_the_whole(segment, tmp_path):
-    """Both have the same tiles, and each has a picture of its own."""
-    part = inkdask.run(segment, model=network, roi_xyxy=(10, 10, WIDTH - 10, HEIGHT - 10))
-    whole = inkdask.run(segment, model=network)
+def test_region_with_all_tiles_shares_the_grid_of_the_whole(segment, tmp_path):
+    """Both jobs have the same tiles, and each job has its own picture."""
+    options = {"model": network, "stride": 32}
+    part = inkdask.run(segment, **options, roi_xyxy=(10, 10, WIDTH - 10, HEIGHT - 10))
+    whole = inkdask.run(segment, **options)
     assert len(grids(str(tmp_path / "partitions"))) == 1
     assert read_picture(whole).shape == (HEIGHT, WIDTH)
     assert np.array_equal(read_picture(whole)[10:-10, 10:-10], read_picture(part))
 
 
-def test_moved_segment_is_another_job(segment, tmp_path):
-    """Another segment of this name, size and time may lie there instead."""
+def test_moved_segment_starts_another_job(segment, tmp_path):
+    """Another segment may have the same name, sizes and times, so the place counts."""
     options = {"model": network, "layers": (0, LAYERS), **FEW}
     kept = read_picture(inkdask.run(segment, **options))
     (tmp_path / "elsewhere").mkdir()
@@ -176,11 +177,11 @@ def test_incomplete_grid_copy_makes_no_picture(segment, tmp_path):
         inkdask.run(segment, step="reduce", **options)
     assert np.array_equal(read_picture(inkdask.run(segment, **options)), whole)
     lost = np.count_nonzero(~np.isnan(tiles[:, :, 0, 0]))
-    assert 0 < lost <= count_tiles(tmp_path) - before < 2 * lost  # and some to try the network
+    assert 0 < lost <= count_tiles(tmp_path) - before < 2 * lost  # and trial tiles
 
 
-def test_grid_lies_where_it_was_said(segment, tmp_path):
-    """Whatever the name of that place, and that of the folder of all grids, ends in."""
+def test_grid_lies_at_the_given_place(segment, tmp_path):
+    """A grid needs no ending, and a folder of grids may end in .zarr."""
     options = {"model": network, "roi_xyxy": (0, 0, 300, 200)}
     whole = read_picture(inkdask.run(segment, grid=tmp_path / "mine", **options))
     again = inkdask.run(grid=tmp_path / "mine", step="reduce", output_path=tmp_path / "again")
@@ -193,7 +194,7 @@ def test_grid_lies_where_it_was_said(segment, tmp_path):
     assert np.array_equal(read_picture(found), whole)
 
 
-def test_grid_knows_the_level_of_an_ome_zarr(volume, tmp_path):
+def test_reduce_and_overlay_use_the_ome_zarr_level_of_the_grid(volume, tmp_path):
     place = str(tmp_path / "seg.zarr")
     group = zarr.create_group(place, attributes=ome("0.5"))
     for level, pixels in enumerate([volume, volume[:, ::2, ::2]]):
@@ -206,8 +207,8 @@ def test_grid_knows_the_level_of_an_ome_zarr(volume, tmp_path):
     assert read_picture(*overlay).shape[:2] == volume[0, ::2, ::2].shape
 
 
-def test_overlay_shows_the_layers_that_were_read(volume, tmp_path):
-    """Of an array that the reference tool prepared, whose layers have no numbers."""
+def test_overlay_of_array_without_layer_numbers_shows_the_layers_read(volume, tmp_path):
+    """The reference tool prepares such arrays."""
     place, first = str(tmp_path / "prepared.zarr"), 17
     zarr.create_array(place, data=np.moveaxis(volume, 0, 2), chunks=(128, 128, 1), zarr_format=2)
     layers = (first, first + LAYERS)
@@ -216,14 +217,14 @@ def test_overlay_shows_the_layers_that_were_read(volume, tmp_path):
     assert np.array_equal(opened.pixels.compute(), flatten(volume[1:-1], "mean"))
 
 
-def test_relative_place_is_said_in_full(segment, tmp_path, monkeypatch):
+def test_result_file_holds_absolute_path_after_relative_output_path(segment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inkdask.run("segment", model=network, roi_xyxy=(0, 0, 64, 64), output_path="out")
     [picture] = (tmp_path / "out").glob("*.png")
     assert (tmp_path / "result.txt").read_text() == str(picture)
 
 
-def test_reduce_says_which_jobs_are_there_and_how_they_differ(segment, tmp_path):
+def test_reduce_without_matching_job_names_the_differences(segment, tmp_path):
     options = {"model": network, "roi_xyxy": (0, 0, 300, 200)}
     with pytest.raises(InkdaskError, match="No job in .* is this one: it has none; run STEP=inf"):
         inkdask.run(segment, step="reduce", **options)
@@ -243,8 +244,7 @@ def test_reduce_says_which_jobs_are_there_and_how_they_differ(segment, tmp_path)
         inkdask.run(segment, step="reduce", stride=16, **options)
 
 
-def test_reduce_takes_the_job_that_is_meant(segment, tmp_path, monkeypatch):
-    """Not that of a region that was tried first, nor one of other chunks."""
+def test_reduce_ignores_jobs_of_other_regions_and_chunks(segment, tmp_path, monkeypatch):
     options = {"model": network, "output_path": tmp_path / "out", "stride": 64}
     expected = read_picture(inkdask.run(segment, **options, zarr_output_dir=tmp_path / "other"))
     part = read_picture(inkdask.run(segment, **options, roi_xyxy=(0, 0, 200, 300)))
@@ -269,11 +269,12 @@ def test_reduce_takes_the_job_that_is_meant(segment, tmp_path, monkeypatch):
 
 
 def test_same_job_in_other_words_runs_no_tile(segment, tmp_path):
-    inkdask.run(segment, model=network, stride=16)
+    region = {"roi_xyxy": (200, 0, 400, 200)}
+    inkdask.run(segment, model=network, **region)
     before = count_tiles(tmp_path)
-    words = {"layers": (0, 5), "tile": 64, "stride": 16, "clip": 200, "model_in_chans": 5}
+    words = {**region, "layers": (0, 5), "tile": 64, "stride": 16, "clip": 200, "model_in_chans": 5}
     inkdask.run(f"{segment}/", model=network, **words)
-    assert count_tiles(tmp_path) == before + 1  # on which a callable is tried
+    assert count_tiles(tmp_path) == before + 1  # inkdask tries a callable on one tile
     assert len(list((tmp_path / "partitions" / "jobs").iterdir())) == 1
 
 
@@ -288,17 +289,18 @@ def test_damaged_grid_blocks_no_other(segment, tmp_path):
 
 
 def change_first_rows(array, volume):
-    """Change values in place, where the identity of an array does not look."""
+    """Change values of an array without changing its identity."""
     array[:, :128] = 255 - volume[:, :128]
 
 
 class StoppedError(BaseException):
-    """An interrupt, at a place of the test's choice."""
+    """Interrupt at a place that the test chooses."""
 
 
 @pytest.mark.parametrize("when", ["before", "while", "after"])
-def test_interrupted_overwrite_starts_anew_all_the_same(tmp_path, volume, monkeypatch, when):
-    """What the command line advises then, the same command or one without it, does it."""
+def test_interrupted_overwrite_starts_anew_on_the_advised_command(
+    tmp_path, volume, monkeypatch, when
+):
     place, options = tmp_path / "v.zarr", {"model": network, "output_path": tmp_path / "out", **FEW}
     array = zarr.create_array(str(place), data=volume, chunks=(5, 128, 128))
     old = read_picture(inkdask.run(place, **options))
@@ -342,11 +344,11 @@ def test_parts_that_start_anew_share_the_new_generation(tmp_path, volume):
     got = read_picture(inkdask.run(place, **options, step="reduce"))
     whole = {**options, "num_parts": 1, "zarr_output_dir": tmp_path / "fresh"}
     assert np.array_equal(got, read_picture(inkdask.run(place, **whole)))
-    assert not Path(grid.uri, "g1").exists()  # when the picture is there
+    assert not Path(grid.uri, "g1").exists()  # the picture needs it no more
 
 
 @pytest.mark.parametrize("num_parts", [1, 2])
-def test_layers_that_change_meanwhile_make_no_picture(segment, tmp_path, volume, num_parts):
+def test_layers_changed_during_a_job_make_no_picture(segment, tmp_path, volume, num_parts):
     changed = []
 
     def meddling(x):
@@ -361,7 +363,7 @@ def test_layers_that_change_meanwhile_make_no_picture(segment, tmp_path, volume,
     assert not Path(segment, "predictions").exists()
     grid, _ = GridStore.open(grid_in(tmp_path / "partitions"))
     grid.make_arrays()
-    assert not grid.chunks_done().any()  # else files that are put back would meet these tiles
+    assert not grid.chunks_done().any()  # because restored files would resume with these tiles
     for part in range(num_parts):
         uri = inkdask.run(segment, **options, part_id=part)
     if num_parts > 1:
@@ -379,7 +381,7 @@ def test_single_reversed_layer_in_parts_is_reduced(segment):
         inkdask.run(segment, **{**options, "force_reverse": False}, step="reduce")
 
 
-def test_other_masks_and_levels_are_other_jobs(segment, volume, tmp_path):
+def test_reduce_tells_masks_and_levels_apart(segment, volume, tmp_path):
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[:, :400] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
@@ -406,8 +408,8 @@ def test_other_masks_and_levels_are_other_jobs(segment, volume, tmp_path):
     assert shapes == [(HEIGHT, WIDTH), (HEIGHT // 2, WIDTH // 2)]
 
 
-def test_latest_job_of_the_same_words_is_reduced(segment, tmp_path):
-    """Also where the layers cannot be looked at any more."""
+def test_reduce_takes_the_latest_job_of_the_same_settings(segment, tmp_path):
+    """The layers may be gone by then."""
     options = {"model": network, "output_path": tmp_path / "out", **FEW}
     inkdask.run(segment, **options)
     Path(segment, "layers", "01.tif").touch()
@@ -424,7 +426,7 @@ def test_region_needs_only_its_own_chunks(segment, tmp_path):
     inkdask.run(segment, **options, num_parts=3, part_id=2)
     grid = grid_in(tmp_path / "parts")
     done = GridStore.open(grid)[0].chunks_done()
-    done[0] |= True  # of a chunk in the first row, the row before it does not matter
+    done[0] |= True  # no tile reaches into the first row from a row before it
     inkdask.run(segment, **options, num_parts=3, part_id=0)
     done = GridStore.open(grid)[0].chunks_done()
     column = int(np.argwhere(done[0])[0][0])
@@ -437,14 +439,14 @@ def test_region_needs_only_its_own_chunks(segment, tmp_path):
             inkdask.run(grid=grid, step="reduce", roi_xyxy=roi)
 
 
-def test_no_more_than_three_jobs_are_named(segment, tmp_path):
+def test_reduce_names_at_most_three_jobs(segment, tmp_path):
     for stride in (16, 32, 48, 64):
         inkdask.run(segment, model=network, stride=stride, roi_xyxy=(0, 0, 70, 70))
     with pytest.raises(InkdaskError, match="stride is .* there and 8 .*; and 1 that differ more;"):
         inkdask.run(segment, model=network, stride=8, step="reduce")
 
 
-def test_another_picture_at_the_place_is_told(segment, caplog):
+def test_run_logs_that_it_replaces_another_picture(segment, caplog):
     options = {"model": network, "roi_xyxy": (0, 0, 100, 90)}
     with caplog.at_level("INFO", "inkdask"):
         inkdask.run(segment, **options)
@@ -456,14 +458,14 @@ def test_another_picture_at_the_place_is_told(segment, caplog):
     assert "is replaced: its blend_mode is hann there and gaussian here" in caplog.text
 
 
-def test_job_without_any_data_says_so(tmp_path, volume, caplog):
+def test_job_without_data_warns(tmp_path, volume, caplog):
     write_layers(tmp_path / "segment" / "layers", volume * 0)
     inkdask.run(tmp_path / "segment", model=network)
     assert "No tile has data: are these the right layers" in caplog.text
 
 
-def test_parts_have_even_work(tmp_path, monkeypatch):
-    """Most of the segment is empty, and no part gets more than its share of the rest."""
+def test_parts_of_a_mostly_empty_segment_have_even_work(tmp_path, monkeypatch):
+    """Most of the segment is empty."""
     volume = papyrus((LAYERS, HEIGHT, WIDTH))
     volume[:, :220] = 0
     write_layers(tmp_path / "segment" / "layers", volume, rowsperstrip=16)
@@ -503,19 +505,19 @@ def test_region_outside_the_grid_is_refused(segment, tmp_path, roi):
         inkdask.run(grid=grid, step="reduce", roi_xyxy=roi)
 
 
-def test_reversed_grid_is_not_taken_unsaid(segment):
+def test_reduce_refuses_reversed_grid_without_the_setting(segment):
     inkdask.run(segment, model=network, force_reverse=True, roi_xyxy=(0, 0, 100, 100))
     with pytest.raises(InkdaskError, match="force_reverse is True there and False here"):
         inkdask.run(segment, model=network, step="reduce")
 
 
-def test_grids_may_lie_among_pictures(segment):
+def test_reduce_finds_grid_among_pictures(segment):
     options = {"model": network, "zarr_output_dir": f"{segment}/predictions", **FEW}
     first = inkdask.run(segment, **options)
     assert inkdask.run(segment, step="reduce", **options) == first
 
 
-def test_result_file_is_tried_before_the_picture_is_made(segment, tmp_path):
+def test_reduce_refuses_unwritable_result_file_before_the_picture(segment, tmp_path):
     grid = tmp_path / "mine.zarr"
     inkdask.run(segment, model=network, grid=grid, roi_xyxy=(0, 0, 100, 100))
     with pytest.raises(InkdaskError, match="is a folder"):
@@ -523,14 +525,14 @@ def test_result_file_is_tried_before_the_picture_is_made(segment, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_model_of_the_hub_makes_no_folder():
+def test_model_of_the_hub_gives_a_file_name_without_slash():
     stem = output_stem(None, ORIGIN, "owner/model")
     assert stem == "s3://bucket/seg/predictions/prediction_owner_model_00_03"
 
 
 @pytest.mark.parametrize("options", [{}, {"z_downsample_mean_factor": 2}, {"mask": True}])
-def test_chunk_at_the_corner_is_tried_alone(tmp_path, options):
-    """With means of layers, and with a mask, as the chunks that are computed together."""
+def test_chunk_at_the_corner_is_retried_alone(tmp_path, options):
+    """A chunk alone takes the mask and the means of layers like chunks together."""
     folder = tmp_path / "seg" / "layers"
     write_layers(folder, papyrus((6, 400, 400), holes=False), tile=(64, 64), compression="deflate")
     options = dict(options)
@@ -546,7 +548,7 @@ def test_chunk_at_the_corner_is_tried_alone(tmp_path, options):
         inkdask.run(tmp_path / "seg", model=depth_slope, **options)
 
 
-def test_overlay_tells_of_changed_layers(segment, tmp_path, caplog):
+def test_overlay_warns_of_changed_layers(segment, tmp_path, caplog):
     uri = inkdask.run(segment, model=network, roi_xyxy=(0, 0, 300, 300)).replace(".png", ".zarr")
     says = "is not what it was when the prediction was made"
     inkdask.export(uri, tmp_path / "a.png", overlay="mean")

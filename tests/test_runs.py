@@ -1,7 +1,6 @@
-"""Runs that survive: processes that are killed, parts in any order, and grids made into pictures.
+"""Test jobs in real processes: killed workers, killed clients, signals, and parts in any order.
 
-Everything here runs in real processes. A run is disturbed when its store shows enough progress,
-never after some time.
+A test disturbs a job once its store shows enough progress, never after some time.
 """
 
 import multiprocessing
@@ -21,7 +20,7 @@ import pytest
 import torch
 
 import inkdask
-from inkdask import storage
+from inkdask import engine, storage
 from inkdask.errors import InkdaskError
 from inkdask.store import GridStore
 from tests.files import grids, read_picture, write_layers
@@ -30,16 +29,16 @@ from tests.oracle import papyrus
 
 pytestmark = pytest.mark.usefixtures("own_tiles")
 
-LAYERS, HEIGHT, WIDTH = 5, 700, 1300  # 5 x 10 chunks
+LAYERS, HEIGHT, WIDTH = 5, 400, 780  # 3 x 6 chunks
 REPOSITORY = Path(__file__).parent.parent
 
-# Jobs are processes of their own that share one import of what takes long.
+# Fork each job from a server, because importing torch and distributed takes seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["inkdask.workflow", "inkdask.predictor", "distributed"])
 
 
 def job(environment, log):
-    """Run the segment that the environment names."""
+    """Run the job that the environment describes, and write its messages to a file."""
     os.environ.update(environment)
     sys.stderr = Path(log).open("w", buffering=1)  # noqa: SIM115  open until the process ends
     inkdask.run(model=network)
@@ -48,8 +47,8 @@ def job(environment, log):
 def guarded_network(x):
     """Logits from the first and last layer: (b, 1, 4, 4).
 
-    Tiles of all processes are counted in the size of one file, and wait while they are more than
-    that of another; who waits tells its process id.
+    The size of the file `tiles` counts the tiles of all processes. A process waits while this size
+    exceeds that of the file `limit`, and leaves a file named after its process id.
     """
     folder = Path(os.environ["GUARD"])
     with (folder / "tiles").open("ab", buffering=0) as tiles:
@@ -67,7 +66,7 @@ def volume():
 
 @pytest.fixture
 def segment(tmp_path, volume):
-    """Layers in tiles of 128 pixels."""
+    """Folder of layers in TIFF tiles of 128 pixels."""
     folder = tmp_path / "segment"
     write_layers(folder / "layers", volume, tile=(128, 128), compression="deflate")
     return str(folder)
@@ -75,7 +74,7 @@ def segment(tmp_path, volume):
 
 @pytest.fixture
 def start(segment, tmp_path):
-    """Function that starts the job on the segment with more in its environment."""
+    """Function that starts a job on the segment, with additions to its environment."""
     started = []
 
     def begin(**environment):
@@ -101,19 +100,19 @@ class Started:
         return self.process.exitcode
 
     def finish(self, code=0):
-        """What the job said, once it has ended as it should."""
+        """Wait for the job, check its exit code, and return its log."""
         self.process.join(120)
         assert self.process.exitcode == code, self.log.read_text()
         return self.log.read_text()
 
 
 def share_done(folder):
-    """Share of the chunks that the one store in a folder has."""
+    """Share of chunks that are stored in the only grid of a folder."""
     for uri in grids(folder):
         try:
             return GridStore.open(uri)[0].chunks_done().mean()
         except (InkdaskError, OSError, KeyError):
-            pass  # it is being made
+            pass  # another process is creating the grid
     return 0.0
 
 
@@ -125,7 +124,7 @@ def wait_until(condition, process=None):
         time.sleep(0.02)
 
 
-def test_killed_workers_change_nothing(segment, tmp_path, capsys, monkeypatch):
+def test_picture_is_the_same_after_workers_are_killed(segment, tmp_path, capsys, monkeypatch):
     from distributed import Client
 
     guard = tmp_path / "guard"
@@ -133,9 +132,9 @@ def test_killed_workers_change_nothing(segment, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("GUARD", str(guard))
     tiles, limit = guard / "tiles", guard / "limit"
     limit.touch()
-    os.truncate(limit, 1_000_000)  # no file so large takes room
+    os.truncate(limit, 1_000_000)  # a sparse file, which takes no space
     undisturbed = inkdask.run(segment, model=guarded_network, output_path=tmp_path / "undisturbed")
-    share = tiles.stat().st_size // 8
+    share = tiles.stat().st_size // 5
     tiles.write_bytes(b"")
     killed = []
 
@@ -143,32 +142,33 @@ def test_killed_workers_change_nothing(segment, tmp_path, capsys, monkeypatch):
         return {int(file.stem) for file in guard.glob("*.waits")}.difference(killed)
 
     def kill_some():
-        for step in range(1, 7):
+        for step in range(1, 4):
             wait_until(waiting)  # in the middle of a forward pass
             killed.append(random.Random(step).choice(sorted(waiting())))
             os.kill(killed[-1], signal.SIGKILL)
-            os.truncate(limit, (step + 1) * share if step < 6 else 1_000_000)
+            os.truncate(limit, (step + 1) * share if step < 3 else 1_000_000)
             for file in guard.glob("*.waits"):
                 file.unlink()
 
     os.truncate(limit, share)
     capsys.readouterr()
     workers = Client(n_workers=3, threads_per_worker=2, dashboard_address=None)
-    with suppress(TimeoutError), workers:  # of the farewell, on a busy machine
+    with suppress(TimeoutError), workers:  # closing may time out on a busy machine
         killer = threading.Thread(target=kill_some)
         killer.start()
         uri = inkdask.run(segment, model=guarded_network, zarr_output_dir=tmp_path / "other")
         killer.join()
-    assert len(killed) == 6
+    assert len(killed) == 3
     assert np.array_equal(read_picture(uri), read_picture(undisturbed))
     said = capsys.readouterr().err
     assert "computed again after workers were lost" in said
     again = int(said.split(" of them computed again")[0].rsplit(" ", 1)[1])
-    assert 0 < again <= 3 * 2 * len(killed)  # under way in a worker, or not yet told
+    # A killed worker loses the chunks that it computes and those that it has not yet reported.
+    assert 0 < again <= 3 * 2 * len(killed)
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_killed_client_resumes(place, start, tmp_path, request):
+def test_job_resumes_after_its_client_is_killed(place, segment, start, tmp_path, request):
     folder = str(tmp_path / "partitions")
     if place == "s3":
         folder = f"{request.getfixturevalue('s3')}/partitions"
@@ -182,16 +182,17 @@ def test_killed_client_resumes(place, start, tmp_path, request):
     tiles = count_tiles(tmp_path)
     (tmp_path / "tiles.log").unlink()
 
-    start(ZARR_OUTPUT_DIR=str(tmp_path / "undisturbed")).finish()
-    assert np.array_equal(resumed, read_picture((tmp_path / "result.txt").read_text()))
-    assert tiles <= 1.05 * count_tiles(tmp_path)
+    undisturbed = inkdask.run(segment, model=network, zarr_output_dir=tmp_path / "undisturbed")
+    assert np.array_equal(resumed, read_picture(undisturbed))
+    in_flight = engine.threads() * (128 // 16) ** 2  # tiles of the chunks that the kill lost
+    assert tiles <= count_tiles(tmp_path) + in_flight
 
 
 @pytest.mark.parametrize(
     ("cluster", "how"),
     [("threads", signal.SIGTERM), ("threads", signal.SIGINT), ("local", signal.SIGTERM)],
 )
-def test_signal_stops_a_run_that_resumes(segment, tmp_path, cluster, how, capsys):
+def test_signal_stops_a_job_that_resumes(segment, tmp_path, cluster, how, capsys):
     folder = str(tmp_path / "partitions")
     command = [sys.executable, "-m", "inkdask", "run", segment, "--model", "demo", "--no-compile"]
     command += ["--layers", "0:5", "--model-in-chans", "5", "--cluster", cluster]
@@ -203,7 +204,7 @@ def test_signal_stops_a_run_that_resumes(segment, tmp_path, cluster, how, capsys
     assert process.returncode == 128 + how
     assert "the same command resumes" in said
     assert "Traceback" not in said
-    assert "Scheduler" not in said  # what a cluster tells of itself, to the last connection
+    assert "Scheduler" not in said  # distributed logs every connection that it closes
     assert not list(tmp_path.rglob("*.png"))
     assert 0 < share_done(folder) < 1
     uri = inkdask.run(segment, model="demo", compile=False, layers=(0, 5), model_in_chans=5)
@@ -211,23 +212,23 @@ def test_signal_stops_a_run_that_resumes(segment, tmp_path, cluster, how, capsys
     assert storage.exists(uri)
 
 
-def test_parts_in_any_order_one_of_them_twice(start, tmp_path):
-    parts = [*range(7), 3]
+def test_parts_in_any_order_give_the_whole_picture(segment, start, tmp_path):
+    """One part runs twice."""
+    parts = [*range(4), 3]
     random.Random(1).shuffle(parts)
-    parts.remove(5)
+    parts.remove(1)
 
     def run_parts(numbers):
         for pair in (numbers[i : i + 2] for i in range(0, len(numbers), 2)):
-            for running in [start(NUM_PARTS="7", PART_ID=str(part)) for part in pair]:
+            for running in [start(NUM_PARTS="4", PART_ID=str(part)) for part in pair]:
                 running.finish()
 
     run_parts(parts)
-    with pytest.raises(InkdaskError, match="NUM_PARTS=7 and PART_ID=5 first"):
-        inkdask.run(str(tmp_path / "segment"), model=network, num_parts=7, step="reduce")
+    with pytest.raises(InkdaskError, match="NUM_PARTS=4 and PART_ID=1 first"):
+        inkdask.run(segment, model=network, num_parts=4, step="reduce")
     assert not list(tmp_path.rglob("*.png"))
     assert not (tmp_path / "result.txt").exists()
-    run_parts([5])
-    start(NUM_PARTS="7", STEP="reduce").finish()
-    got = read_picture((tmp_path / "result.txt").read_text())
-    start(ZARR_OUTPUT_DIR=str(tmp_path / "one")).finish()
-    assert np.array_equal(got, read_picture((tmp_path / "result.txt").read_text()))
+    run_parts([1])
+    got = read_picture(inkdask.run(segment, model=network, num_parts=4, step="reduce"))
+    whole = inkdask.run(segment, model=network, zarr_output_dir=tmp_path / "one")
+    assert np.array_equal(got, read_picture(whole))

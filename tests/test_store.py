@@ -1,4 +1,4 @@
-"""The stored grid: nothing lost in 16 bits, done or not done, generations, independent writers."""
+"""Test the stored grid: 16-bit codes, marks, generations, and independent writers."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def chunk_of(tiling, row, column, value, k=4):
 
 
 def fill(store, value=0.5):
-    """Write all chunks; returns where they lie."""
+    """Write all chunks, and return their places."""
     places = list(np.ndindex(store.tiling.block_shape))
     for place in places:
         store.write(chunk_of(store.tiling, *place, value), *place)
@@ -73,7 +73,7 @@ def test_written_chunk_is_read_and_the_rest_is_missing(tmp_path, tiling):
     assert valid.sum() == tiling.y.chunks[1] * tiling.x.chunks[2]
 
 
-def test_arithmetic_of_each_chunk_is_kept(tmp_path, tiling):
+def test_precision_of_each_chunk_is_stored(tmp_path, tiling):
     store = store_in(tmp_path)
     store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
     assert store.precisions() == ()
@@ -89,7 +89,7 @@ def test_empty_chunk_is_done(tmp_path, tiling):
     assert store.chunks_done()[0, 0]
 
 
-def test_pass_is_merged_into_the_earlier_ones(tmp_path, tiling):
+def test_later_pass_is_merged_into_earlier_ones(tmp_path, tiling):
     store = store_in(tmp_path)
     full = chunk_of(tiling, 0, 0, 0.5)
     ran = 0
@@ -106,7 +106,7 @@ def test_pass_is_merged_into_the_earlier_ones(tmp_path, tiling):
 
 @pytest.mark.parametrize("name", ["grid", "valid"])
 def test_chunk_whose_data_are_gone_is_missing(home, tiling, name):
-    """As after a copy that broke off: zarr would read them as empty, and the picture had a hole."""
+    """zarr reads lost objects as empty, so the picture would have a hole."""
     store = store_in(home)
     for place in np.ndindex(tiling.block_shape):
         chunk = chunk_of(tiling, *place, np.nan if place == (0, 1) else 0.5)
@@ -118,7 +118,7 @@ def test_chunk_whose_data_are_gone_is_missing(home, tiling, name):
     gone = np.zeros(tiling.block_shape, bool)
     gone[1, 1] = True
     assert np.array_equal(~store.chunks_done(), gone)
-    store.create(RECIPE, ORIGIN)  # takes the mark back, so that a first pass is not taken for all
+    store.create(RECIPE, ORIGIN)  # takes the mark back, because the chunk has no pass now
     store.write(chunk_of(tiling, 1, 1, 0.5), 1, 1, 0)
     assert store.passes_done()[1, 1] == 0
 
@@ -136,12 +136,12 @@ def test_concurrent_writers_lose_nothing(tmp_path, tiling):
 
 
 def test_folder_of_other_things_is_refused(home, tiling):
-    """A segment, say, would be taken for a zarr group from then on."""
+    """zarr would take such a folder, for example a segment, for a group."""
     store = GridStore(storage.join(home, "segment"), tiling, 4)
     storage.write_bytes(storage.join(store.uri, "layers", "00.tif"), b"layer")
     with pytest.raises(InkdaskError, match=r"segment is there, and it is no tile grid: .* layers"):
         store.create(RECIPE, ORIGIN)
-    tried = GridStore(storage.join(home, "tried"), tiling, 4)  # by another part, or one killed then
+    tried = GridStore(storage.join(home, "tried"), tiling, 4)  # as a killed part leaves it
     storage.write_bytes(storage.join(tried.uri, f"zarr.json.0123abcd{outputs.PROBE}"), b"")
     tried.create(RECIPE, ORIGIN)
     assert storage.list_files(store.uri) == ["layers/00.tif"]
@@ -194,8 +194,8 @@ def test_parts_that_restart_at_once_agree(home):
     assert stores[0].restart() == stores[1].restart() == GridStore.of(home, "seg", RECIPE)
 
 
-def test_grid_at_the_place_of_an_earlier_one_meets_no_stale_handle(tmp_path):
-    """In one process, and in workers that live on."""
+def test_new_grid_at_an_old_place_gets_no_stale_handle(tmp_path):
+    """A process caches its handles, and workers live long."""
     place = str(tmp_path / "mine.zarr")
     for shape in ((300, 431), (190, 250)):
         recipe = replace(RECIPE, size=shape)
@@ -208,7 +208,7 @@ def test_grid_at_the_place_of_an_earlier_one_meets_no_stale_handle(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["grid", "valid", "done", "ran_in", "work"])
-def test_damaged_array_is_named_and_restarting_makes_it_anew(tmp_path, tiling, name):
+def test_damaged_array_is_named_and_restored_by_restart(tmp_path, tiling, name):
     store = store_in(tmp_path)
     places = list(np.ndindex(tiling.block_shape))
 
@@ -225,7 +225,7 @@ def test_damaged_array_is_named_and_restarting_makes_it_anew(tmp_path, tiling, n
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-5])
     assert store.has_any(np.ones(tiling.block_shape, bool))
-    if name == "work":  # is estimated again
+    if name == "work":  # because the work is estimated again
         assert store.work() is None
     else:
         says = rf"seg-.*\.zarr/g1/{name} cannot be .* --overwrite, or"
@@ -240,7 +240,7 @@ def test_damaged_array_is_named_and_restarting_makes_it_anew(tmp_path, tiling, n
     assert (store.work() == 1).all()
 
 
-def test_server_that_is_down_is_no_damage(s3, faults, monkeypatch):
+def test_unreachable_server_is_not_reported_as_damage(s3, faults, monkeypatch):
     monkeypatch.setattr(s3_module, "TRIES", 2)
     store = store_in(s3)
     lazily = store.grid(), store.valid()
@@ -252,8 +252,8 @@ def test_server_that_is_down_is_no_damage(s3, faults, monkeypatch):
         assert not isinstance(caught.value, DamagedError)
 
 
-def test_many_may_create_one_store_at_once(home, tiling):
-    """Nobody removes what another has done already."""
+def test_store_created_by_many_at_once_keeps_all_chunks(home, tiling):
+    """No process removes what another one has done."""
     store = GridStore.of(home, "seg", RECIPE)
     places = list(np.ndindex(tiling.block_shape))
 
@@ -268,7 +268,7 @@ def test_many_may_create_one_store_at_once(home, tiling):
     assert (label.recipe, label.origin, label.said, label.generation) == (RECIPE, ORIGIN, SAID, 1)
 
 
-def test_grid_of_another_job_is_refused_with_what_differs(tmp_path, tiling):
+def test_grid_of_another_job_is_refused_with_the_differences(tmp_path, tiling):
     store = GridStore(str(tmp_path / "mine.zarr"), tiling, k=4)
     store.create(RECIPE, ORIGIN)
     says = r"mine.zarr is another job's: stride is 16 there and 32 h"
@@ -278,7 +278,7 @@ def test_grid_of_another_job_is_refused_with_what_differs(tmp_path, tiling):
         GridStore.open(str(tmp_path / "other.zarr"))
 
 
-def test_other_recipes_have_other_places(tmp_path):
+def test_different_recipes_have_different_places(tmp_path):
     recipes = [RECIPE, replace(RECIPE, stride=32), replace(RECIPE, layers=(2, 1, 0))]
     assert len({GridStore.of(str(tmp_path), "seg", recipe).uri for recipe in recipes}) == 3
 
@@ -308,7 +308,7 @@ def test_grid_of_another_format_is_not_opened(tmp_path, attributes):
         GridStore.at(place, RECIPE)
 
 
-def test_half_written_file_is_no_chunk(tmp_path, tiling):
+def test_half_written_file_does_not_count_as_chunk(tmp_path, tiling):
     store = store_in(tmp_path)
     store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
     storage.write_bytes(storage.join(store.uri, "g1", "valid", "c", "0", "1.partial"), b"")
@@ -316,7 +316,7 @@ def test_half_written_file_is_no_chunk(tmp_path, tiling):
 
 
 @pytest.mark.parametrize("name", ["grid", "valid"])
-def test_chunk_is_marked_after_all_of_it_is_there(tmp_path, tiling, monkeypatch, name):
+def test_chunk_is_marked_done_after_all_its_data_are_written(tmp_path, tiling, monkeypatch, name):
     store = store_in(tmp_path)
     data = GridStore._data
 
