@@ -15,8 +15,8 @@ from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Provenance
 from inkdask.information import describe
 from inkdask.pictures import pyramid
-from inkdask.pictures.picture import halved, is_picture, open_picture
-from inkdask.pictures.pyramid import halve, level_shapes, to_uint8, write_pyramid
+from inkdask.pictures.picture import is_picture, open_picture
+from inkdask.pictures.pyramid import halve, halved, level_shapes, to_uint8, write_pyramid
 from inkdask.storage import outputs
 from tests.files import bound_by_rights
 from tests.jobs import PROVENANCE, store_in

@@ -11,7 +11,8 @@ import dask.array as da
 import numpy as np
 
 from inkdask.errors import InkdaskError
-from inkdask.pictures.picture import Picture, halved
+from inkdask.pictures.picture import Picture
+from inkdask.pictures.pyramid import halved
 from inkdask.segment import Segment, open_segment
 from inkdask.specs import NO_MASK
 

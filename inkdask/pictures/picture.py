@@ -11,13 +11,13 @@ import numpy as np
 import zarr
 
 from inkdask import storage
+from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Provenance
-from inkdask.pictures.pyramid import ORIGIN, halve
+from inkdask.pictures.pyramid import ORIGIN, halved
+from inkdask.storage.dask_arrays import StoredArray
 
 log = logging.getLogger("inkdask")
-
-CHUNK = 1024  # pixels: side of the chunks of levels that are not stored
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,16 @@ class Picture:
         return halved(array, number - len(self.levels) + 1)
 
     def crop(self, roi_xyxy: tuple[int, int, int, int]) -> Picture:
-        """Keep a region ``x0, y0, x1, y1``, in pixels of the segment.
-
-        Raises
-        ------
-        SettingsError
-            When it reaches beyond the picture.
-        """
-        x0, y0, x1, y1 = roi_xyxy
-        top, left = self.corner
-        height, width = self.shape
-        if not (left <= x0 < x1 <= left + width and top <= y0 < y1 <= top + height):
+        """Keep a region ``x0, y0, x1, y1``, in pixels of the segment."""
+        whole, box = Box.at(self.corner, self.shape), Box.of_xyxy(roi_xyxy)
+        if box.is_empty or not whole.holds(box):
             raise SettingsError(
-                f"ROI_XYXY {x0},{y0},{x1},{y1} reaches beyond {self.uri}, which shows "
-                f"{left},{top},{left + width},{top + height} of its segment."
+                "ROI_XYXY {},{},{},{} reaches beyond ".format(*roi_xyxy)
+                + "{}, which shows {},{},{},{} of its segment.".format(self.uri, *whole.xyxy)
             )
-        part = self.levels[0][y0 - top : y1 - top, x0 - left : x1 - left]
-        chunks = self.levels[0].chunksize  # of which a window may begin with a sliver
-        return replace(self, levels=(part.rechunk(chunks, method="tasks"),), corner=(y0, x0))
+        part = self.levels[0][box.inside(self.corner).slices]
+        chunks = self.levels[0].chunksize  # because the region may begin with a sliver of one
+        return replace(self, levels=(part.rechunk(chunks, method="tasks"),), corner=box.corner)
 
 
 def open_picture(uri: str) -> Picture:
@@ -104,7 +96,7 @@ def open_picture(uri: str) -> Picture:
                 f"{uri} is no picture of uint8 (y, x): it has {array.dtype} of shape {array.shape}."
             )
     levels = tuple(
-        da.from_array(_Level(array, place), array.chunks) for place, array in arrays.items()
+        da.from_array(StoredArray(place, array), array.chunks) for place, array in arrays.items()
     )
     return Picture(uri, levels, pixel_um, corner, provenance_in(attributes.get(ORIGIN), uri))
 
@@ -131,32 +123,6 @@ def is_picture(uri: str) -> bool:
             images = attributes.get("ome", {}).get("multiscales")
             return bool(images) and len(images[0]["axes"]) == 2
     return bool(node.ndim == 2)
-
-
-def halved(array: da.Array, times: int = 1) -> da.Array:
-    """Halve both sides of a picture, dask uint8 (y, x), some times."""
-    for _ in range(times):
-        even = array.rechunk(CHUNK, method="tasks")
-        chunks = tuple(tuple(-(-side // 2) for side in sizes) for sizes in even.chunks)
-        array = da.map_blocks(halve, even, chunks=chunks, dtype=np.uint8)
-    return array
-
-
-class _Level:
-    """A stored array for Dask, which says in a sentence what it cannot read."""
-
-    def __init__(self, array: zarr.Array, uri: str) -> None:
-        self._array, self._uri = array, uri
-        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
-
-    def __getitem__(self, window: Any) -> np.ndarray:
-        try:
-            return np.asarray(self._array[window])
-        except Exception as error:
-            rows, columns = (f"{part.start} to {part.stop}" for part in window)
-            raise InkdaskError(
-                f"{self._uri} cannot be read at rows {rows}, columns {columns}: {error}."
-            ) from error
 
 
 def _multiscales(attributes: dict[str, Any], uri: str) -> dict[str, Any]:
