@@ -22,7 +22,7 @@ from inkdask.settings import Settings
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
 
-TILE, STRIDE = 64, 16  # of the usual model, where the user names none
+TILE, STRIDE = 64, 16  # of the usual model, where the user gives none
 
 
 def describe(path: str, **options: Any) -> dict[str, str]:
@@ -96,7 +96,7 @@ def _some(length: int, piece: int, most: int) -> list[slice]:
 
 
 def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:
-    """Describe a picture, and all that shaped it, as far as it says."""
+    """Describe a picture, and its provenance where it has one."""
     height, width = facts.shape
     yield "picture", path
     yield "type", facts.kind
@@ -125,7 +125,7 @@ def _of_grid(path: str) -> Iterator[tuple[str, str]]:
 def _of_job(
     recipe: Recipe, origin: Origin, ran_in: tuple[str, ...], picture: Provenance | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Describe all that shaped a tile grid or a picture."""
+    """Describe the recipe and origin of a tile grid or a picture."""
     yield "segment", f"{origin.source} (input {recipe.input})"
     if origin.mask:
         yield "mask", origin.mask

@@ -1,4 +1,4 @@
-"""Ink on its papyrus: the layers as one picture, and the prediction laid over it."""
+"""Ink on papyrus: the prediction over a picture of the layers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -
         mask=NO_MASK,
         level=told.origin.ome_zarr_level if told else "0",
     )
-    if told:  # the network may have read the middle layers only
+    if told:  # because the network may have read the middle layers only
         first = opened.layers.index(min(told.recipe.layers))
         opened = opened.take(slice(first, first + len(told.recipe.layers)))
         if not segment and opened.identity != told.recipe.input:
@@ -104,7 +104,7 @@ def laid_over(
 
 
 def flatten(block: np.ndarray, how: Flattening) -> np.ndarray:
-    """Maximum or mean of uint8 (z, y, x) over the layers: uint8 (y, x)."""
+    """Return the maximum or mean of uint8 (z, y, x) over the layers, uint8 (y, x)."""
     if how == "max" or not block.size:
         return block.max(axis=0, initial=0)
     return np.rint(block.sum(axis=0, dtype=np.uint32) / len(block)).astype(np.uint8)
@@ -118,13 +118,13 @@ def _mix(
     opacity: float,
     table: np.ndarray | None,
 ) -> np.ndarray:
-    """Mix colours that are looked up, one for each of the 256 values of ink and papyrus."""
+    """Mix ink and papyrus, uint8 (y, x, 3), by a table of the 256 colours of each."""
     values = np.arange(256, dtype=np.float32)
     light = np.clip((values - low) / max(high - low, 1), 0, 1)[:, None]
     papyrus = DARK + light * (LIGHT - DARK)
     papyrus[0] = 0  # no papyrus
     probability = values / 255
-    share = opacity * probability**2 * (3 - 2 * probability)  # the doubtful half recedes
+    share = opacity * probability**2 * (3 - 2 * probability)  # weakens doubtful ink
     colours = BLACK if table is None else table.astype(np.float32)
     inked = share[:, None] * colours
     mixed = (1 - share)[ink][..., None] * papyrus.astype(np.float32)[under]
@@ -133,7 +133,7 @@ def _mix(
 
 
 def _contrast(segment: Segment, how: Flattening) -> tuple[float, float]:
-    """Values that few pixels are below and above, from some pieces of a segment."""
+    """Return the 1st and 99.5th percentile of the papyrus, from some pieces of a segment."""
     height, width = segment.shape[1:]
     in_one_piece = segment.source.unit[1] >= segment.source.shape[2]  # strips are read whole
     rows, columns = (spread(side, min(SAMPLE, side), SAMPLES) for side in (height, width))

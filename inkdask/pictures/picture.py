@@ -1,4 +1,4 @@
-"""A stored picture, opened: what every export begins with."""
+"""Stored pictures, opened for exports."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ log = logging.getLogger("inkdask")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture on storage; only its metadata have been read.
+    """A picture on storage, whose metadata have been read.
 
     Attributes
     ----------
     uri
-        Where it is.
+        Place of the picture.
     levels
         Dask uint8 (y, x), each half the size of the one before.
     pixel_um
-        Side of a pixel of the first level, in micrometers; None where it is not known.
+        Side of a pixel of the first level, in micrometers; None where unknown.
     corner
         Row and column of the segment where the picture begins.
     provenance
-        Where it comes from; None where that is not known.
+        Recipe and origin of the picture; None where unknown.
     """
 
     uri: str
@@ -51,7 +51,7 @@ class Picture:
         return height, width
 
     def level(self, number: int) -> da.Array:
-        """The picture at a 2 ** number-th of its size, dask uint8 (y, x)."""
+        """Return the picture at a 2 ** number-th of its size, dask uint8 (y, x)."""
         array = self.levels[min(number, len(self.levels) - 1)]
         return halved(array, number - len(self.levels) + 1)
 
@@ -69,13 +69,7 @@ class Picture:
 
 
 def open_picture(uri: str) -> Picture:
-    """Open a picture that a job has stored; any zarr array or OME-Zarr of uint8 (y, x) will do.
-
-    Raises
-    ------
-    InkdaskError
-        When there is none.
-    """
+    """Open the stored picture of a job, or any zarr array or OME-Zarr of uint8 (y, x)."""
     node: Any = storage.zarr_node(uri)
     attributes: dict[str, Any] = node.attrs.asdict()
     arrays, pixel_um, corner = {uri: node}, None, (0, 0)
@@ -102,7 +96,7 @@ def open_picture(uri: str) -> Picture:
 
 
 def provenance_in(fields: Any, uri: str) -> Provenance | None:
-    """Return what a picture says of itself; None, with a warning, where it cannot be read."""
+    """Return the provenance of a picture; None, with a warning, where it cannot be read."""
     if not isinstance(fields, dict):
         return None
     try:
@@ -113,7 +107,7 @@ def provenance_in(fields: Any, uri: str) -> Provenance | None:
 
 
 def is_picture(uri: str) -> bool:
-    """Whether a picture is stored there, rather than a volume or a folder of layers."""
+    """Whether a stored picture is at ``uri``, not a volume or a folder of layers."""
     if not storage.exists(storage.join(uri, "zarr.json")):
         return False
     node: Any = storage.zarr_node(uri)
@@ -134,7 +128,7 @@ def _multiscales(attributes: dict[str, Any], uri: str) -> dict[str, Any]:
 
 
 def _place(image: dict[str, Any]) -> tuple[float | None, tuple[int, int]]:
-    """Side of a pixel, and the corner, from the metadata of level 0."""
+    """Return the side of a pixel, and the corner, from the metadata of level 0."""
     told = image["datasets"][0].get("coordinateTransformations", [])
     values = {change["type"]: change[change["type"]] for change in told if change["type"] in change}
     side = float(values.get("scale", [1.0])[-1])

@@ -1,10 +1,10 @@
-"""The stored picture: an OME-Zarr 0.5 pyramid, which viewers open as it is.
+"""Stored pictures: OME-Zarr 0.5 pyramids, which viewers open.
 
-    <picture>.zarr      group: axes, units, place in the segment ("ome"); origin ("inkdask")
+    <picture>.zarr      group: axes, units, place in the segment ("ome"); provenance ("inkdask")
         0               uint8 (y, x), every pixel
         1               each pixel the mean of two by two of level 0, and so on
 
-The metadata follow https://ngff.openmicroscopy.org/0.5: lengths are in micrometers where the size
+The metadata follow https://ngff.openmicroscopy.org/0.5. Lengths are in micrometers where the size
 of a pixel is known, else in pixels, and are counted from the corner of the segment.
 """
 
@@ -34,9 +34,9 @@ from inkdask.progress import Meter
 from inkdask.storage import outputs
 from inkdask.storage.dask_arrays import StoredArray
 
-SMALLEST = 512  # pixels: a level that is no larger has no coarser one
+SMALLEST = 512  # pixels: longer side of the coarsest level, at most
 CHUNK = 1024  # pixels: side of the blocks that are halved in levels that are not stored
-ORIGIN = "inkdask"  # the attribute that says where a picture comes from
+ORIGIN = "inkdask"  # attribute of the provenance
 
 
 def write_pyramid(
@@ -53,9 +53,9 @@ def write_pyramid(
     picture
         Dask uint8 (y, x).
     uri
-        Where the group goes; what was there is replaced.
+        Place of the group; an earlier one is replaced.
     provenance
-        For the group's metadata.
+        Recipe and origin, for the group's metadata.
     pixel_um
         Side of a pixel, in micrometers.
     corner
@@ -80,12 +80,12 @@ def write_pyramid(
 
 
 def to_uint8(ink: np.ndarray) -> np.ndarray:
-    """The picture's grey values, ``floor(255 * clip(p, 0, 1))``."""
+    """Return the grey values of probabilities, ``floor(255 * clip(p, 0, 1))``."""
     return np.floor(255 * np.clip(ink, 0, 1)).astype(np.uint8)
 
 
 def level_shapes(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Height and width of every level; odd sizes are rounded up, so that no pixel is lost."""
+    """Return height and width of every level; half of an odd size is rounded up."""
     height, width = shape
     shapes = [(height, width)]
     while max(height, width) > SMALLEST:
@@ -95,7 +95,7 @@ def level_shapes(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def halve(block: np.ndarray) -> np.ndarray:
-    """Average two by two pixels of uint8 (y, x), rounded half up; at an odd edge, what is there."""
+    """Average two by two pixels of uint8 (y, x), rounded half up; an odd edge is repeated."""
     block = np.pad(block, [(0, side % 2) for side in block.shape], mode="edge")
     pairs = block[0::2].astype(np.uint16) + block[1::2]
     return ((pairs[:, 0::2] + pairs[:, 1::2] + 2) >> 2).astype(np.uint8)
@@ -113,9 +113,9 @@ def halved(array: da.Array, times: int = 1, chunk: int | tuple[int, ...] = CHUNK
 def ome(
     name: str, levels: int, pixel_um: float | None, corner: tuple[int, int] = (0, 0)
 ) -> dict[str, Any]:
-    """The metadata of a pyramid: its axes, and the size and place of the pixels of each level.
+    """Return the metadata of a pyramid: axes, and size and place of the pixels of each level.
 
-    A place is that of the centre of the first pixel, which moves inwards from level to level.
+    The place of a level is the centre of its first pixel.
     """
     side = pixel_um or 1.0
     unit = {"unit": "micrometer"} if pixel_um else {}
@@ -169,10 +169,10 @@ def _side(sizes: tuple[int, ...]) -> int:
     retry_error_callback=lambda _: None,
 )
 def _discard(uri: str) -> bool:
-    """Remove what a failed job left, though its last writes may still be going on.
+    """Remove the folder of a failed job, whose last writes may still be going on.
 
-    Returns whether they have begun it anew; what is there after some seconds stays there, because
-    the failure itself is what must be told.
+    Return whether such a write has made the folder again. After some seconds the folder stays,
+    because the user must hear of the failure itself.
     """
     outputs.remove(uri)
     time.sleep(0.2)

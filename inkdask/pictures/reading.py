@@ -13,7 +13,7 @@ from PIL import Image
 from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance
-from inkdask.pictures.exporting import KINDS
+from inkdask.pictures.exporting import KINDS, kind_of
 from inkdask.pictures.picture import open_picture, provenance_in
 from inkdask.pictures.pyramid import ORIGIN
 
@@ -53,7 +53,7 @@ def read_facts(uri: str) -> Facts:
         return _of_zarr(uri)
     storage.entry(uri)  # because its error says that nothing is there
     fs, path = storage.filesystem(uri)
-    read = {".png": _of_png, ".jpg": _of_jpeg, "jpeg": _of_jpeg}.get(uri[-4:].lower(), _of_tiff)
+    read = {"png": _of_png, "tiff": _of_tiff, "jpeg": _of_jpeg}[kind_of(uri)]
     try:
         with fs.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead") as file:
             return read(file, uri)
