@@ -314,7 +314,7 @@ def test_a_damaged_prediction_leaves_no_file(prediction, tmp_path):
     chunk.write_bytes(b"not zstd")
     before = set(tmp_path.iterdir())
     for name in ("p.png", "p.tif", "p.jpg", "p.zarr"):
-        with pytest.raises(InkdaskError, match=r"prediction_toy_00_03.zarr/0 cannot be read at"):
+        with pytest.raises(InkdaskError, match=r"_03.zarr/0 cannot be read .* at rows 512"):
             inkdask.export(prediction, tmp_path / name)
     assert set(tmp_path.iterdir()) == before
 
