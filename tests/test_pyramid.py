@@ -7,7 +7,7 @@ import dask.array as da
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ome_zarr_models.v05 import Image as OmeImage
 
@@ -67,6 +67,7 @@ def test_level_shapes_end_at_512_pixels():
     assert level_shapes((100_000, 1))[-1] == (391, 1)
 
 
+@settings(max_examples=40)
 @given(
     height=st.integers(1, 40),
     width=st.integers(1, 40),
@@ -222,8 +223,6 @@ def test_new_picture_replaces_the_old_one(home, pixels):
         opened = open_picture(uri)
         assert np.array_equal(opened.levels[0].compute(), picture)
         assert len(opened.levels) == levels
-    write_pyramid(lazy(pixels), uri, None)
-    assert np.array_equal(open_picture(uri).levels[0].compute(), pixels)
 
 
 def test_failed_job_leaves_the_old_picture(tmp_path, pixels, stored, monkeypatch):
