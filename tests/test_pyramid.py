@@ -144,6 +144,7 @@ def test_opened_picture_has_levels_place_and_provenance(stored, pixels):
     assert picture.shape == pixels.shape
     assert np.array_equal(picture.level(1).compute(), halve(pixels))
     assert picture.level(5).shape == (41, 3)
+    assert np.array_equal(picture.levels[0][600, 5:80].compute(), pixels[600, 5:80])
     part = picture.crop((50, 110, 60, 130))
     assert np.array_equal(part.levels[0].compute(), pixels[10:30, 10:20])
     assert part.corner == (110, 50)

@@ -39,7 +39,7 @@ OVERVIEW = 4096  # pixels: longer side of a JPEG, where ``max_side`` is not give
 
 @dataclass(frozen=True)
 class Look:
-    """How a picture is shown.
+    """Look of an exported picture.
 
     Attributes
     ----------
@@ -96,7 +96,7 @@ class Look:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is the ink alone, in grey."""
+        """Whether the ink is shown alone, in grey."""
         return not (self.overlay or self.colour_map)
 
 

@@ -28,7 +28,7 @@ SAMPLES, SAMPLE = 5, 64  # pieces a side, and pixels a side of one, that settle 
 
 @dataclass(frozen=True)
 class Ground:
-    """The papyrus under a prediction.
+    """Papyrus under a prediction.
 
     Attributes
     ----------

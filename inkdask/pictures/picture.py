@@ -22,7 +22,7 @@ log = logging.getLogger("inkdask")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture on storage, whose metadata have been read.
+    """Picture on storage, whose metadata have been read.
 
     Attributes
     ----------

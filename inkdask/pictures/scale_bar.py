@@ -1,4 +1,4 @@
-"""A scale bar in the corner of a picture, legible on dark and on light ground."""
+"""Scale bar in the corner of a picture, legible on dark and on light ground."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE = 1 / 50  # height of the letters, as a share of the picture's longer side
 
 @dataclass(frozen=True)
 class ScaleBar:
-    """A bar of a round length.
+    """Scale bar of a round length.
 
     Attributes
     ----------

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class StoredArray:
-    """A zarr array that each process opens by its URI; small and picklable.
+    """Zarr array that each process opens by its URI; small and picklable.
 
     Its metadata tell it from an earlier array at the same place, whose handle a process may hold.
     """
@@ -24,7 +24,7 @@ class StoredArray:
         self.chunks = array.chunks
 
     def __getitem__(self, region: Any) -> np.ndarray:
-        with decoded(self.uri, f" at {_words(region)}{self._remedy}"):
+        with decoded(self.uri, _place(region) + self._remedy):
             return np.asarray(self._array[region])
 
     def __setitem__(self, region: Any, block: np.ndarray) -> None:
@@ -36,7 +36,8 @@ class StoredArray:
         return open_array(self.uri, self._version)
 
 
-def _words(region: Any) -> str:
-    """Return a region in words: ``rows 0 to 128, columns 512 to 640``."""
+def _place(region: Any) -> str:
+    """Return a region in words: `` at rows 0 to 128, columns 512 to 640``."""
     named = zip(("rows", "columns"), region, strict=False)
-    return ", ".join(f"{name} {part.start} to {part.stop}" for name, part in named)
+    words = [f"{name} {it.start} to {it.stop}" for name, it in named if isinstance(it, slice)]
+    return f" at {', '.join(words)}" if words else ""
