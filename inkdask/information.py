@@ -1,7 +1,8 @@
-"""What is at a path, for ``inkdask info``: a segment, or what was made of one, and how."""
+"""Rows that describe what is at a path, for ``inkdask info`` and for notebooks."""
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -10,21 +11,22 @@ import numpy as np
 
 from inkdask.identity import Origin, Provenance, Recipe
 from inkdask.memory import expected_memory
+from inkdask.pictures.overlay import spread
 from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
 from inkdask.plan import span
 from inkdask.progress import amount
-from inkdask.segment import describe as describe_segment
-from inkdask.segment import open_segment
+from inkdask.reading.volume import Source
+from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
 
-TILE, STRIDE = 64, 16  # of the usual model, where the user names none
+TILE, STRIDE = 64, 16  # of the usual model, where the user gives none
 
 
 def describe(path: str, **options: Any) -> dict[str, str]:
-    """Describe what is at a path; reads headers, and a few sampled blocks of a segment.
+    """Describe what is at a path; reads headers, and a few pieces of a segment.
 
     Parameters
     ----------
@@ -33,11 +35,6 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     **options
         ``layers``, ``ome_zarr_level``, ``mask_path``, ``tile``, ``stride`` and ``chunk_size`` of
         `inkdask.settings.Settings`.
-
-    Raises
-    ------
-    InkdaskError
-        When there is none of these, in one sentence.
     """
     if is_picture_file(path) or is_picture(path):
         return dict(_of_picture(path, read_facts(path)))
@@ -47,36 +44,59 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     segment = open_segment(
         path, settings.layers, mask=settings.mask_path, level=settings.ome_zarr_level
     )
-    found = describe_segment(segment)
-    depth, height, width = found.shape
-    tiling = Tiling.of(
-        (height, width), settings.tile or TILE, settings.stride or STRIDE, settings.chunk_size
-    )
-    rows = {
-        "segment": found.uri,
-        "layers": f"{depth} ({span(found.layers)})",
-        "size": f"{height:,} x {width:,} pixels",
-        "type": found.dtype + (" (the high byte is read)" if found.dtype == "uint16" else ""),
-        "layout": found.layout,
-    }
-    if found.stored_bytes:
-        rows["stored"] = f"{amount(found.stored_bytes)}, {amount(depth * height * width)} as uint8"
-    if found.mask_uri:
-        rows["mask"] = found.mask_uri
+    tile, stride = settings.tile or TILE, settings.stride or STRIDE
+    tiling = Tiling.of(segment.shape[1:], tile, stride, settings.chunk_size)
+    return dict(of_segment(segment, tiling, empty_share(segment.source)))
+
+
+def of_segment(
+    segment: Segment, tiling: Tiling, empty: float | None = None
+) -> Iterator[tuple[str, str]]:
+    """Describe a segment and its tiles; ``empty`` is its share of zero pixels, where known."""
+    depth, height, width = segment.shape
+    yield "segment", segment.uri
+    yield "layers", f"{depth} ({span(segment.layers)})"
+    yield "size", f"{height:,} x {width:,} pixels"
+    yield "type", segment.dtype.name + (" (the high byte is read)" * (segment.dtype.itemsize == 2))
+    yield "layout", segment.source.words
+    if segment.stored_bytes:
+        yield "stored", f"{amount(segment.stored_bytes)}, {amount(depth * height * width)} as uint8"
+    if segment.mask_uri:
+        yield "mask", segment.mask_uri
     tiles = f"{tiling.tiles:,} of {tiling.tile} px at stride {tiling.stride}"
-    if found.empty_share is not None:
-        rows["empty"] = f"about {found.empty_share:.0%} of the pixels, from a few samples"
-        tiles += f", about {int(tiling.tiles * (1 - found.empty_share)):,} with data"
+    if empty is not None:
+        yield "empty", f"about {empty:.0%} of the pixels, from a few samples"
+        tiles += f", about {int(tiling.tiles * (1 - empty)):,} with data"
         tiles += ", fewer by what the mask leaves out" if segment.mask_source else ""
+    yield "tiles", tiles
     chunks = "{} x {}".format(*tiling.block_shape)
-    rows["tiles"] = tiles
-    rows["chunks"] = f"{chunks} of {tiling.y.step:,} x {tiling.x.step:,} px"
-    rows["memory"] = f"about {amount(expected_memory(segment.volume, tiling))} at most"
-    return rows
+    yield "chunks", f"{chunks} of {tiling.y.step:,} x {tiling.x.step:,} px"
+    yield "memory", f"about {amount(expected_memory(segment.volume, tiling))} at most"
+
+
+def empty_share(source: Source) -> float | None:
+    """Share of zero pixels in the middle layer, from up to 16 pieces of it.
+
+    None where nothing can be read without decoding whole layers.
+    """
+    if not source.can_be_sampled:
+        return None
+    layers, height, width = source.shape
+    middle = source.take(slice(layers // 2, layers // 2 + 1))
+    rows, columns = min(source.unit[0], height), min(source.unit[1], width)
+    pieces = itertools.product(
+        _some(height, rows, 16 if columns == width else 4), _some(width, columns, 4)
+    )
+    return float(np.mean([(middle.block(*piece).read() == 0).mean() for piece in pieces]))
+
+
+def _some(length: int, piece: int, most: int) -> list[slice]:
+    """Spread up to ``most`` pieces over a length; half of the pieces at most."""
+    return spread(length, piece, max(1, min(most, length // piece // 2)))
 
 
 def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:
-    """A picture, and all that shaped it, as far as it says."""
+    """Describe a picture, and its provenance where it has one."""
     height, width = facts.shape
     yield "picture", path
     yield "type", facts.kind
@@ -105,7 +125,7 @@ def _of_grid(path: str) -> Iterator[tuple[str, str]]:
 def _of_job(
     recipe: Recipe, origin: Origin, ran_in: tuple[str, ...], picture: Provenance | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Describe all that shaped a tile grid or a picture."""
+    """Describe the recipe and origin of a tile grid or a picture."""
     yield "segment", f"{origin.source} (input {recipe.input})"
     if origin.mask:
         yield "mask", origin.mask

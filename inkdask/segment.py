@@ -187,67 +187,6 @@ def open_segment(
     return segment
 
 
-@dataclass(frozen=True)
-class Description:
-    """What a person wants to know of a segment: what `Segment` says, and two more things.
-
-    Attributes
-    ----------
-    layout
-        How the files store the layers, in words.
-    empty_share
-        Share of zero pixels in the middle layer, estimated from a few blocks of it; None where
-        nothing can be read without decoding whole layers.
-    """
-
-    uri: str
-    name: str
-    layers: tuple[int, ...]
-    shape: tuple[int, int, int]
-    dtype: str
-    layout: str
-    stored_bytes: int
-    empty_share: float | None
-    mask_uri: str | None
-
-
-def describe(segment: Segment) -> Description:
-    """Describe a segment; reads up to 16 pieces of its middle layer."""
-    return Description(
-        uri=segment.uri,
-        name=segment.name,
-        layers=segment.layers,
-        shape=segment.shape,
-        dtype=segment.dtype.name,
-        layout=segment.source.words,
-        stored_bytes=segment.stored_bytes,
-        empty_share=_empty_share(segment.source),
-        mask_uri=segment.mask_uri,
-    )
-
-
-def _empty_share(source: Source) -> float | None:
-    if not source.can_be_sampled:
-        return None
-    layers, height, width = source.shape
-    middle = source.take(slice(layers // 2, layers // 2 + 1))
-    rows, columns = (
-        min(unit, side) for unit, side in zip(source.unit, (height, width), strict=True)
-    )
-    windows = [
-        (slice(y, y + rows), slice(x, x + columns))
-        for y in _spread(height, rows, 16 if columns == width else 4)
-        for x in _spread(width, columns, 4)
-    ]
-    return float(np.mean([(middle.block(*window).read() == 0).mean() for window in windows]))
-
-
-def _spread(length: int, piece: int, most: int) -> list[int]:
-    """Spread the starts of up to ``most`` pieces over a length; take half of the pieces at most."""
-    count = max(1, min(most, length // piece // 2))
-    return [(length - piece) * (2 * i + 1) // (2 * count) for i in range(count)]
-
-
 def _open_array(
     uri: str, layers: tuple[int, int] | None, count: int | None, level: str
 ) -> tuple[Source, tuple[int, ...], np.dtype[Any], str]:

@@ -44,7 +44,7 @@ def test_bundled_weights_fit_their_network():
 
 def test_network_gives_a_tile_alone_what_it_gives_in_a_batch():
     module = weights.load(registry.resolve("demo"))
-    tiles = torch.rand(3, 1, 26, 64, 64)
+    tiles = torch.rand(2, 1, 26, 64, 64)
     with torch.inference_mode():
         together, alone = module(tiles), module(tiles[1:2])
     torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
@@ -80,11 +80,11 @@ def result(tmp_path_factory):
         }.items():
             patch.setenv(name, value)
         demo.run(out, 128, 256)
-        return demo.run(out, 400, 1040)
+        return demo.run(out, 320, 832)
 
 
 def test_prediction_shows_letters_that_layers_hide(result):
-    assert result.auc >= 0.98
+    assert result.auc >= 0.965
     assert result.auc_layer < 0.6
     assert result.auc_mean < 0.6
     assert f"{result.auc:.3f}" in str(result)
@@ -94,7 +94,7 @@ def test_second_demo_replaces_the_first(result):
     out = result.truth.parent
     assert result.prediction == out / "predictions" / "prediction_demo_00_26.png"
     prediction, truth = (np.asarray(Image.open(p)) for p in (result.prediction, result.truth))
-    assert prediction.shape == truth.shape == (400, 1040)
+    assert prediction.shape == truth.shape == (320, 832)
     assert prediction.dtype == np.uint8
     # The AUC is that of the picture on disk.
     papyrus = np.asarray(Image.open(out / "layers" / "00.tif")) > 0

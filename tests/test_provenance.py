@@ -1,8 +1,8 @@
-"""Every picture says where it comes from, and the command that makes it again."""
+"""Provenance of pictures and grids, and the command that makes them again."""
 
-import io
 import json
 import shlex
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -22,20 +22,29 @@ from tests.oracle import depth_slope
 pytestmark = pytest.mark.usefixtures("own_environment")
 
 
-@pytest.fixture
-def segment(tmp_path):
-    synthetic.write_segment(tmp_path / "scroll" / "20230702", height=150, width=300, layers=26)
-    return tmp_path / "scroll" / "20230702"
+@pytest.fixture(scope="module")
+def segment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scroll") / "20230702"
+    synthetic.write_segment(folder, height=150, width=300, layers=26)
+    return folder
 
 
-@pytest.fixture
-def prediction(segment):
-    """A job that says every parameter that shapes a picture."""
-    return inkdask.run(
-        segment, model="demo", layers=(0, 26), force_reverse=True, roi_xyxy=(16, 8, 190, 150),
-        tile=64, stride=32, divisor=190, clip=180, blend_mode="gaussian", gaussian_sigma=20.125,
-        precision="float32", pixel_resolution_um=7.912345678, compile=False,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def prediction(segment, tmp_path_factory):
+    """Picture of a job that gives every parameter that shapes a picture; to read only."""
+    folder = tmp_path_factory.mktemp("job")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZARR_OUTPUT_DIR", str(folder))
+        patch.setenv("RESULT_FILE", str(folder / "result.txt"))
+        patch.setenv("CHUNK_SIZE", "128")
+        patch.setenv("HF_TOKEN", "marked-secret")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "marked-secret")
+        return inkdask.run(
+            segment, model="demo", layers=(0, 26), force_reverse=True, roi_xyxy=(16, 8, 190, 150),
+            tile=64, stride=32, divisor=190, clip=180, blend_mode="gaussian",
+            gaussian_sigma=20.125, precision="float32", pixel_resolution_um=7.912345678,
+            compile=False,
+        )  # fmt: skip
 
 
 def info(capsys, path):
@@ -43,13 +52,13 @@ def info(capsys, path):
     return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
 
-def test_every_kind_of_file_says_the_same(prediction, segment, tmp_path, capsys):
+def test_info_says_the_same_of_every_kind_of_file(prediction, segment, tmp_path, capsys):
     stored = prediction.replace(".png", ".zarr")
     exports = [tmp_path / f"p.{ending}" for ending in ("png", "tif", "jpg", "zarr")]
     inkdask.export(stored, exports)
     told = [info(capsys, path) for path in (prediction, stored, *exports)]
     kinds = [rows.pop("type").split(",")[0] for rows in told]
-    assert tifffile.imread(tmp_path / "p.tif").shape == (142, 174)  # takes no text for its own
+    assert tifffile.imread(tmp_path / "p.tif").shape == (142, 174)  # though it has our text
     assert kinds == ["PNG", "OME-Zarr", "PNG", "BigTIFF", "JPEG", "OME-Zarr"]
     for rows in told:
         rows.pop("picture")
@@ -70,11 +79,11 @@ def test_every_kind_of_file_says_the_same(prediction, segment, tmp_path, capsys)
     assert rows["made"].startswith("20")
 
 
-def test_the_command_makes_the_same_picture(prediction, capsys, tmp_path, monkeypatch):
+def test_recorded_command_makes_the_same_picture(prediction, capsys, tmp_path, monkeypatch):
     first = np.asarray(Image.open(prediction))
     words = shlex.split(info(capsys, prediction)["repeat"])
     assert words[:2] == ["inkdask", "run"]
-    (tmp_path / "elsewhere" / "demo").mkdir(parents=True)  # which is not the model of this name
+    (tmp_path / "elsewhere" / "demo").mkdir(parents=True)  # a folder named like the model
     monkeypatch.chdir(tmp_path / "elsewhere")
     cli.main([*words[1:], "--output-path", "again", "--zarr-output-dir", "grids", "--no-compile"])
     (again,) = capsys.readouterr().out.split()
@@ -83,7 +92,7 @@ def test_the_command_makes_the_same_picture(prediction, capsys, tmp_path, monkey
 
 
 @pytest.mark.parametrize("look", [["--overlay", "mean", "--opacity", "0.5"], ["--reverse-video"]])
-def test_the_command_of_an_export_makes_it_again(prediction, capsys, tmp_path, look):
+def test_recorded_command_of_an_export_makes_the_same_file(prediction, capsys, tmp_path, look):
     stored = prediction.replace(".png", ".zarr")
     cli.main(
         ["export", stored, "--to", str(tmp_path / "p.png"), *look, "--colour-map", "hot",
@@ -98,25 +107,25 @@ def test_the_command_of_an_export_makes_it_again(prediction, capsys, tmp_path, l
     assert (tmp_path / "p.png").read_bytes() == first
 
 
-def test_an_overlay_on_layers_that_were_prepared(segment, tmp_path):
-    volume = inkdask.prepare(segment, layers=(0, 26), surface_volume_zarr=tmp_path / "v.zarr")
+def test_overlay_reads_the_prepared_layers(segment, tmp_path):
+    own = shutil.copytree(segment, tmp_path / "segment", ignore=shutil.ignore_patterns("pred*"))
+    volume = inkdask.prepare(own, layers=(0, 26), surface_volume_zarr=tmp_path / "v.zarr")
     uri = inkdask.run(
-        segment, model="demo", layers=(0, 26), surface_volume_zarr=volume, compile=False
+        own, model="demo", layers=(0, 26), stride=32, surface_volume_zarr=volume, compile=False
     )
-    for layer in (segment / "layers").iterdir():
-        layer.unlink()
+    shutil.rmtree(own / "layers")
     inkdask.export(uri.replace(".png", ".zarr"), tmp_path / "p.png", overlay="max")
     assert np.asarray(Image.open(tmp_path / "p.png")).max() > 150
 
 
-def test_a_model_that_is_a_function_has_no_command(segment, capsys):
-    uri = inkdask.run(segment, model=depth_slope, layers=(0, 26))
+def test_function_as_model_has_no_recorded_command(segment, capsys, tmp_path):
+    uri = inkdask.run(segment, model=depth_slope, layers=(0, 26), output_path=str(tmp_path / "p"))
     rows = info(capsys, uri)
     assert "function" in rows["repeat"]
-    assert rows["precision"] == "auto"  # its own affair
+    assert rows["precision"] == "auto"  # because inkdask does not choose it
 
 
-def test_a_grid_says_how_much_is_done(segment, tmp_path, capsys):
+def test_info_of_a_grid_says_how_much_is_done(segment, tmp_path, capsys):
     options = {"model": "demo", "layers": (0, 26), "stride": 32, "num_parts": 2, "compile": False}
     grid = inkdask.run(segment, part_id=0, **options)
     rows = info(capsys, grid)
@@ -135,7 +144,7 @@ def test_a_grid_says_how_much_is_done(segment, tmp_path, capsys):
         assert 255 in np.asarray(image)[-30:]
 
 
-def test_pictures_on_s3(s3, prediction, capsys):
+def test_info_of_pictures_on_s3_reads_little(s3, prediction, capsys):
     inkdask.export(prediction.replace(".png", ".zarr"), [f"{s3}/p.png", f"{s3}/p.tif"])
     read = storage.counters().bytes_read
     rows = info(capsys, f"{s3}/p.tif")
@@ -146,42 +155,40 @@ def test_pictures_on_s3(s3, prediction, capsys):
     assert b"testing-secret" not in text
 
 
-def test_what_is_written_is_for_all_to_read(segment, capsys, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws_secret")
-    monkeypatch.setenv("SCHEDULER_ADDRESS", "")
-    uri = inkdask.run(segment, model="demo", layers=(0, 26))
-    with Image.open(uri) as image:
-        assert "secret" not in image.text["inkdask"]
+def test_without_secrets_hides_passwords_of_uris():
     hidden = without_secrets({"a": ["s3://key:pass@bucket/x", 3], "b": {"c": "tcp://u:p@host"}})
     assert hidden == {"a": ["s3://bucket/x", 3], "b": {"c": "tcp://host"}}
 
 
-def test_the_parameters_of_the_command_exist():
+def test_parameters_of_the_command_exist():
     assert {*OF_GRIDS, *OF_PICTURES} <= set(Settings.model_fields)
 
 
-def test_the_weights_are_named_by_their_digest(prediction):
+def test_provenance_has_weights_and_no_secrets(prediction):
     with Image.open(prediction) as image:
-        origin = json.loads(image.text["inkdask"])
-    assert origin["recipe"]["weights"]
-    assert origin["origin"]["weights_from"] == known()["demo"].weights
+        text = image.text["inkdask"]
+    made = json.loads(text)
+    assert made["recipe"]["weights"]
+    assert made["origin"]["weights_from"] == known()["demo"].weights
+    assert made["origin"]["command"]
+    assert "secret" not in text
 
 
 @pytest.mark.parametrize("name", ["p.png", "p.tif", "p.jpg"])
-def test_a_picture_of_somebody_else(tmp_path, capsys, name):
+def test_info_of_a_picture_without_provenance(tmp_path, capsys, name):
     Image.new("RGB", (30, 20)).save(tmp_path / name)
     rows = info(capsys, tmp_path / name)
     assert rows["size"] == "20 x 30 pixels"
     assert rows["origin"] == "not recorded in the file"
-    with_words = io.BytesIO()
-    tifffile.imwrite(with_words, np.zeros((4, 5), np.uint8), description="a dog")
-    (tmp_path / "dog.tif").write_bytes(with_words.getvalue())
+
+
+def test_info_of_a_tiff_with_another_description(tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "dog.tif", np.zeros((4, 5), np.uint8), description="a dog")
     assert info(capsys, tmp_path / "dog.tif")["origin"] == "not recorded in the file"
 
 
 @pytest.mark.parametrize("name", ["p.png", "p.tif", "p.jpg"])
-def test_a_file_that_is_no_picture_is_one_sentence(tmp_path, capsys, name):
+def test_info_reports_a_file_that_is_no_picture(tmp_path, capsys, name):
     (tmp_path / name).write_bytes(b"no picture at all")
     with pytest.raises(SystemExit) as stopped:
         cli.main(["info", str(tmp_path / name)])
@@ -191,20 +198,20 @@ def test_a_file_that_is_no_picture_is_one_sentence(tmp_path, capsys, name):
     assert len(error.splitlines()) == 1
 
 
-def test_retrained_weights_are_another_job(segment):
+def test_recipe_differs_with_the_weights(segment):
     plan = Plan.of(segment, Settings.of(model=depth_slope))
     other = replace(plan, network=replace(plan.network, digest="other"))
     assert recipe_of(plan) != recipe_of(other)
 
 
-def test_an_origin_has_no_password(segment):
+def test_origin_hides_passwords(segment):
     settings = Settings.of(model=depth_slope)
     plan = Plan.of(segment, settings)
     place = replace(plan.segment, uri="s3://key:marked-secret@bucket/segment")
     assert "marked-secret" not in str(origin_of(replace(plan, segment=place), settings))
 
 
-def test_a_region_of_a_window_is_counted_in_the_files(segment):
+def test_region_of_a_cropped_segment_is_counted_in_the_files(segment):
     cropped = inkdask.open_segment(segment).crop(slice(20, 140), slice(30, 290))
     settings = Settings.of(model=depth_slope, roi_xyxy=(5, 7, 100, 90))
     assert origin_of(Plan.of(cropped, settings), settings).roi_xyxy == (35, 27, 130, 110)

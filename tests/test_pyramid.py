@@ -1,59 +1,80 @@
-"""The stored picture: an OME-Zarr pyramid that is right, and whole or not there."""
+"""Stored pictures: OME-Zarr pyramids that are right, and whole or not there."""
 
+import pickle
 import shutil
 
 import dask.array as da
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ome_zarr_models.v05 import Image as OmeImage
 
-from inkdask import storage
+from inkdask import engine, storage
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Provenance
 from inkdask.information import describe
 from inkdask.pictures import pyramid
-from inkdask.pictures.picture import halved, is_picture, open_picture
-from inkdask.pictures.pyramid import halve, level_shapes, to_uint8, write_pyramid
+from inkdask.pictures.picture import is_picture, open_picture
+from inkdask.pictures.pyramid import halve, halved, level_shapes, to_uint8, write_pyramid
 from inkdask.storage import outputs
 from tests.files import bound_by_rights
 from tests.jobs import PROVENANCE, store_in
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pixels():
-    return np.random.default_rng(0).integers(0, 256, (1301, 700), dtype=np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (1301, 91), dtype=np.uint8)
 
 
-def lazy(pixels, chunk=256):
+def lazy(pixels, chunk=(512, 64)):
     return da.from_array(pixels, chunks=chunk)
 
 
-def test_grey_values_follow_the_contract():
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, pixels):
+    """A stored picture of 7.91 um pixels, to read only."""
+    uri = str(tmp_path_factory.mktemp("stored") / "prediction_toy_00_26.zarr")
+    write_pyramid(lazy(pixels), uri, PROVENANCE, 7.91, (100, 40))
+    return uri
+
+
+def check_levels(uri, pixels):
+    """Check every level of a stored picture; return their number."""
+    group = zarr.open_group(storage.zarr_store(uri, read_only=True), mode="r")
+    levels = sorted(group.array_keys())
+    for level in levels:
+        assert group[level].dtype == np.uint8
+        assert np.array_equal(group[level][:], pixels), level
+        pixels = halve(pixels)
+    return len(levels)
+
+
+def test_grey_values_are_clipped_and_rounded_down():
     values = np.array([-0.1, 0, 0.5, 0.99999, 1, 1.5], np.float32)
     assert to_uint8(values).tolist() == [0, 0, 127, 254, 255, 255]
 
 
-def test_a_level_averages_two_by_two():
+def test_halving_averages_two_by_two():
     block = np.array([[0, 1, 10], [1, 1, 20], [7, 8, 255]], np.uint8)
     assert halve(block).tolist() == [[1, 15], [8, 255]]
 
 
-def test_sizes_end_where_one_look_takes_all_in():
+def test_level_shapes_end_at_512_pixels():
     assert level_shapes((1301, 700)) == [(1301, 700), (651, 350), (326, 175)]
     assert level_shapes((512, 3)) == [(512, 3)]
     assert level_shapes((100_000, 1))[-1] == (391, 1)
 
 
+@settings(max_examples=40)
 @given(
     height=st.integers(1, 40),
     width=st.integers(1, 40),
     chunk=st.integers(1, 50),
     times=st.integers(1, 3),
 )
-def test_levels_are_the_same_stored_or_not(height, width, chunk, times):
+def test_lazy_halving_at_any_chunk_equals_halving(height, width, chunk, times):
     pixels = np.random.default_rng(height).integers(0, 256, (height, width), dtype=np.uint8)
     expected = pixels
     for _ in range(times):
@@ -63,24 +84,35 @@ def test_levels_are_the_same_stored_or_not(height, width, chunk, times):
     assert np.array_equal(got.compute(), expected)
 
 
-def test_every_level_is_the_mean_of_the_one_before(home, pixels):
-    uri = storage.join(home, "prediction.zarr")
-    write_pyramid(lazy(pixels), uri, PROVENANCE)
-    group = zarr.open_group(storage.zarr_store(uri, read_only=True), mode="r")
-    assert sorted(group.array_keys()) == ["0", "1", "2"]
-    expected = pixels
-    for level in range(3):
-        assert group[str(level)].dtype == np.uint8
-        assert np.array_equal(group[str(level)][:], expected), level
-        expected = halve(expected)
-    assert Provenance.from_json(group.attrs["inkdask"], uri) == PROVENANCE
-    assert [entry.name for entry in storage.list_folder(home)] == ["prediction.zarr"]
+def test_levels_on_storage_are_means_of_the_level_before(home, pixels):
+    uri = storage.join(home, "p.zarr")
+    write_pyramid(lazy(pixels), uri, PROVENANCE, 7.91, (100, 40))
+    assert check_levels(uri, pixels) == 3
+    assert [entry.name for entry in storage.list_folder(home)] == ["p.zarr"]
+    picture = open_picture(uri)
+    assert np.array_equal(picture.level(1).compute(), halve(pixels))
+    assert picture.provenance == PROVENANCE
 
 
-def test_metadata_are_those_of_ome_zarr(tmp_path, pixels):
-    uri = str(tmp_path / "prediction_toy_00_26.zarr")
-    write_pyramid(lazy(pixels), uri, None, pixel_um=7.91, corner=(100, 40))
-    image = OmeImage.from_zarr(zarr.open_group(uri, mode="r"))
+@pytest.mark.parametrize("shape", [(1, 1), (513, 1), (2, 701), (513, 513)])
+@pytest.mark.parametrize(("corner", "chunk"), [((0, 0), 1024), ((100, 130), 256), ((255, 1), 400)])
+def test_levels_of_any_size_and_crop_are_right(tmp_path, shape, corner, chunk):
+    whole = np.random.default_rng(1).integers(0, 256, (800, 900), dtype=np.uint8)
+    part = slice(corner[0], corner[0] + shape[0]), slice(corner[1], corner[1] + shape[1])
+    uri = str(tmp_path / "p.zarr")
+    write_pyramid(lazy(whole, chunk)[part], uri, None)
+    assert check_levels(uri, whole[part]) == 1 + (max(shape) > 512)
+
+
+def test_levels_of_uneven_chunks_are_right(tmp_path, pixels):
+    uri = str(tmp_path / "p.zarr")
+    write_pyramid(lazy(pixels, ((500, 300, 501), (64, 27))), uri, None)
+    assert check_levels(uri, pixels) == 3
+    assert zarr.open_array(f"{uri}/0").chunks == (500, 64)
+
+
+def test_metadata_are_those_of_ome_zarr(stored):
+    image = OmeImage.from_zarr(zarr.open_group(stored, mode="r"))
     (multiscale,) = image.ome_attributes.multiscales
     assert multiscale.name == "prediction_toy_00_26"
     assert [(axis.name, axis.type, axis.unit) for axis in multiscale.axes] == [
@@ -93,9 +125,11 @@ def test_metadata_are_those_of_ome_zarr(tmp_path, pixels):
         # The outer corner of the first pixel is that of the picture, whatever the level.
         corner = np.array(place.translation) - np.array(scale.scale) / 2
         assert corner == pytest.approx([(100 - 0.5) * 7.91, (40 - 0.5) * 7.91])
+    group = zarr.open_group(stored, mode="r")
+    assert Provenance.from_json(group.attrs["inkdask"], stored) == PROVENANCE
 
 
-def test_without_a_size_of_the_pixels_there_is_no_unit(tmp_path, pixels):
+def test_metadata_without_pixel_size_have_no_unit(tmp_path, pixels):
     uri = str(tmp_path / "p.zarr")
     write_pyramid(lazy(pixels), uri, None)
     image = OmeImage.from_zarr(zarr.open_group(uri, mode="r"))
@@ -103,23 +137,28 @@ def test_without_a_size_of_the_pixels_there_is_no_unit(tmp_path, pixels):
     assert open_picture(uri).pixel_um is None
 
 
-def test_a_picture_is_opened_as_it_was_written(home, pixels):
-    uri = storage.join(home, "p.zarr")
-    write_pyramid(lazy(pixels), uri, PROVENANCE, 7.91, (100, 40))
-    picture = open_picture(uri)
+def test_opened_picture_has_levels_place_and_provenance(stored, pixels):
+    picture = open_picture(stored)
     assert (picture.pixel_um, picture.corner) == (pytest.approx(7.91), (100, 40))
     assert picture.provenance == PROVENANCE
     assert picture.shape == pixels.shape
     assert np.array_equal(picture.level(1).compute(), halve(pixels))
-    assert picture.level(5).shape == (41, 22)
+    assert picture.level(5).shape == (41, 3)
+    assert np.array_equal(picture.levels[0][600, 5:80].compute(), pixels[600, 5:80])
     part = picture.crop((50, 110, 60, 130))
     assert np.array_equal(part.levels[0].compute(), pixels[10:30, 10:20])
     assert part.corner == (110, 50)
-    with pytest.raises(SettingsError, match="40,100,740,1401"):
-        picture.crop((0, 0, 10, 10))
+    for beyond in ((0, 0, 10, 10), (50, 110, 50, 130)):
+        with pytest.raises(SettingsError, match="shows 40,100,131,1401 of"):
+            picture.crop(beyond)
 
 
-def test_a_plain_array_is_a_picture_too(tmp_path, pixels):
+def test_opened_picture_outlives_its_pickle(stored, pixels):
+    picture = pickle.loads(pickle.dumps(open_picture(stored)))
+    assert np.array_equal(picture.level(1).compute(), halve(pixels))
+
+
+def test_plain_array_is_a_picture(tmp_path, pixels):
     uri = str(tmp_path / "somebody.zarr")
     zarr.create_array(uri, data=pixels, chunks=(100, 100))
     picture = open_picture(uri)
@@ -127,16 +166,15 @@ def test_a_plain_array_is_a_picture_too(tmp_path, pixels):
     assert picture.provenance is None
 
 
-def test_damaged_provenance_is_told_and_the_picture_opens(tmp_path, pixels, caplog):
-    uri = str(tmp_path / "p.zarr")
-    write_pyramid(lazy(pixels), uri, PROVENANCE)
+def test_picture_with_damaged_provenance_opens_with_a_warning(tmp_path, stored, caplog):
+    uri = shutil.copytree(stored, str(tmp_path / "p.zarr"))
     group = zarr.open_group(uri, mode="r+")
     group.attrs["inkdask"] = {"fingerprint": {"format": 3}}
     assert open_picture(uri).provenance is None
     assert "p.zarr does not say what it was made of as this version" in caplog.text
 
 
-def test_what_is_no_picture_is_said_in_a_sentence(tmp_path):
+def test_other_paths_are_no_pictures(tmp_path):
     with pytest.raises(InkdaskError, match="does not exist"):
         open_picture(str(tmp_path / "nothing"))
     (tmp_path / "folder").mkdir()
@@ -169,8 +207,8 @@ def test_what_is_no_picture_is_said_in_a_sentence(tmp_path):
         ),
     ],
 )
-def test_a_damaged_picture_is_one_sentence(tmp_path, pixels, spoil, message):
-    write_pyramid(lazy(pixels), str(tmp_path / "p.zarr"), None)
+def test_damaged_picture_is_reported_in_one_sentence(tmp_path, stored, spoil, message):
+    shutil.copytree(stored, tmp_path / "p.zarr")
     spoil(tmp_path / "p.zarr")
     for opened in (open_picture, describe):
         with pytest.raises(InkdaskError, match=message) as caught:
@@ -178,24 +216,19 @@ def test_a_damaged_picture_is_one_sentence(tmp_path, pixels, spoil, message):
         assert "\n" not in str(caught.value)
 
 
-def test_a_new_picture_replaces_the_old_one(home, pixels):
+def test_new_picture_replaces_the_old_one(home, pixels):
     uri = storage.join(home, "p.zarr")
-    for picture in (pixels, pixels[:100] // 2):
-        write_pyramid(lazy(picture, 100), uri, None)
-    assert np.array_equal(open_picture(uri).levels[0].compute(), pixels[:100] // 2)
-    assert len(open_picture(uri).levels) == 2
+    # The second has no data, so that zarr writes no object of it.
+    for picture, levels in ((pixels, 3), (np.zeros((600, 7), np.uint8), 2)):
+        write_pyramid(lazy(picture), uri, None)
+        opened = open_picture(uri)
+        assert np.array_equal(opened.levels[0].compute(), picture)
+        assert len(opened.levels) == levels
 
 
-def test_a_picture_without_data_is_a_picture(home):
-    uri = storage.join(home, "p.zarr")
-    for _ in range(2):
-        write_pyramid(lazy(np.zeros((600, 700), np.uint8)), uri, None)
-    assert not open_picture(uri).level(1).compute().any()
-
-
-def test_a_failed_job_leaves_the_old_picture(tmp_path, pixels):
-    uri = str(tmp_path / "p.zarr")
-    write_pyramid(lazy(pixels), uri, None)
+def test_failed_job_leaves_the_old_picture(tmp_path, pixels, stored, monkeypatch):
+    monkeypatch.setattr(engine, "PAUSE", 0.01)
+    uri = shutil.copytree(stored, str(tmp_path / "p.zarr"))
 
     def broken(block):
         raise OSError("the disk is gone")
@@ -206,12 +239,6 @@ def test_a_failed_job_leaves_the_old_picture(tmp_path, pixels):
     assert [path.name for path in tmp_path.iterdir()] == ["p.zarr"]
 
 
-def test_a_window_that_begins_inside_a_chunk(tmp_path, pixels):
-    uri = str(tmp_path / "p.zarr")
-    write_pyramid(lazy(pixels)[100:1290, 30:180], uri, None)
-    assert np.array_equal(open_picture(uri).levels[0].compute(), pixels[100:1290, 30:180])
-
-
 @pytest.mark.parametrize(
     ("sizes", "side"),
     [
@@ -220,13 +247,14 @@ def test_a_window_that_begins_inside_a_chunk(tmp_path, pixels):
         ((1024, 1072), 1024),
         ((1, 876), 876),
         ((1, 1024, 9), 1024),
+        ((100, 1024, 1500), 1024),
     ],
 )
-def test_chunks_are_those_of_the_source_though_a_window_begins_in_one(sizes, side):
+def test_chunk_side_of_a_crop_is_that_of_the_source(sizes, side):
     assert pyramid._side(sizes) == side
 
 
-def test_what_is_removed_halfway_is_no_array(tmp_path, monkeypatch):
+def test_array_removed_halfway_is_no_array(tmp_path, monkeypatch):
     place = tmp_path / "picture.zarr"
     zarr.create_group(str(place)).create_array("0", data=np.ones((3, 3)))
 
@@ -240,7 +268,7 @@ def test_what_is_removed_halfway_is_no_array(tmp_path, monkeypatch):
     assert not list(place.rglob("zarr.json"))
 
 
-def test_what_is_removed_halfway_on_s3_is_no_array(s3, faults):
+def test_array_removed_halfway_on_s3_is_no_array(s3, faults):
     uri = f"{s3}/picture.zarr"
     zarr.create_group(storage.zarr_store(uri)).create_array("0", data=np.ones((3, 3)))
     faults.inject(["403"], match=r"POST .*delete")
@@ -250,7 +278,7 @@ def test_what_is_removed_halfway_on_s3_is_no_array(s3, faults):
     assert [entry.name for entry in storage.list_folder(f"{uri}/0")] == ["c"]
 
 
-def test_an_array_without_data_can_be_removed(home):
+def test_array_without_data_is_removed(home):
     uri = storage.join(home, "empty.zarr")
     zarr.create_array(storage.zarr_store(uri), shape=(3, 3), dtype="u1")
     outputs.remove(uri)
@@ -261,7 +289,7 @@ def test_an_array_without_data_can_be_removed(home):
 @pytest.mark.parametrize(
     ("refused", "arrays"), [("0/c/0/0", []), ("1/c/0/0", []), ("0/zarr.json", ["1", "2"])]
 )
-def test_what_is_copied_halfway_is_no_array(s3, faults, pixels, refused, arrays):
+def test_picture_copied_halfway_is_no_picture(s3, faults, pixels, refused, arrays):
     uri = f"{s3}/p.zarr"
     faults.inject(["403"], match=rf"PUT .*/p\.zarr/{refused}$")
     with pytest.raises(InkdaskError, match="denied"):
@@ -275,12 +303,12 @@ def test_what_is_copied_halfway_is_no_array(s3, faults, pixels, refused, arrays)
         assert array[:].any()
 
 
-def test_a_place_is_checked_without_a_trace(home):
+def test_writable_place_is_checked_without_a_trace(home):
     outputs.check_writable(storage.join(home, "a", "b.png"))
     assert storage.list_folder(home) == []
 
 
-def test_a_place_that_may_not_be_entered_is_one_sentence(tmp_path):
+def test_closed_place_is_reported(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(0)
     for place in (closed / "r.txt", closed / "a" / "b.png"):
@@ -291,7 +319,7 @@ def test_a_place_that_may_not_be_entered_is_one_sentence(tmp_path):
             outputs.check_writable(str(place))
 
 
-def test_a_place_where_nothing_can_be_removed_is_named(s3, faults):
+def test_place_without_right_to_delete_is_reported(s3, faults):
     faults.inject(["403"], match="DELETE ")
     with pytest.raises(
         InkdaskError,

@@ -78,7 +78,7 @@ def test_segment_refuses_unknown_letter():
 
 
 def test_write_segment_stores_volume_and_truth(tmp_path):
-    volume, truth = synthetic.write_segment(tmp_path, TEXT, **SMALL, layers=7, seed=4)
+    volume, truth = synthetic.write_segment(tmp_path, text=TEXT, **SMALL, layers=7, seed=4)
     files = sorted((tmp_path / "layers").iterdir())
     assert [file.name for file in files] == [f"{z:02d}.tif" for z in range(7)]
     np.testing.assert_array_equal(np.stack([tifffile.imread(file) for file in files]), volume)
@@ -89,8 +89,8 @@ def test_write_segment_stores_volume_and_truth(tmp_path):
 
 
 def test_write_segment_replaces_an_earlier_one(tmp_path):
-    synthetic.write_segment(tmp_path, TEXT, **SMALL, layers=7)
-    synthetic.write_segment(tmp_path, TEXT, **SMALL, layers=5)
+    synthetic.write_segment(tmp_path, text=TEXT, **SMALL, layers=7)
+    synthetic.write_segment(tmp_path, text=TEXT, **SMALL, layers=5)
     assert len(list((tmp_path / "layers").iterdir())) == 5
 
 
@@ -99,5 +99,5 @@ def test_write_segment_refuses_layers_of_a_real_segment(tmp_path):
     scan = tmp_path / "layers" / "00.tif"
     scan.write_bytes(b"years of work")
     with pytest.raises(InkdaskError, match="not synthetic"):
-        synthetic.write_segment(tmp_path, TEXT, **SMALL)
+        synthetic.write_segment(tmp_path, text=TEXT, **SMALL)
     assert scan.read_bytes() == b"years of work"

@@ -1,4 +1,4 @@
-"""Demo: a synthetic segment, the real job, and a picture of what only the network sees."""
+"""Demo: a synthetic segment, the real job, and a picture beside the layers and the truth."""
 
 from __future__ import annotations
 
@@ -18,22 +18,17 @@ LAYERS = 26
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Pictures of a demo, and how well its letters can be told from the papyrus.
+    """Pictures of a demo, and their AUC over the pixels of the papyrus.
 
     An AUC is the chance that a pixel with ink scores higher than one without: 0.5 is no better than
-    guessing, 1 is always right. Only pixels of the papyrus count. For layers, dark ink counts like
-    bright ink.
+    guessing, 1 is always right. For layers, dark ink counts like bright ink.
 
     Attributes
     ----------
     prediction, truth, side_by_side
         Files of the pictures.
-    auc
-        AUC of the prediction.
-    auc_mean
-        AUC of the mean over all layers.
-    auc_layer
-        AUC of the best single layer.
+    auc, auc_mean, auc_layer
+        AUC of the prediction, of the mean over all layers, and of the best single layer.
     layer
         Number of the best single layer.
     """
@@ -59,16 +54,8 @@ class DemoResult:
 def run(out: Path, height: int = 640, width: int = 1664) -> DemoResult:
     """Make a segment, predict its ink with the bundled network, and show both side by side.
 
-    Writes ``layers/``, ``truth.png``, the prediction under ``predictions/`` and
-    ``side-by-side.png``. An earlier demo in the same folder is replaced; a folder with layers of a
-    real segment is refused.
-
-    Parameters
-    ----------
-    out
-        Folder to write; it is made where it is missing.
-    height, width
-        Size of the segment in pixels.
+    Writes ``layers/``, ``truth.png``, ``predictions/`` and ``side-by-side.png`` to the folder
+    ``out``, and replaces an earlier demo there. A folder with layers of a real segment is refused.
     """
     out = Path(out)
     try:
@@ -80,7 +67,7 @@ def run(out: Path, height: int = 640, width: int = 1664) -> DemoResult:
 
     volume = (volume >> 8).astype(np.uint8)
     papyrus = volume.max(axis=0) > 0
-    total = volume.sum(axis=0, dtype=np.uint16)  # ranks pixels as the mean does
+    total = volume.sum(axis=0, dtype=np.uint16)  # in the place of the mean, which ranks alike
     of_layers = [_either_way(auc(layer[papyrus], truth[papyrus])) for layer in volume]
     best = int(np.argmax(of_layers))
     result = DemoResult(
@@ -103,15 +90,7 @@ def run(out: Path, height: int = 640, width: int = 1664) -> DemoResult:
 
 
 def auc(score: NDArray[np.integer], truth: NDArray[np.bool_]) -> float:
-    """Return the area under the ROC curve of a score; ties count half.
-
-    Parameters
-    ----------
-    score
-        Whole numbers from 0, any shape.
-    truth
-        bool, the same shape.
-    """
+    """Return the area under the ROC curve of a score, whole numbers from 0; ties count half."""
     bins = int(score.max()) + 1
     ink = np.bincount(score[truth], minlength=bins).astype(float)
     bare = np.bincount(score[~truth], minlength=bins).astype(float)
@@ -179,7 +158,7 @@ def side_by_side(panels: list[tuple[str, float | None, NDArray[np.uint8]]]) -> I
 
 
 def _stretch(picture: NDArray[np.integer], papyrus: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Stretch the greys of the papyrus to the whole range, but for 1 % at either end."""
+    """Stretch the greys of the papyrus to the whole range; 1 % at either end is clipped."""
     low, high = np.percentile(picture[papyrus], [1, 99])
     grey = np.clip((picture.astype(np.float32) - low) / (high - low), 0, 1)
     return _on_papyrus((255 * grey).astype(np.uint8), papyrus)

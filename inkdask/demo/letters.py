@@ -1,8 +1,8 @@
 """Greek book capitals as pen strokes.
 
 Not every machine has a font with Greek letters, and a reed pen does not write like a font. So each
-letter is a few strokes on a small grid, with the round sigma, epsilon and omega of the Herculaneum
-scribes. The pen is an ellipse, held at an angle and pressed a little unevenly.
+letter is a few strokes, with the round sigma, epsilon and omega of the Herculaneum scribes. The pen
+is an ellipse, held at an angle and pressed a little unevenly.
 """
 
 from __future__ import annotations
@@ -15,128 +15,55 @@ from PIL import Image, ImageDraw
 
 from inkdask.errors import InkdaskError
 
-Point = tuple[float, float]
-Stroke = tuple[Point, ...]
+Stroke = NDArray[np.float64]  # points (n, 2): x, y
 
-
-def _arc(x: float, y: float, rx: float, ry: float, start: float, end: float) -> Stroke:
-    """Return part of an ellipse around (x, y); angles in degrees, 0 right and 90 down."""
-    turn = np.deg2rad(np.linspace(start, end, 9))
-    return tuple(zip(x + rx * np.cos(turn), y + ry * np.sin(turn), strict=True))
-
-
-# A letter is its width and its strokes. The unit is the letter's height: y is 0 at the top and 1 at
-# the foot. Two points are a straight stroke; more are a smooth curve through all of them.
-_ROOF: tuple[Stroke, ...] = (
-    ((0.40, 0.02), (0.26, 0.45), (0.00, 1.00)),
-    ((0.34, -0.06), (0.56, 0.48), (0.72, 0.90), (0.86, 0.98)),
-)
-_MOON = _arc(0.46, 0.50, 0.45, 0.50, -58, -306)
-GLYPHS: dict[str, tuple[float, tuple[Stroke, ...]]] = {
-    "Α": (0.84, (*_ROOF, ((0.15, 0.66), (0.62, 0.62)))),
-    "Β": (
-        0.62,
-        (
-            ((0.06, 0.00), (0.06, 1.00)),
-            ((0.02, 0.03), (0.30, 0.00), (0.47, 0.21), (0.33, 0.42), (0.08, 0.47)),
-            ((0.08, 0.47), (0.40, 0.49), (0.60, 0.72), (0.40, 0.96), (0.00, 0.99)),
-        ),
-    ),
-    "Γ": (0.60, (((0.06, 0.02), (0.06, 1.00)), ((0.02, 0.03), (0.62, 0.00)))),
-    "Δ": (
-        0.92,
-        (_ROOF[0], ((0.34, -0.06), (0.92, 1.00)), ((0.00, 0.97), (0.90, 0.96))),
-    ),
-    "Ε": (0.70, (_MOON, ((0.03, 0.50), (0.64, 0.47)))),
-    "Ζ": (
-        0.72,
-        (((0.04, 0.03), (0.68, 0.01)), ((0.68, 0.01), (0.02, 0.96)), ((0.02, 0.96), (0.74, 0.97))),
-    ),
-    "Η": (
-        0.74,
-        (
-            ((0.06, 0.00), (0.06, 1.00)),
-            ((0.68, -0.01), (0.68, 0.50), (0.69, 0.86), (0.78, 0.99)),
-            ((0.06, 0.48), (0.68, 0.46)),
-        ),
-    ),
-    "Θ": (0.88, (_arc(0.44, 0.50, 0.42, 0.51, -85, -460), ((0.04, 0.51), (0.84, 0.48)))),
-    "Ι": (0.16, (((0.08, 0.00), (0.08, 1.00)),)),
-    "Κ": (
-        0.72,
-        (
-            ((0.06, 0.00), (0.06, 1.00)),
-            ((0.64, 0.00), (0.38, 0.30), (0.06, 0.55)),
-            ((0.22, 0.44), (0.46, 0.76), (0.74, 0.98)),
-        ),
-    ),
-    "Λ": (0.84, _ROOF),
-    "Μ": (
-        1.02,
-        (
-            ((0.16, 0.00), (0.12, 0.50), (0.00, 1.00)),
-            ((0.16, 0.00), (0.32, 0.46), (0.53, 0.68)),
-            ((0.53, 0.68), (0.70, 0.46), (0.86, 0.00)),
-            ((0.86, 0.00), (0.90, 0.55), (1.02, 0.98)),
-        ),
-    ),
-    "Ν": (
-        0.78,
-        (((0.06, 0.00), (0.06, 1.00)), ((0.06, 0.02), (0.72, 0.98)), ((0.72, -0.02), (0.72, 0.98))),
-    ),
-    "Ξ": (
-        0.68,
-        (((0.04, 0.02), (0.66, 0.00)), ((0.12, 0.48), (0.58, 0.46)), ((0.02, 0.97), (0.70, 0.96))),
-    ),
-    "Ο": (0.74, (_arc(0.37, 0.52, 0.35, 0.42, -85, -460),)),
-    "Π": (
-        0.80,
-        (
-            ((0.12, 0.03), (0.12, 1.00)),
-            ((0.00, 0.04), (0.82, 0.01)),
-            ((0.68, 0.02), (0.68, 0.50), (0.69, 0.86), (0.80, 0.99)),
-        ),
-    ),
-    "Ρ": (
-        0.56,
-        (
-            ((0.06, 0.00), (0.06, 1.22)),
-            ((0.02, 0.04), (0.32, 0.00), (0.53, 0.25), (0.34, 0.52), (0.08, 0.54)),
-        ),
-    ),
-    "Σ": (0.70, (_MOON,)),
-    "Τ": (0.76, (((0.00, 0.05), (0.76, 0.01)), ((0.38, 0.03), (0.38, 1.00)))),
-    "Υ": (
-        0.74,
-        (
-            ((0.00, 0.03), (0.16, 0.10), (0.30, 0.34), (0.37, 0.58)),
-            ((0.74, 0.00), (0.57, 0.14), (0.44, 0.38), (0.37, 0.58)),
-            ((0.37, 0.54), (0.37, 1.06)),
-        ),
-    ),
-    "Φ": (0.92, (_arc(0.46, 0.53, 0.44, 0.32, -85, -460), ((0.47, -0.22), (0.46, 1.24)))),
-    "Χ": (
-        0.76,
-        (
-            ((0.02, 0.02), (0.36, 0.48), (0.64, 0.90), (0.78, 0.98)),
-            ((0.72, 0.00), (0.36, 0.52), (0.00, 1.00)),
-        ),
-    ),
-    "Ψ": (
-        0.86,
-        (
-            ((0.02, 0.02), (0.10, 0.36), (0.43, 0.58), (0.76, 0.36), (0.86, 0.00)),
-            ((0.43, -0.18), (0.43, 1.20)),
-        ),
-    ),
-    "Ω": (
-        1.08,
-        (
-            _arc(0.29, 0.48, 0.27, 0.49, -115, -360),
-            _arc(0.80, 0.48, 0.27, 0.49, 180, -65),
-        ),
-    ),
+# A letter is its width and its strokes, in hundredths of its height; x is 0 at the left, y is 0 at
+# the top. A stroke is a straight line through two points, a smooth curve through more, or part of
+# an ellipse: centre, radii, and two angles in degrees, 0 right and 90 down.
+_STROKES = {
+    "Α": "84 | 40 2, 26 45, 0 100 | 34 -6, 56 48, 72 90, 86 98 | 15 66, 62 62",
+    "Β": "62 | 6 0, 6 100 | 2 3, 30 0, 47 21, 33 42, 8 47 | 8 47, 40 49, 60 72, 40 96, 0 99",
+    "Γ": "60 | 6 2, 6 100 | 2 3, 62 0",
+    "Δ": "92 | 40 2, 26 45, 0 100 | 34 -6, 92 100 | 0 97, 90 96",
+    "Ε": "70 | arc 46 50, 45 50, -58 -306 | 3 50, 64 47",
+    "Ζ": "72 | 4 3, 68 1 | 68 1, 2 96 | 2 96, 74 97",
+    "Η": "74 | 6 0, 6 100 | 68 -1, 68 50, 69 86, 78 99 | 6 48, 68 46",
+    "Θ": "88 | arc 44 50, 42 51, -85 -460 | 4 51, 84 48",
+    "Ι": "16 | 8 0, 8 100",
+    "Κ": "72 | 6 0, 6 100 | 64 0, 38 30, 6 55 | 22 44, 46 76, 74 98",
+    "Λ": "84 | 40 2, 26 45, 0 100 | 34 -6, 56 48, 72 90, 86 98",
+    "Μ": "102 | 16 0, 12 50, 0 100 | 16 0, 32 46, 53 68 | 53 68, 70 46, 86 0 | 86 0, 90 55, 102 98",
+    "Ν": "78 | 6 0, 6 100 | 6 2, 72 98 | 72 -2, 72 98",
+    "Ξ": "68 | 4 2, 66 0 | 12 48, 58 46 | 2 97, 70 96",
+    "Ο": "74 | arc 37 52, 35 42, -85 -460",
+    "Π": "80 | 12 3, 12 100 | 0 4, 82 1 | 68 2, 68 50, 69 86, 80 99",
+    "Ρ": "56 | 6 0, 6 122 | 2 4, 32 0, 53 25, 34 52, 8 54",
+    "Σ": "70 | arc 46 50, 45 50, -58 -306",
+    "Τ": "76 | 0 5, 76 1 | 38 3, 38 100",
+    "Υ": "74 | 0 3, 16 10, 30 34, 37 58 | 74 0, 57 14, 44 38, 37 58 | 37 54, 37 106",
+    "Φ": "92 | arc 46 53, 44 32, -85 -460 | 47 -22, 46 124",
+    "Χ": "76 | 2 2, 36 48, 64 90, 78 98 | 72 0, 36 52, 0 100",
+    "Ψ": "86 | 2 2, 10 36, 43 58, 76 36, 86 0 | 43 -18, 43 120",
+    "Ω": "108 | arc 29 48, 27 49, -115 -360 | arc 80 48, 27 49, 180 -65",
 }
+
+
+def _glyph(text: str) -> tuple[float, tuple[Stroke, ...]]:
+    width, *strokes = text.split("|")
+    return int(width) / 100, tuple(map(_stroke, strokes))
+
+
+def _stroke(text: str) -> Stroke:
+    pairs = [tuple(map(int, pair.split())) for pair in text.replace("arc", "").split(",")]
+    if "arc" in text:
+        *sizes, (start, end) = pairs
+        (x, y), (rx, ry) = (np.array(pair) / 100 for pair in sizes)
+        turn = np.deg2rad(np.linspace(start, end, 9))
+        return np.column_stack([x + rx * np.cos(turn), y + ry * np.sin(turn)])
+    return np.array(pairs) / 100
+
+
+GLYPHS = {letter: _glyph(text) for letter, text in _STROKES.items()}
 ALPHABET = "".join(GLYPHS)
 
 LINE_PITCH = 1.62  # distance of two lines, in letter heights
@@ -177,8 +104,7 @@ def write(
 
     Returns
     -------
-    numpy.ndarray
-        Inked share of each pixel, float32 (y, x), 0 to 1.
+    Inked share of each pixel, float32 (y, x), 0 to 1.
     """
     page = Image.new("L", (shape[1] * _FINE, shape[0] * _FINE))
     pen = ImageDraw.Draw(page)
@@ -190,7 +116,7 @@ def write(
             size = letter * (1 + 0.025 * rng.standard_normal())
             slant, lift = 0.02 * rng.standard_normal(), 0.02 * letter * rng.standard_normal()
             for stroke in strokes:
-                path = _smooth(np.asarray(stroke)) + 0.01 * rng.standard_normal(2)  # (n, 2): x, y
+                path = _smooth(stroke) + 0.01 * rng.standard_normal(2)  # (n, 2): x, y
                 path[:, 0] += slant * (0.5 - path[:, 1])
                 path = size * path + np.array([x, y + lift])
                 _pull(pen, path * _FINE, size * _FINE, rng)

@@ -1,16 +1,17 @@
 """Synthetic segment: papyrus in layers, with ink that only depth shows.
 
-The sheet wanders up and down through the layers, like a real one where the traced surface is a
-little off. Ink brightens voxels a little above the sheet's middle and darkens voxels as far below
-it by the same amount. So the sum over depth does not change with ink. A single layer has the ink
-bright in some places, dark in others and mostly not at all, under stronger fibres. Only a network
-that follows the sheet through the layers can read the letters.
+The sheet wanders up and down through the layers, like a real one whose traced surface is a little
+off. Ink brightens voxels a little above the sheet's middle and darkens voxels as far below it by
+the same amount, so the sum over depth does not change with ink. In a single layer the ink is bright
+in some places, dark in others and mostly absent, under stronger fibres. Only a network that follows
+the sheet through the layers can read the letters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -86,15 +87,8 @@ def segment(
     return volume, ink > 0.5
 
 
-def write_segment(
-    out: Path,
-    text: Sequence[str] = TETRAPHARMAKOS,
-    height: int = 640,
-    width: int = 1664,
-    layers: int = 26,
-    seed: int = 79,
-) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
-    """Make a segment as `segment` does, and write it in the form of scanned ones.
+def write_segment(out: Path, **options: Any) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
+    """Make a segment as `segment` does with ``options``, and write it like a scanned one.
 
     Writes ``layers/00.tif``, ``layers/01.tif``, ... (uint16, strips of 64 rows) and ``truth.png``
     (255 where there is ink) into the folder ``out``. The layers of an earlier synthetic segment are
@@ -109,7 +103,7 @@ def write_segment(
     if folder.exists() and not answer.exists():
         raise InkdaskError(f"{folder} holds layers that are not synthetic: choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
-    volume, truth = segment(text, height, width, layers, seed)
+    volume, truth = segment(**options)
     Image.fromarray(truth.astype(np.uint8) * 255).save(answer)
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.tif"):

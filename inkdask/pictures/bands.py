@@ -1,4 +1,4 @@
-"""The rows of a lazy picture from top to bottom, so that memory does not grow with its height."""
+"""Lazy pictures from top to bottom, in memory that does not grow with their height."""
 
 from __future__ import annotations
 
@@ -13,23 +13,17 @@ import numpy as np
 from inkdask import engine
 from inkdask.progress import Meter
 
-BAND = 320 << 20  # bytes of a band at most: the chunks of a picture 100,000 pixels wide, in colour
+BAND = 320 << 20  # bytes of a band at most: chunks of a picture 100,000 pixels wide, in colour
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def bands(canvas: da.Array, phase: str, rows: int | None = None) -> Iterator[np.ndarray]:
-    """Compute a picture band by band, in the threads of this process, which writes the file.
+    """Compute a picture, dask uint8 (y, x) or (y, x, 3), band by band in threads of this process.
 
-    Parameters
-    ----------
-    canvas
-        Dask uint8 (y, x) or (y, x, 3).
-    phase
-        What is being made of it, for the progress.
-    rows
-        Height of a band. Default: that of a chunk, or less where that is much memory.
+    ``phase`` names the progress. ``rows`` is the height of a band; default: that of a chunk, or
+    less where that is much memory.
     """
     height, row_bytes = canvas.shape[0], int(np.prod(canvas.shape[1:]))
     rows = rows or max(min(canvas.chunks[0][0], BAND // row_bytes), 1)
@@ -44,10 +38,7 @@ def bands(canvas: da.Array, phase: str, rows: int | None = None) -> Iterator[np.
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Call a function in some threads, and yield its answers in order.
-
-    Items are taken only a few ahead of the answers.
-    """
+    """Call a function in threads, a few items ahead, and yield its answers in order."""
     ahead = engine.threads() + 1
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(engine.threads(), "inkdask-encode") as pool:

@@ -1,4 +1,4 @@
-"""Colour maps, by the names that matplotlib's users know."""
+"""Colour maps, by their names in matplotlib."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ from inkdask.errors import SettingsError
 
 @lru_cache(maxsize=8)
 def colour_table(name: str) -> np.ndarray:
-    """The colours of the 256 grey values, uint8 (256, 3).
-
-    Raises
-    ------
-    SettingsError
-        When there is no map of this name.
-    """
+    """Colours of the 256 grey values, uint8 (256, 3)."""
     try:
         colours = cmap.Colormap(name)
     except (ValueError, TypeError):

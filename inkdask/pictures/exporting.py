@@ -1,4 +1,4 @@
-"""From a stored picture to files: the ending of a name says what it becomes."""
+"""Files of a stored picture; the ending of a name says which kind."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ KINDS: dict[str, Kind] = {
     ".jpeg": "jpeg",
     ".zarr": "zarr",
 }
-OVERVIEW = 4096  # pixels: longer side of a JPEG, unless somebody says otherwise
+OVERVIEW = 4096  # pixels: longer side of a JPEG, where ``max_side`` is not given
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a picture is shown.
+    """Look of an exported picture.
 
     Attributes
     ----------
     overlay
-        Lay the ink over the maximum or the mean of the layers; None shows the ink alone.
+        Ground of the ink: maximum or mean of the layers; None shows the ink alone.
     segment
-        Where these layers are. Default: where they were when the prediction was made.
+        Place of these layers. Default: where they were when the prediction was made.
     opacity
-        Of the strongest ink in an overlay, in [0, 1].
+        Opacity of the strongest ink in an overlay, in [0, 1].
     colour_map
         Name of a colour map; None is grey, and black ink in an overlay.
     max_side
         Halve the picture until neither side has more pixels. Default: 4096 for JPEG.
     compression
-        Of TIFF.
+        Compression of TIFF.
     reverse_video
         Show ink dark on light ground.
     scale_bar_um
@@ -72,7 +72,7 @@ class Look:
 
     @classmethod
     def of(cls, settings: Settings, **look: Any) -> Look:
-        """Return the look that the settings ask for; ``look`` are the other attributes."""
+        """Return the look of some settings; ``look`` has the other attributes."""
         bar = settings.scale_bar_length_um if settings.add_scale_bar else None
         return cls(reverse_video=settings.reverse_video, scale_bar_um=bar, **look)
 
@@ -96,7 +96,7 @@ class Look:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is the ink alone, in grey."""
+        """Whether the ink is shown alone, in grey."""
         return not (self.overlay or self.colour_map)
 
 
@@ -112,7 +112,7 @@ def export(
     compression: Compression = "deflate",
     **options: Any,
 ) -> list[str]:
-    """Make pictures of a stored prediction; nothing is inferred again.
+    """Make pictures of a stored prediction, each whole or not at all; the network does not run.
 
     Parameters
     ----------
@@ -131,11 +131,6 @@ def export(
     Returns
     -------
     The URIs of the files.
-
-    Raises
-    ------
-    InkdaskError
-        In one sentence; each file is there whole or not at all.
     """
     settings = Settings.of(**options)
     look = Look.of(
@@ -166,9 +161,9 @@ def export(
 
 
 def write(picture: Picture, target: str, look: Look, ground: Ground | None = None) -> None:
-    """Write a picture to a file of the kind that its name says, whole or not at all."""
+    """Write a picture to a file, whole or not at all; its name says the kind."""
     kind = kind_of(target)
-    if kind == "zarr":  # which has all sizes, and leaves the rest to the viewer
+    if kind == "zarr":  # all sizes; colours are left to the viewer
         write_pyramid(
             picture.levels[0], target, picture.provenance, picture.pixel_um, picture.corner
         )
@@ -187,7 +182,7 @@ def write(picture: Picture, target: str, look: Look, ground: Ground | None = Non
 
 
 def render(picture: Picture, level: int, look: Look, ground: Ground | None) -> da.Array:
-    """What a file shows, lazily: dask uint8 (y, x), or (y, x, 3) in colour."""
+    """Return the pixels of a file: dask uint8 (y, x), or (y, x, 3) in colour."""
     canvas = picture.level(level)
     table = colour_table(look.colour_map) if look.colour_map else None
     if look.reverse_video:
@@ -198,21 +193,15 @@ def render(picture: Picture, level: int, look: Look, ground: Ground | None) -> d
         canvas = coloured(canvas, table)
     if look.scale_bar_um and picture.pixel_um:
         bar = ScaleBar.of(canvas.shape, picture.pixel_um * 2**level, look.scale_bar_um)
-        is_paper = look.reverse_video and canvas.ndim == 2
-        canvas = (
-            255 - with_scale_bar(255 - canvas, bar) if is_paper else with_scale_bar(canvas, bar)
-        )
+        if look.reverse_video and canvas.ndim == 2:  # a dark bar on light ground
+            canvas = 255 - with_scale_bar(255 - canvas, bar)
+        else:
+            canvas = with_scale_bar(canvas, bar)
     return canvas
 
 
 def kind_of(target: str) -> Kind:
-    """What a file is to be.
-
-    Raises
-    ------
-    SettingsError
-        When its name does not say.
-    """
+    """Return the kind of a file, by the ending of its name."""
     for ending, kind in KINDS.items():
         if target.lower().endswith(ending):
             return kind
@@ -220,7 +209,7 @@ def kind_of(target: str) -> Kind:
 
 
 def _check(target: str, look: Look) -> None:
-    """Fail before the first file is written."""
+    """Check a target, before the first file is written."""
     kind = kind_of(target)
     if kind == "zarr":
         if not look.is_plain:
@@ -239,7 +228,7 @@ def _check(target: str, look: Look) -> None:
 
 
 def _level(shape: tuple[int, int], max_side: int | None) -> int:
-    """How often a picture is halved until its longer side is no longer than ``max_side``."""
+    """Count the halvings after which the longer side has at most ``max_side`` pixels."""
     level, longer = 0, max(shape)
     while max_side and longer > max_side:
         level, longer = level + 1, -(-longer // 2)

@@ -1,4 +1,4 @@
-"""JPEG, for a picture to send and to print: an overview, which is held in memory as a whole."""
+"""JPEG, an overview to send and to print; it is held in memory as a whole."""
 
 from __future__ import annotations
 
@@ -20,18 +20,9 @@ MOST_DENSITY = 65535  # pixels an inch
 def write_jpeg(
     canvas: da.Array, path: Path, description: str, pixel_um: float | None = None
 ) -> None:
-    """Write a picture as JPEG.
+    """Write a picture, dask uint8 (y, x) or (y, x, 3), of at most `LARGEST` pixels a side.
 
-    Parameters
-    ----------
-    canvas
-        Dask uint8 (y, x) or (y, x, 3), at most `LARGEST` pixels a side.
-    path
-        A local file.
-    description
-        For the comment.
-    pixel_um
-        Side of a pixel in micrometers, for the density.
+    ``description`` is for the comment, ``pixel_um`` for the density.
     """
     options: dict[str, Any] = {}
     comment = description.encode()

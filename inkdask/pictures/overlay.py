@@ -1,4 +1,4 @@
-"""Ink on its papyrus: the layers as one picture, and the prediction laid over it."""
+"""Ink on papyrus: the prediction over a picture of the layers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Literal
 import dask.array as da
 import numpy as np
 
+from inkdask.box import Box
 from inkdask.errors import InkdaskError
-from inkdask.pictures.picture import Picture, halved
+from inkdask.pictures.picture import Picture
+from inkdask.pictures.pyramid import halved
 from inkdask.segment import Segment, open_segment
 from inkdask.specs import NO_MASK
 
@@ -21,12 +23,12 @@ Flattening = Literal["max", "mean"]
 
 DARK, LIGHT = np.array([58, 44, 32], np.float32), np.array([244, 231, 204], np.float32)  # papyrus
 BLACK = np.array([16, 11, 8], np.float32)  # ink
-SAMPLES, SAMPLE = 5, 64  # windows a side, and pixels a side of one, that settle the contrast
+SAMPLES, SAMPLE = 5, 64  # pieces a side, and pixels a side of one, that settle the contrast
 
 
 @dataclass(frozen=True)
 class Ground:
-    """The papyrus under a prediction.
+    """Papyrus under a prediction.
 
     Attributes
     ----------
@@ -44,19 +46,7 @@ class Ground:
 def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -> Ground:
     """Flatten the layers that a prediction was made of, lazily.
 
-    Parameters
-    ----------
-    picture
-        The prediction, which names the segment and its layers.
-    how
-        The maximum or the mean over the layers.
-    segment
-        Where the segment is now. Default: where it was.
-
-    Raises
-    ------
-    InkdaskError
-        When the segment cannot be read, or the picture does not lie in it.
+    ``segment`` is where they are now. Default: where they were.
     """
     told = picture.provenance
     place = segment or (told and told.origin.volume)
@@ -70,18 +60,18 @@ def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -
         mask=NO_MASK,
         level=told.origin.ome_zarr_level if told else "0",
     )
-    if told:  # the network may have read the middle layers only
+    if told:  # because the network may have read the middle layers only
         first = opened.layers.index(min(told.recipe.layers))
         opened = opened.take(slice(first, first + len(told.recipe.layers)))
         if not segment and opened.identity != told.recipe.input:
             log.warning("%s is not what it was when the prediction was made", place)
-    (top, left), (height, width) = picture.corner, picture.shape
-    if opened.shape[1] < top + height or opened.shape[2] < left + width:
+    box = Box.at(picture.corner, picture.shape)
+    if not Box.at((0, 0), opened.shape[1:]).holds(box):
         raise InkdaskError(
             f"{place} has {opened.shape[1]} x {opened.shape[2]} pixels, but {picture.uri} shows "
-            f"rows {top} to {top + height} and columns {left} to {left + width}."
+            f"rows {box.top} to {box.bottom} and columns {box.left} to {box.right}."
         )
-    part = opened.crop(slice(top, top + height), slice(left, left + width))
+    part = opened.crop(*box.slices)
     low, high = _contrast(part, how)
     volume = part.volume
     pixels = da.map_blocks(
@@ -93,24 +83,18 @@ def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -
 def laid_over(
     ink: da.Array, ground: Ground, level: int, opacity: float, table: np.ndarray | None = None
 ) -> da.Array:
-    """Lay a prediction over its papyrus.
+    """Lay a prediction over its papyrus: dask uint8 (y, x, 3).
 
     Parameters
     ----------
     ink
         Dask uint8 (y, x), at a 2 ** level-th of the size of the ground.
-    ground
-        The papyrus.
-    level
-        How often the ground is halved.
+    ground, level
+        The papyrus, and how often it is halved.
     opacity
         Of the strongest ink, in [0, 1].
     table
         Colours of the ink, uint8 (256, 3). Default: black, as it was written.
-
-    Returns
-    -------
-    Dask uint8 (y, x, 3).
     """
     under = halved(ground.pixels, level).rechunk(ink.chunks)
     return da.map_blocks(
@@ -120,7 +104,7 @@ def laid_over(
 
 
 def flatten(block: np.ndarray, how: Flattening) -> np.ndarray:
-    """Maximum or mean of uint8 (z, y, x) over the layers: uint8 (y, x)."""
+    """Return the maximum or mean of uint8 (z, y, x) over the layers, uint8 (y, x)."""
     if how == "max" or not block.size:
         return block.max(axis=0, initial=0)
     return np.rint(block.sum(axis=0, dtype=np.uint32) / len(block)).astype(np.uint8)
@@ -134,13 +118,13 @@ def _mix(
     opacity: float,
     table: np.ndarray | None,
 ) -> np.ndarray:
-    """Mix colours that are looked up, one for each of the 256 values of ink and papyrus."""
+    """Mix ink and papyrus, uint8 (y, x, 3), by a table of the 256 colours of each."""
     values = np.arange(256, dtype=np.float32)
     light = np.clip((values - low) / max(high - low, 1), 0, 1)[:, None]
     papyrus = DARK + light * (LIGHT - DARK)
     papyrus[0] = 0  # no papyrus
     probability = values / 255
-    share = opacity * probability**2 * (3 - 2 * probability)  # the doubtful half recedes
+    share = opacity * probability**2 * (3 - 2 * probability)  # weakens doubtful ink
     colours = BLACK if table is None else table.astype(np.float32)
     inked = share[:, None] * colours
     mixed = (1 - share)[ink][..., None] * papyrus.astype(np.float32)[under]
@@ -149,13 +133,13 @@ def _mix(
 
 
 def _contrast(segment: Segment, how: Flattening) -> tuple[float, float]:
-    """Values that few pixels are below and above, from some windows of a segment."""
-    _, height, width = segment.shape
+    """Return the 1st and 99.5th percentile of the papyrus, from some pieces of a segment."""
+    height, width = segment.shape[1:]
     in_one_piece = segment.source.unit[1] >= segment.source.shape[2]  # strips are read whole
-    columns = [slice(0, width)] if in_one_piece else _windows(width)
+    rows, columns = (spread(side, min(SAMPLE, side), SAMPLES) for side in (height, width))
     found = []
-    for window in itertools.product(_windows(height), columns):
-        flat = flatten(np.asarray(segment.crop(*window).volume), how)
+    for piece in itertools.product(rows, [slice(0, width)] if in_one_piece else columns):
+        flat = flatten(np.asarray(segment.crop(*piece).volume), how)
         found.append(flat[flat > 0])
     values = np.concatenate(found)
     if not values.size:
@@ -164,8 +148,7 @@ def _contrast(segment: Segment, how: Flattening) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _windows(length: int) -> list[slice]:
-    """Spread windows evenly over a length."""
-    side = min(SAMPLE, length)
-    starts = [(length - side) * (2 * n + 1) // (2 * SAMPLES) for n in range(SAMPLES)]
-    return [slice(start, start + side) for start in starts]
+def spread(length: int, piece: int, count: int) -> list[slice]:
+    """Spread pieces evenly over a length."""
+    starts = ((length - piece) * (2 * n + 1) // (2 * count) for n in range(count))
+    return [slice(start, start + piece) for start in starts]

@@ -1,4 +1,4 @@
-"""A stored picture, opened: what every export begins with."""
+"""Stored pictures, opened for exports."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import numpy as np
 import zarr
 
 from inkdask import storage
+from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Provenance
-from inkdask.pictures.pyramid import ORIGIN, halve
+from inkdask.pictures.pyramid import ORIGIN, halved
+from inkdask.storage.dask_arrays import StoredArray
 
 log = logging.getLogger("inkdask")
-
-CHUNK = 1024  # pixels: side of the chunks of levels that are not stored
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture on storage; only its metadata have been read.
+    """Picture on storage, whose metadata have been read.
 
     Attributes
     ----------
     uri
-        Where it is.
+        Place of the picture.
     levels
         Dask uint8 (y, x), each half the size of the one before.
     pixel_um
-        Side of a pixel of the first level, in micrometers; None where it is not known.
+        Side of a pixel of the first level, in micrometers; None where unknown.
     corner
         Row and column of the segment where the picture begins.
     provenance
-        Where it comes from; None where that is not known.
+        Recipe and origin of the picture; None where unknown.
     """
 
     uri: str
@@ -51,39 +51,25 @@ class Picture:
         return height, width
 
     def level(self, number: int) -> da.Array:
-        """The picture at a 2 ** number-th of its size, dask uint8 (y, x)."""
+        """Return the picture at a 2 ** number-th of its size, dask uint8 (y, x)."""
         array = self.levels[min(number, len(self.levels) - 1)]
         return halved(array, number - len(self.levels) + 1)
 
     def crop(self, roi_xyxy: tuple[int, int, int, int]) -> Picture:
-        """Keep a region ``x0, y0, x1, y1``, in pixels of the segment.
-
-        Raises
-        ------
-        SettingsError
-            When it reaches beyond the picture.
-        """
-        x0, y0, x1, y1 = roi_xyxy
-        top, left = self.corner
-        height, width = self.shape
-        if not (left <= x0 < x1 <= left + width and top <= y0 < y1 <= top + height):
+        """Keep a region ``x0, y0, x1, y1``, in pixels of the segment."""
+        whole, box = Box.at(self.corner, self.shape), Box.of_xyxy(roi_xyxy)
+        if box.is_empty or not whole.holds(box):
             raise SettingsError(
-                f"ROI_XYXY {x0},{y0},{x1},{y1} reaches beyond {self.uri}, which shows "
-                f"{left},{top},{left + width},{top + height} of its segment."
+                "ROI_XYXY {},{},{},{} reaches beyond ".format(*roi_xyxy)
+                + "{}, which shows {},{},{},{} of its segment.".format(self.uri, *whole.xyxy)
             )
-        part = self.levels[0][y0 - top : y1 - top, x0 - left : x1 - left]
-        chunks = self.levels[0].chunksize  # of which a window may begin with a sliver
-        return replace(self, levels=(part.rechunk(chunks, method="tasks"),), corner=(y0, x0))
+        part = self.levels[0][box.inside(self.corner).slices]
+        chunks = self.levels[0].chunksize  # because the region may begin with a sliver of one
+        return replace(self, levels=(part.rechunk(chunks, method="tasks"),), corner=box.corner)
 
 
 def open_picture(uri: str) -> Picture:
-    """Open a picture that a job has stored; any zarr array or OME-Zarr of uint8 (y, x) will do.
-
-    Raises
-    ------
-    InkdaskError
-        When there is none.
-    """
+    """Open the stored picture of a job, or any zarr array or OME-Zarr of uint8 (y, x)."""
     node: Any = storage.zarr_node(uri)
     attributes: dict[str, Any] = node.attrs.asdict()
     arrays, pixel_um, corner = {uri: node}, None, (0, 0)
@@ -104,13 +90,13 @@ def open_picture(uri: str) -> Picture:
                 f"{uri} is no picture of uint8 (y, x): it has {array.dtype} of shape {array.shape}."
             )
     levels = tuple(
-        da.from_array(_Level(array, place), array.chunks) for place, array in arrays.items()
+        da.from_array(StoredArray(place, array), array.chunks) for place, array in arrays.items()
     )
     return Picture(uri, levels, pixel_um, corner, provenance_in(attributes.get(ORIGIN), uri))
 
 
 def provenance_in(fields: Any, uri: str) -> Provenance | None:
-    """Return what a picture says of itself; None, with a warning, where it cannot be read."""
+    """Return the provenance of a picture; None, with a warning, where it cannot be read."""
     if not isinstance(fields, dict):
         return None
     try:
@@ -121,7 +107,7 @@ def provenance_in(fields: Any, uri: str) -> Provenance | None:
 
 
 def is_picture(uri: str) -> bool:
-    """Whether a picture is stored there, rather than a volume or a folder of layers."""
+    """Whether a stored picture is at ``uri``, not a volume or a folder of layers."""
     if not storage.exists(storage.join(uri, "zarr.json")):
         return False
     node: Any = storage.zarr_node(uri)
@@ -133,32 +119,6 @@ def is_picture(uri: str) -> bool:
     return bool(node.ndim == 2)
 
 
-def halved(array: da.Array, times: int = 1) -> da.Array:
-    """Halve both sides of a picture, dask uint8 (y, x), some times."""
-    for _ in range(times):
-        even = array.rechunk(CHUNK, method="tasks")
-        chunks = tuple(tuple(-(-side // 2) for side in sizes) for sizes in even.chunks)
-        array = da.map_blocks(halve, even, chunks=chunks, dtype=np.uint8)
-    return array
-
-
-class _Level:
-    """A stored array for Dask, which says in a sentence what it cannot read."""
-
-    def __init__(self, array: zarr.Array, uri: str) -> None:
-        self._array, self._uri = array, uri
-        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
-
-    def __getitem__(self, window: Any) -> np.ndarray:
-        try:
-            return np.asarray(self._array[window])
-        except Exception as error:
-            rows, columns = (f"{part.start} to {part.stop}" for part in window)
-            raise InkdaskError(
-                f"{self._uri} cannot be read at rows {rows}, columns {columns}: {error}."
-            ) from error
-
-
 def _multiscales(attributes: dict[str, Any], uri: str) -> dict[str, Any]:
     images = (attributes.get("ome") or attributes).get("multiscales")
     if not images:
@@ -168,7 +128,7 @@ def _multiscales(attributes: dict[str, Any], uri: str) -> dict[str, Any]:
 
 
 def _place(image: dict[str, Any]) -> tuple[float | None, tuple[int, int]]:
-    """Side of a pixel, and the corner, from the metadata of level 0."""
+    """Return the side of a pixel, and the corner, from the metadata of level 0."""
     told = image["datasets"][0].get("coordinateTransformations", [])
     values = {change["type"]: change[change["type"]] for change in told if change["type"] in change}
     side = float(values.get("scale", [1.0])[-1])

@@ -1,4 +1,4 @@
-"""PNG, streamed: compressed in bands, several at a time, whatever the size of the picture."""
+"""PNG, compressed in strips, several at a time, whatever the size of the picture."""
 
 from __future__ import annotations
 
@@ -21,18 +21,9 @@ LEVEL = 4  # of zlib: files 5 to 10 % larger than at 6, in a quarter of the time
 def write_png(
     canvas: da.Array, path: Path, text: Mapping[str, str], pixel_um: float | None = None
 ) -> None:
-    """Write a picture as PNG.
+    """Write a picture, dask uint8 (y, x) or (y, x, 3), with text chunks, keyword to value.
 
-    Parameters
-    ----------
-    canvas
-        Dask uint8 (y, x) or (y, x, 3).
-    path
-        A local file.
-    text
-        Text chunks: keyword to value.
-    pixel_um
-        Side of a pixel in micrometers, for the pHYs chunk.
+    ``pixel_um``, the side of a pixel in micrometers, is for the pHYs chunk.
     """
     height, width = canvas.shape[:2]
     with path.open("wb") as file:
@@ -43,8 +34,8 @@ def write_png(
         for keyword, value in text.items():
             chunk = keyword.encode("latin-1") + b"\0\0\0\0\0" + value.encode()
             png.write_chunk(file, b"iTXt", chunk)
-        # Each strip is a deflate stream cut off at a byte, so that one goes on where the other
-        # ends; header and checksum make them the single zlib stream that a PNG holds.
+        # Each strip ends at a whole byte, so that all strips are one deflate stream. A header and a
+        # checksum make it the single zlib stream that a PNG holds.
         png.write_chunk(file, b"IDAT", b"\x78\x9c")
         checksum = 1
         for strip in in_order(_deflate, _strips(canvas)):
@@ -62,7 +53,7 @@ class _Strip:
 
 
 def _strips(canvas: da.Array) -> Iterator[np.ndarray]:
-    """Rows as bytes, uint8 (y, bytes), each strip with the row above it."""
+    """Yield strips of rows as bytes, uint8 (y, bytes), each with the row above it."""
     above = np.zeros((1, int(np.prod(canvas.shape[1:]))), np.uint8)
     for band in bands(canvas, "PNG"):
         flat = band.reshape(len(band), -1)

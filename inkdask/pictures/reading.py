@@ -1,9 +1,8 @@
-"""What a picture file says of itself; its pixels are not read."""
+"""Metadata of picture files; pixels are not read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -14,7 +13,7 @@ from PIL import Image
 from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance
-from inkdask.pictures.exporting import KINDS
+from inkdask.pictures.exporting import KINDS, kind_of
 from inkdask.pictures.picture import open_picture, provenance_in
 from inkdask.pictures.pyramid import ORIGIN
 
@@ -23,18 +22,18 @@ READ_AHEAD = 1 << 18  # bytes
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a picture without reading its pixels.
+    """Metadata of a picture; ``pixel_um`` and ``provenance`` are None where the file has none.
 
     Attributes
     ----------
     kind
-        The format, as a person says it.
+        Format in words.
     shape
         Height and width in pixels.
     pixel_um
-        Side of a pixel in micrometers; None where the file does not say.
+        Side of a pixel in micrometers.
     provenance
-        Where it comes from; None where the file does not say.
+        Recipe and origin of the picture.
     """
 
     kind: str
@@ -49,27 +48,17 @@ def is_picture_file(uri: str) -> bool:
 
 
 def read_facts(uri: str) -> Facts:
-    """Read what a picture says of itself: a PNG, TIFF or JPEG file, or a stored picture.
-
-    Raises
-    ------
-    InkdaskError
-        When there is none, or it cannot be read.
-    """
+    """Read the metadata of a PNG, TIFF or JPEG, or of a stored picture."""
     if not is_picture_file(uri):
         return _of_zarr(uri)
-    storage.entry(uri)  # which says in a sentence that nothing is there
+    storage.entry(uri)  # because its error says that nothing is there
     fs, path = storage.filesystem(uri)
+    read = {"png": _of_png, "tiff": _of_tiff, "jpeg": _of_jpeg}[kind_of(uri)]
     try:
         with fs.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead") as file:
-            return _reader(uri)(file, uri)
+            return read(file, uri)
     except Exception as error:
         raise InkdaskError(f"{uri} cannot be read as a picture: {error}.") from error
-
-
-def _reader(uri: str) -> Callable[[BinaryIO, str], Facts]:
-    ending = uri.lower().rsplit(".", 1)[-1]
-    return {"png": _of_png, "tif": _of_tiff, "tiff": _of_tiff}.get(ending, _of_jpeg)
 
 
 def _of_zarr(uri: str) -> Facts:
@@ -127,6 +116,6 @@ def _micrometers(unit: float, per_unit: float) -> float | None:
 def _decoded(text: str | bytes, uri: str) -> Provenance | None:
     try:
         fields = json.loads(text)
-    except ValueError:  # somebody else's words
+    except ValueError:  # of another program
         return None
     return provenance_in(fields, uri)

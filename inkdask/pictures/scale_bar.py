@@ -1,4 +1,4 @@
-"""A scale bar in the corner of a picture, legible on dark and on light ground."""
+"""Scale bar in the corner of a picture, legible on dark and on light ground."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import dask.array as da
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from inkdask.box import Box
+
 log = logging.getLogger("inkdask")
 
 SHARE = 1 / 3  # of the picture's width, at most
@@ -20,18 +22,18 @@ SIZE = 1 / 50  # height of the letters, as a share of the picture's longer side
 
 @dataclass(frozen=True)
 class ScaleBar:
-    """A bar of a round length, and where it goes.
+    """Scale bar of a round length.
 
     Attributes
     ----------
     label
         Its length in words, such as ``1 cm``.
     pixels
-        Its length in pixels.
+        Its length.
     text
-        Height of the letters in pixels.
+        Height of the letters, in pixels.
     height, width
-        Of the whole picture.
+        Size of the whole picture, in pixels.
     """
 
     label: str
@@ -42,9 +44,9 @@ class ScaleBar:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], pixel_um: float, length_um: float) -> ScaleBar:
-        """The bar for a picture of ``shape`` (y, x), with pixels of a side in micrometers.
+        """Return the bar for a picture of ``shape`` (y, x), whose pixels are ``pixel_um`` wide.
 
-        One that is longer than `SHARE` of the width gives way to the next shorter round length.
+        A bar that is longer than `SHARE` of the width gives way to a shorter round length.
         """
         height, width = shape[:2]
         most = SHARE * width * pixel_um
@@ -77,15 +79,12 @@ def with_scale_bar(canvas: da.Array, bar: ScaleBar) -> da.Array:
 def _draw(block: np.ndarray, bar: ScaleBar, block_info: Any = None) -> np.ndarray:
     if not block_info:  # dask asks what comes of an empty block
         return block
-    (top, bottom), (left, right) = block_info[0]["array-location"][:2]
+    rows, columns = block_info[0]["array-location"][:2]
     stamp, opacity = bar.stamp
-    y, x = bar.corner
-    y0, y1 = max(y, top), min(y + stamp.shape[0], bottom)
-    x0, x1 = max(x, left), min(x + stamp.shape[1], right)
-    if y0 >= y1 or x0 >= x1:
+    box, place = Box(*rows, *columns), Box.at(bar.corner, stamp.shape)
+    if box.intersect(place).is_empty:
         return block
-    there = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
-    here = (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
+    there, here = box.common(place)
     grey, share = stamp[here], opacity[here]
     if block.ndim == 3:
         grey, share = grey[..., None], share[..., None]
@@ -115,13 +114,11 @@ def _stamp(label: str, pixels: int, text: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _round_below(length: float) -> float:
-    """The longest of 1, 2, 5, 10, ... that is not longer."""
+    """Return the longest of 1, 2, 5, 10, ... that is not longer."""
     power = 10.0 ** math.floor(math.log10(length))
     return max(step * power for step in (1, 2, 5) if step * power <= length)
 
 
 def _words(micrometers: float) -> str:
-    """A length as a person says it; the built-in font has no Greek letter for micrometers."""
-    if micrometers >= 1e4:
-        return f"{micrometers / 1e4:g} cm"
-    return f"{micrometers / 1e3:g} mm"
+    """Return a length in words; not in micrometers, because the font has no Greek letters."""
+    return f"{micrometers / 1e4:g} cm" if micrometers >= 1e4 else f"{micrometers / 1e3:g} mm"

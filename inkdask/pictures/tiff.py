@@ -27,20 +27,10 @@ def write_tiff(
     pixel_um: float | None = None,
     compression: Compression = "deflate",
 ) -> None:
-    """Write a picture as a tiled BigTIFF.
+    """Write a picture, dask uint8 (y, x) or (y, x, 3), as a tiled BigTIFF.
 
-    Parameters
-    ----------
-    canvas
-        Dask uint8 (y, x) or (y, x, 3).
-    path
-        A local file.
-    description
-        For the tag ImageDescription.
-    pixel_um
-        Side of a pixel in micrometers, for the resolution tags.
-    compression
-        Every reader knows deflate; zstd is faster and smaller.
+    ``pixel_um``, the side of a pixel in micrometers, is for the resolution tags. Every reader knows
+    ``deflate``; ``zstd`` is faster and smaller.
     """
     resolution = (1e4 / pixel_um,) * 2 if pixel_um else None
     with tifffile.TiffWriter(path, bigtiff=True) as file:
@@ -63,7 +53,7 @@ def write_tiff(
 
 
 def _tiles(canvas: da.Array) -> Iterator[np.ndarray]:
-    """The tiles from left to right and from top to bottom; those at the edges are smaller."""
+    """Yield the tiles from left to right and from top to bottom; smaller ones at the edges."""
     rows = max(canvas.chunks[0][0] // TILE, 1) * TILE
     for band in bands(canvas, "TIFF", rows):
         for y in range(0, len(band), TILE):

@@ -1,10 +1,10 @@
-"""Size, time and peak memory of every export of a large prediction, and whether it is right.
+"""Size, time and peak memory of every export of a large prediction, checked pixel by pixel.
 
     python -m tests.benchmarks.export [SIDE] [FOLDER]
 
-The prediction is the blend of a grid of random tiles, as compressible as a real one. Each file is
-written by a process of its own, whose peak memory is told, and read back by another, with a
-library that had no part in writing it, and compared pixel by pixel.
+The prediction is the blend of a grid of random tiles, as compressible as a real one. A process of
+its own writes each file and prints its peak memory. Another process reads the file with a library
+that had no part in writing it, and compares the pixels.
 """
 
 from __future__ import annotations
