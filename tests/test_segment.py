@@ -12,8 +12,9 @@ from PIL import Image
 
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError
+from inkdask.information import empty_share
 from inkdask.reading import volume
-from inkdask.segment import describe, name_of, open_segment
+from inkdask.segment import name_of, open_segment
 from inkdask.storage import s3 as s3_module
 from tests.files import SHAPE, assert_reads, encode, random_volume, write_layers
 
@@ -438,16 +439,16 @@ def test_description_reads_little_of_a_segment(tmp_path, options, layout):
     write_layers(tmp_path / "layers", random_volume((6, 1000, 1000)), **options)
     segment = open_segment(str(tmp_path), (1, 4))
     before = storage.counters()
-    description = describe(segment)
+    empty = empty_share(segment.source)
     assert (storage.counters() - before).bytes_read <= 0.5 * segment.stored_bytes
-    assert description.layout == layout
-    assert description.shape == (3, 1000, 1000)
-    assert description.dtype == "uint16"
-    assert description.layers == (1, 2, 3)
-    assert description.stored_bytes == sum(
+    assert segment.source.words == layout
+    assert segment.shape == (3, 1000, 1000)
+    assert segment.dtype == "uint16"
+    assert segment.layers == (1, 2, 3)
+    assert segment.stored_bytes == sum(
         (tmp_path / "layers" / f"{number:02d}.tif").stat().st_size for number in (1, 2, 3)
     )
-    assert description.empty_share == pytest.approx(0.2, abs=0.1)
+    assert empty == pytest.approx(0.2, abs=0.1)
 
 
 def test_description_of_pictures_reads_nothing(tmp_path, pixels):
@@ -455,8 +456,8 @@ def test_description_of_pictures_reads_nothing(tmp_path, pixels):
         (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
     segment = open_segment(str(tmp_path))
     before = storage.counters()
-    assert describe(segment).layout == "PNG"
-    assert describe(segment).empty_share is None
+    assert segment.source.words == "PNG"
+    assert empty_share(segment.source) is None
     assert storage.counters() == before
 
 
