@@ -92,8 +92,7 @@ class Plan:
         _check_layers(given, layers, network, factor)
 
         stride = settings.stride or min(network.model.stride, network.tile)
-        chunk = chunk_sides(segment, settings.chunk_size)
-        whole = Tiling.of(opened.shape[1:], network.tile, stride, chunk)
+        whole = Tiling.of(opened.shape[1:], network.tile, stride, settings.chunk_size)
         reach, region = _reach(whole, settings.roi_xyxy)
         if isinstance(opened, Segment):  # reads less than slices of its volume would
             inside = opened.take(kept).crop(*reach.slices)
@@ -113,7 +112,7 @@ class Plan:
             is_reversed=settings.force_reverse,
             volume=_average(volume, factor),
             mask=mask,
-            tiling=Tiling.of(reach.shape, network.tile, stride, chunk),
+            tiling=Tiling.of(reach.shape, network.tile, stride, settings.chunk_size),
             corner=corner,
             region=region,
             roi_xyxy=(
@@ -169,16 +168,6 @@ class Plan:
             f"of {self.tiling.tile} px at stride {self.tiling.stride}, model "
             f"{self.network.model.key}{mask}"
         )
-
-
-def chunk_sides(segment: Segment | None, side: int) -> tuple[int, int]:
-    """Height and width of the chunks for a CHUNK_SIZE.
-
-    They are squares, but lower where rows are what layers are stored in: a row of chunks, as wide
-    as the segment, is in memory at a time.
-    """
-    wide = segment is not None and side < segment.source.shape[2] <= segment.source.unit[1]
-    return (side * 3 // 4 if wide else side), side
 
 
 def span(layers: tuple[int, ...]) -> str:

@@ -83,11 +83,6 @@ class Segment:
         return len(self.layers), height, width
 
     @property
-    def window(self) -> tuple[slice, slice] | None:
-        """Rows and columns of the box; None for all."""
-        return self.box.slices if self.box else None
-
-    @property
     def volume(self) -> da.Array:
         """Layers as dask uint8 (z, y, x), in chunks that follow the files."""
         return self.lazy()[0]

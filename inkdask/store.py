@@ -41,11 +41,14 @@ from inkdask.identity import FORMAT, Label, Origin, Recipe, Said, differences
 from inkdask.memory import give_back, peak_memory
 from inkdask.specs import InferredChunk, Passes
 from inkdask.storage import outputs
+from inkdask.storage.dask_arrays import StoredArray
 from inkdask.tiling import Tiling
 
 ENDING = ".zarr"
 PRECISIONS = ("", "float32", "bfloat16", "int8")
 STEPS = 65534  # steps of a probability: 30 times finer than float16 near 1, in as many bits
+
+REMEDY = ": run the job with --overwrite, or delete the tile grid"
 
 restarted: list[str] = []  # URIs of grids that this process restarted
 
@@ -267,12 +270,12 @@ class GridStore:
 
     def grid(self) -> da.Array:
         """Stored probabilities, dask float32 (gy, gx, k, k), NaN where no tile ran."""
-        stored = da.from_array(_Lazy(self, "grid"), (*self.tiling.grid_chunks, self.k, self.k))
+        stored = da.from_array(self._stored("grid"), (*self.tiling.grid_chunks, self.k, self.k))
         return stored.map_blocks(decode, dtype=np.float32)
 
     def valid(self) -> da.Array:
         """Pixels with data, dask bool (y, x)."""
-        return da.from_array(_Lazy(self, "valid"), self.tiling.chunks)
+        return da.from_array(self._stored("valid"), self.tiling.chunks)
 
     def read(
         self, tiles: tuple[slice, slice], pixels: tuple[slice, slice]
@@ -285,9 +288,10 @@ class GridStore:
 
         Lists the objects and reads none.
         """
-        return self._stored("done") & ~(self._stored("grid") & self._stored("valid"))
+        there = self._chunks_there("grid") & self._chunks_there("valid")
+        return self._chunks_there("done") & ~there
 
-    def _stored(self, name: str) -> np.ndarray:
+    def _chunks_there(self, name: str) -> np.ndarray:
         """Mask of stored chunks, bool (rows, columns)."""
         shape = self._array(name).cdata_shape
         there = np.zeros(shape, bool)
@@ -302,10 +306,12 @@ class GridStore:
         return there
 
     def _read(self, name: str, box: Any = ...) -> np.ndarray:
-        """Read from an array; raise `DamagedError` where its data cannot be decoded."""
-        remedy = ": run the job with --overwrite, or delete the tile grid"
-        with storage.decoded(storage.join(self.uri, self._path(name)), remedy):
+        """Read from one of the arrays; what cannot be decoded is a `DamagedError`."""
+        with storage.decoded(storage.join(self.uri, self._path(name)), REMEDY):
             return np.asarray(self._array(name)[box])
+
+    def _stored(self, name: str) -> StoredArray:
+        return StoredArray(storage.join(self.uri, self._path(name)), self._array(name), REMEDY)
 
     def _data(self, name: str) -> zarr.Array:
         """Open an array that stores empty chunks too, because a missing object means lost data."""
@@ -323,18 +329,6 @@ class GridStore:
 def _open(grid: GridStore, name: str) -> zarr.Array:
     """Open an array of a grid to read and write, once per process."""
     return zarr.open_array(storage.zarr_store(storage.join(grid.uri, grid._path(name))), mode="r+")
-
-
-class _Lazy:
-    """Array of a stored grid, in the form that Dask reads."""
-
-    def __init__(self, store: GridStore, name: str) -> None:
-        array = store._array(name)
-        self._store, self._name = store, name
-        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
-
-    def __getitem__(self, box: Any) -> np.ndarray:
-        return self._store._read(self._name, box)
 
 
 @fallible
