@@ -18,25 +18,25 @@ import logging
 import sys
 import threading
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import dask.array as da
 import numpy as np
 from dask.array.overlap import overlap
 from einops import rearrange
 
+from inkdask.specs import BlendMode
 from inkdask.tiling import Axis, Tiling
 
 log = logging.getLogger(__name__)
 
-Window = Literal["hann", "gaussian"]
 FLOOR = 1e-6  # least weight of a window whose largest weight is 1
 
 _without_cupy = threading.Event()  # set once CuPy failed in this process
 
 
 def blend(
-    grid: da.Array, valid: da.Array, tiling: Tiling, window: Window = "hann", sigma: float = 0.0
+    grid: da.Array, valid: da.Array, tiling: Tiling, window: BlendMode = "hann", sigma: float = 0.0
 ) -> da.Array:
     """Blend tile probabilities to the ink map, a lazy float32 (y, x) in [0, 1].
 
@@ -79,7 +79,7 @@ def blend_chunk(
     row: np.ndarray,
     column: np.ndarray,
     tiling: Tiling,
-    window: Window,
+    window: BlendMode,
     sigma: float,
 ) -> np.ndarray:
     """Blend the pixels of one chunk: float32 (y, x).
@@ -131,7 +131,7 @@ def array_library() -> Any:
 
 
 def matrices(
-    axis: Axis, index: int, k: int, window: Window, sigma: float
+    axis: Axis, index: int, k: int, window: BlendMode, sigma: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return B (pixels, tiles * k) and w (pixels, tiles) of a chunk along an axis, float64."""
     origins = tuple(axis.reaching_origins(index).tolist())
@@ -140,7 +140,7 @@ def matrices(
 
 @lru_cache(maxsize=16)  # few, because all chunks but those at the borders share theirs
 def _matrices(
-    origins: tuple[int, ...], pixels: int, tile: int, k: int, window: Window, sigma: float
+    origins: tuple[int, ...], pixels: int, tile: int, k: int, window: BlendMode, sigma: float
 ) -> tuple[np.ndarray, np.ndarray]:
     w, u = taper(tile, window, sigma), upsampling(tile, k)
     B = np.zeros((pixels, len(origins), k))
@@ -153,7 +153,7 @@ def _matrices(
     return B.reshape(pixels, -1), W
 
 
-def taper(tile: int, window: Window = "hann", sigma: float = 0.0) -> np.ndarray:
+def taper(tile: int, window: BlendMode = "hann", sigma: float = 0.0) -> np.ndarray:
     """Weights of a tile's pixels along one axis, float64 (tile,), positive everywhere.
 
     ``hann`` is sampled at half-pixel offsets, sin^2(pi (n + 1/2) / T). Its ends are positive, so

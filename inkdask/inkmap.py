@@ -9,11 +9,11 @@ import dask.array as da
 
 from inkdask import showing
 from inkdask.background import Background
-from inkdask.blending import Window, blend
+from inkdask.blending import blend
 from inkdask.box import Box
 from inkdask.job import Job
 from inkdask.plan import Plan
-from inkdask.specs import Network
+from inkdask.specs import BlendMode, Network
 from inkdask.tiling import Tiling
 
 
@@ -43,7 +43,7 @@ class InkMap:
     grid: da.Array
     valid: da.Array
     plan: Plan
-    blend_mode: Window = "hann"
+    blend_mode: BlendMode = "hann"
     gaussian_sigma: float = 0.0
     progressive: bool = False
     job: Job | None = None

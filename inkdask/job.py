@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from inkdask import records, storage
-from inkdask.blending import Window
 from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Origin, Provenance, Recipe, Said, differences
@@ -18,7 +17,7 @@ from inkdask.plan import Plan
 from inkdask.provenance import UNSAID, asked_of, origin_of, picture_options, recipe_of, said_of
 from inkdask.segment import open_segment
 from inkdask.settings import Settings
-from inkdask.specs import NO_MASK
+from inkdask.specs import NO_MASK, BlendMode
 from inkdask.store import GridStore
 
 log = logging.getLogger("inkdask")
@@ -40,7 +39,7 @@ class Rendering:
         All of this and the region, as words of a command.
     """
 
-    blend_mode: Window
+    blend_mode: BlendMode
     gaussian_sigma: float
     pixel_um: float | None
     look: Look

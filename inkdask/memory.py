@@ -62,8 +62,9 @@ def expected_memory(
 ) -> float:
     """Estimate the peak memory of a process that reads and computes, in bytes.
 
-    A row of chunks and the blocks that it was read in stay until the last chunk of the row is done.
-    Each thread holds a chunk with its halo, or a block as stored and as decoded.
+    A row of chunks waits for the row below, whose first pixels are its halo, so two rows are held,
+    with blocks that are being cut. Each thread holds a chunk with its halo, or a block as stored
+    and as decoded.
 
     Parameters
     ----------
@@ -78,7 +79,7 @@ def expected_memory(
     """
     depth, height, width = volume.shape
     block = depth * max(volume.chunks[1]) * max(volume.chunks[2])
-    rows = min(max(tiling.chunks[0]) + tiling.y.halo + 2 * max(volume.chunks[1]), height)
+    rows = min(2 * (max(tiling.chunks[0]) + max(volume.chunks[1])), height)
     chunk = depth * max(tiling.chunks[0]) * max(tiling.chunks[1])
     row = depth * rows * width / processes
     return IMPORTS + row + (threads or engine.threads()) * max(3 * block, chunk)

@@ -200,7 +200,7 @@ def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]
     """Read the headers of all layers, and check that they agree."""
     headers, traits = zip(*for_each(_open_file, files), strict=True)
     for image in headers:
-        if isinstance(image, images.Picture) and image.is_palette:
+        if isinstance(image, images.ImageFile) and image.is_palette:
             raise InkdaskError(f"{image.uri} has colours of a palette: save it in grey.")
     _check_alike(headers, "pixels", lambda image: f"{image.shape[1]} x {image.shape[0]}")
     _check_alike(headers, "values", lambda image: image.dtype.name)
@@ -221,7 +221,7 @@ def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]
     return DecodedStack(tuple(headers), identity, words), headers[0].dtype, identity
 
 
-def _open_file(file: LayerFile) -> tuple[TiffImage | images.Picture, tuple[Any, ...]]:
+def _open_file(file: LayerFile) -> tuple[TiffImage | images.ImageFile, tuple[Any, ...]]:
     """Read the header of a file, and the parts of its identity."""
     read = tiff_header.read_header if file.is_tiff else images.read_header
     image = read(file.uri, file.size, file.etag)
@@ -259,7 +259,7 @@ def _find_mask(uri: str, name: str, listing: Sequence[storage.Entry]) -> str | N
 
 def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
     image, traits = _open_file(LayerFile.of(0, uri, storage.entry(uri)))
-    if isinstance(image, images.Picture):
+    if isinstance(image, images.ImageFile):
         image = replace(image, is_mask=True)
     elif image.dtype != np.uint8:  # Only high bytes are read, and they may all be 0.
         raise InkdaskError(f"The mask {uri} has {image.dtype.name} values, and a TIFF needs uint8.")

@@ -31,7 +31,7 @@ from pydantic_settings import (
 )
 
 from inkdask.errors import SettingsError
-from inkdask.specs import Precision
+from inkdask.specs import BlendMode, Precision
 
 F = TypeVar("F", bound=Callable[..., Any])
 LAYERS = FieldInfo(default=None, annotation=Any)  # start_layer and end_layer in one word
@@ -185,7 +185,7 @@ class Settings(BaseSettings):
         description="Go from coarse to fine: tiles at four and two times the stride come first. "
         "Each pass leaves a picture of the whole, `..._preview.png`.",
     )
-    blend_mode: Literal["hann", "gaussian"] = Field(
+    blend_mode: BlendMode = Field(
         "hann", description="Blending window, which weighs the pixels of a tile."
     )
     gaussian_sigma: float = Field(

@@ -48,7 +48,7 @@ class Image(Protocol):
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """PNG or JPEG file.
 
     Attributes
@@ -107,7 +107,7 @@ class Picture:
         return pixels.astype(np.uint8, copy=False)
 
 
-def read_header(uri: str, size: int, etag: str = "") -> Picture:
+def read_header(uri: str, size: int, etag: str = "") -> ImageFile:
     """Parse the header of a PNG or JPEG file of ``size`` bytes."""
     try:
         head = storage.read_range(uri, 0, min(size, _HEADER_READ), etag)
@@ -120,7 +120,7 @@ def read_header(uri: str, size: int, etag: str = "") -> Picture:
     return replace(_parse(uri, head), etag=etag)
 
 
-def _parse(uri: str, head: bytes) -> Picture:
+def _parse(uri: str, head: bytes) -> ImageFile:
     colours = 0
     try:
         if head[12:16] == b"IHDR":
@@ -133,7 +133,7 @@ def _parse(uri: str, head: bytes) -> Picture:
     if not height * width:
         raise InkdaskError(f"{uri} has no pixels.")
     dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)
-    return Picture(uri, (height, width), dtype, channels, colours == PALETTE)
+    return ImageFile(uri, (height, width), dtype, channels, colours == PALETTE)
 
 
 def decoded_bytes(image: Image) -> int:

@@ -88,11 +88,6 @@ class ZarrSource:
         return self.thickness >= self.shape[0]
 
     @property
-    def prepared_from(self) -> str | None:
-        """URI of the segment that the array was prepared from."""
-        return self.made_of.uri if self.made_of else None
-
-    @property
     def name(self) -> str:
         """URI of the array."""
         return storage.join(self.uri, self.path) if self.path else self.uri
