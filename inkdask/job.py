@@ -15,9 +15,9 @@ from inkdask.models.sources import sha256
 from inkdask.pictures.exporting import Look
 from inkdask.plan import Plan
 from inkdask.provenance import UNSAID, asked_of, origin_of, picture_options, recipe_of, said_of
-from inkdask.segment import open_segment
+from inkdask.segment import identify
 from inkdask.settings import Settings
-from inkdask.specs import NO_MASK, BlendMode
+from inkdask.specs import BlendMode
 from inkdask.store import GridStore
 
 log = logging.getLogger("inkdask")
@@ -185,9 +185,7 @@ def changed_input(recipe: Recipe, origin: Origin) -> str:
     if origin.volume is None:
         return ""
     try:
-        segment = open_segment(
-            origin.volume, origin.opened, mask=origin.mask or NO_MASK, level=origin.ome_zarr_level
-        )
+        layers, mask = identify(origin.volume, origin.opened, origin.mask, origin.ome_zarr_level)
     except InkdaskError as error:
         log.info("The input of the tiles cannot be compared: %s", error)
         return ""
@@ -195,8 +193,8 @@ def changed_input(recipe: Recipe, origin: Origin) -> str:
     changed = [
         what
         for what, then, now in (
-            ("layers", recipe.input, segment.identity),
-            ("mask", recipe.mask, segment.mask_identity),
+            ("layers", recipe.input, layers),
+            ("mask", recipe.mask, mask),
             ("weights", recipe.weights, _digest_of(weights) or recipe.weights),
         )
         if then != now

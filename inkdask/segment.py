@@ -182,6 +182,24 @@ def open_segment(
     return segment
 
 
+def identify(
+    uri: str, layers: tuple[int, int], mask: str | None, level: str
+) -> tuple[str, str | None]:
+    """Return the identities that layers and mask have now, as `Segment` has them; opens no file."""
+    listing = storage.list_folder(uri)
+    if _ZARR_FILES & {entry.name for entry in listing}:
+        identity = open_zarr(uri, level).identity
+    else:
+        start, end = layers
+        files = [it for it in find_layers(uri, listing)[1] if start <= it.number < end]
+        if not files:
+            raise InkdaskError(f"No layers found in {uri}{asked_for(layers)}.")
+        identity = _digest(for_each(_traits, files))
+    if mask is None or mask == NO_MASK:
+        return identity, None
+    return identity, _digest([_traits(LayerFile.of(0, mask, storage.entry(mask)))])
+
+
 def _open_array(
     uri: str, layers: tuple[int, int] | None, count: int | None, level: str
 ) -> tuple[Source, tuple[int, ...], np.dtype[Any], str]:
@@ -198,7 +216,7 @@ def _open_array(
 
 def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]:
     """Read the headers of all layers, and check that they agree."""
-    headers, traits = zip(*for_each(_open_file, files), strict=True)
+    headers, traits = for_each(_read_header, files), for_each(_traits, files)
     for image in headers:
         if isinstance(image, images.ImageFile) and image.is_palette:
             raise InkdaskError(f"{image.uri} has colours of a palette: save it in grey.")
@@ -221,12 +239,15 @@ def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]
     return DecodedStack(tuple(headers), identity, words), headers[0].dtype, identity
 
 
-def _open_file(file: LayerFile) -> tuple[TiffImage | images.ImageFile, tuple[Any, ...]]:
-    """Read the header of a file, and the parts of its identity."""
+def _read_header(file: LayerFile) -> TiffImage | images.ImageFile:
     read = tiff_header.read_header if file.is_tiff else images.read_header
-    image = read(file.uri, file.size, file.etag)
-    middle = storage.read_middle(file.uri, file.size, file.etag)
-    return image, (storage.absolute(file.uri), file.size, file.mark, middle)
+    return read(file.uri, file.size, file.etag)
+
+
+def _traits(file: LayerFile) -> tuple[Any, ...]:
+    """Return what tells a file from others; an ETag is a digest, and spares the look inside."""
+    middle = b"" if file.etag else storage.read_middle(file.uri, file.size)
+    return storage.absolute(file.uri), file.size, file.mark, middle
 
 
 def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) -> None:
@@ -258,7 +279,8 @@ def _find_mask(uri: str, name: str, listing: Sequence[storage.Entry]) -> str | N
 
 
 def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
-    image, traits = _open_file(LayerFile.of(0, uri, storage.entry(uri)))
+    file = LayerFile.of(0, uri, storage.entry(uri))
+    image = _read_header(file)
     if isinstance(image, images.ImageFile):
         image = replace(image, is_mask=True)
     elif image.dtype != np.uint8:  # Only high bytes are read, and they may all be 0.
@@ -268,7 +290,7 @@ def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
             f"The mask {uri} has {image.shape[1]} x {image.shape[0]} pixels, "
             f"the layers have {shape[1]} x {shape[0]}; MASK_PATH=none reads them without a mask."
         )
-    return DecodedStack((image,), _digest(traits), image.words)
+    return DecodedStack((image,), _digest([_traits(file)]), image.words)
 
 
 def _digest(parts: Sequence[Any]) -> str:
