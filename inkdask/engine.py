@@ -30,7 +30,6 @@ TRIES = 3  # of a task, before it fails for good
 PAUSE = 1.0  # seconds before the second try; the next waits twice as long
 MOST_THREADS = 32  # of the local scheduler, beside the network's
 HOPELESS = 10  # failures without one success: something is wrong with all of them
-
 Tell = Callable[[int, Any], None]  # number of a task, and its result or `Failure`
 
 
@@ -147,7 +146,7 @@ class _HopelessError(Exception):
 
 @dataclass(frozen=True)
 class _Told:
-    """Result of a task, with the number of the task."""
+    """Number of a task, and its result."""
 
     number: int
     result: Any

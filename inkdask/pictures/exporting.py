@@ -12,6 +12,7 @@ import dask.array as da
 
 from inkdask import storage
 from inkdask.errors import SettingsError
+from inkdask.identity import Region
 from inkdask.pictures import jpeg
 from inkdask.pictures.colour import colour_table, coloured
 from inkdask.pictures.jpeg import write_jpeg
@@ -70,12 +71,6 @@ class Look:
     reverse_video: bool = False
     scale_bar_um: float | None = None
 
-    @classmethod
-    def of(cls, settings: Settings, **look: Any) -> Look:
-        """Return the look of some settings; ``look`` has the other attributes."""
-        bar = settings.scale_bar_length_um if settings.add_scale_bar else None
-        return cls(reverse_video=settings.reverse_video, scale_bar_um=bar, **look)
-
     def __post_init__(self) -> None:
         for name, allowed in (("overlay", Flattening), ("compression", Compression)):
             value = getattr(self, name)
@@ -133,8 +128,10 @@ def export(
     The URIs of the files.
     """
     settings = Settings.of(**options)
-    look = Look.of(
-        settings, overlay=overlay, segment=segment, opacity=opacity, colour_map=colour_map,
+    look = Look(
+        reverse_video=settings.reverse_video,
+        scale_bar_um=settings.scale_bar_length_um if settings.add_scale_bar else None,
+        overlay=overlay, segment=segment, opacity=opacity, colour_map=colour_map,
         max_side=max_side, compression=compression,
     )  # fmt: skip
     uri = os.fspath(prediction).rstrip("/")
@@ -151,7 +148,7 @@ def export(
         picture = picture.crop(settings.roi_xyxy)
     ground = open_ground(picture, look.overlay, look.segment) if look.overlay else None
     if picture.provenance:
-        words = _command(picture, look, settings)
+        words = _command(picture, look, settings.pixel_resolution_um, settings.roi_xyxy)
         picture = replace(
             picture, provenance=replace(without_secrets(picture.provenance), export=words)
         )
@@ -235,7 +232,9 @@ def _level(shape: tuple[int, int], max_side: int | None) -> int:
     return level
 
 
-def _command(picture: Picture, look: Look, settings: Settings) -> tuple[str, ...]:
+def _command(
+    picture: Picture, look: Look, pixel_um: float | None, roi: Region | None
+) -> tuple[str, ...]:
     """Return the words of the command that exports the picture, without the file."""
     words: list[Any] = ["inkdask", "export", without_secrets(absolute(picture.uri))]
     shown = {field.name: getattr(look, field.name) for field in fields(look)}
@@ -243,7 +242,7 @@ def _command(picture: Picture, look: Look, settings: Settings) -> tuple[str, ...
     if shown.pop("scale_bar_um"):
         words.append("--add-scale-bar")
         shown["scale_bar_length_um"] = look.scale_bar_um
-    shown |= {"pixel_resolution_um": settings.pixel_resolution_um, "roi_xyxy": settings.roi_xyxy}
+    shown |= {"pixel_resolution_um": pixel_um, "roi_xyxy": roi}
     for name, value in shown.items():
         if value not in (None, False) and value != getattr(usual, name, None):
             words.append(f"--{name.replace('_', '-')}")
