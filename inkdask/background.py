@@ -203,7 +203,7 @@ class Background:
                 tasks = [blocks[place] for place in batch]
                 engine.compute_each(tasks, partial(self._receive, number)).check()
         except Exception as error:
-            # Nobody called: the failure is told by `failure` and `wait`.
+            # No caller waits here, so `failure` and `wait` report the error.
             if not isinstance(error, InkdaskError):
                 log.exception("a chunk could not be computed in the background")
             with self._turn:

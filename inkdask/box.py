@@ -1,4 +1,4 @@
-"""Rectangles of pixels, and the copying of what two of them share."""
+"""Rectangles of pixels, and copies of the pixels that two rectangles share."""
 
 from __future__ import annotations
 

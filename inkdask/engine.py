@@ -153,21 +153,25 @@ class _Told:
 
 
 def _on_threads(tasks: Mapping[int, Delayed], tell: Tell) -> None:
-    left = set(tasks)
+    left, refused = set(tasks), list[Exception]()  # what `tell` raised, which is no task's failure
 
     def pass_on(_key: Any, result: Any, *_: Any) -> None:
         if isinstance(result, _Told) and result.number in left:
             left.remove(result.number)
-            tell(result.number, result.result)
+            try:
+                tell(result.number, result.result)
+            except Exception as error:
+                refused.append(error)
+                raise
 
     numbered = [dask.delayed(_Told)(number, task) for number, task in tasks.items()]
     pool = ThreadPoolExecutor(threads())
     try:
         with Callback(posttask=pass_on):
             dask.compute(*numbered, scheduler=threaded.get, pool=pool)
-    except _HopelessError:
-        raise
     except Exception as error:  # of a step that is Dask's own, or of a user's array
+        if error in refused:
+            raise
         failure = caught(error)
         for number in tuple(left):
             tell(number, failure)
@@ -192,7 +196,7 @@ def _on_cluster(client: Any, tasks: Mapping[int, Delayed], tell: Tell, avoid: se
                 result = Failure(future.exception())
             else:
                 result = Failure(RuntimeError(f"task {future.key} was {future.status}"))
-            # Nobody shall compute it again when the worker that holds it dies.
+            # Release the result, so that nobody computes it again when its worker dies.
             future.release()
             tell(numbers[future.key], result)
         events = [event for _, event in client.get_events("all") if isinstance(event, dict)]

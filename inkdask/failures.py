@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, eq=False)
 class Failure:
-    """The error of a task, in the place of its result.
+    """Error of a task, returned instead of its result.
 
     Attributes
     ----------

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from inkdask.errors import InkdaskError
-from inkdask.specs import Precision
+from inkdask.specs import BlendMode, Precision
 
 FORMAT = 4  # of stored grids; a grid of another number is never resumed
 Direction = Literal["forward", "reverse"]
@@ -175,7 +175,7 @@ class Said(_Value):
 class Label(_Value):
     """Attributes of a stored grid.
 
-    ``generation`` counts how often the grid was started anew (`GridStore.restarted`).
+    ``generation`` counts how often the grid was started anew (`GridStore.restart`).
     """
 
     format: int
@@ -205,7 +205,7 @@ class Provenance(_Value):
 
     recipe: Recipe
     origin: Origin
-    blend_mode: str
+    blend_mode: BlendMode
     gaussian_sigma: float
     ran_in: tuple[str, ...]
     created: str

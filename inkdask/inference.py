@@ -14,14 +14,15 @@ blending never needs the volume.
 
 What the halo costs: a row of chunks waits in memory for the row below. Measured beside a halo that
 was a graph written by hand, which cut each chunk's pieces out of the blocks (26 layers, tile 64,
-chunk 1,024, two cores; ``python -m tests.benchmarks memory graph``):
+chunk 1,024, two cores; ``python -m tests.benchmarks.memory 4096x16000``, the same with
+``--layout tiles``, and ``python -m tests.benchmarks.graph``):
 
     | | peak, 16,000 wide, strips | peak, tiles | tasks, 40,000 x 40,000 in strips |
     |---|---|---|---|
     | a graph by hand | 1.38 to 1.46 GB | 0.64 GB | 56,006 |
     | rechunk and map_overlap | 1.08 to 1.12 GB | 0.55 GB | 20,042 |
 
-The second row has large arrays mapped (`inkdask.memory.map_large_blocks`); without, it was 1.22 GB.
+The second row has large arrays mapped (`inkdask.memory.map_large_blocks`).
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def over_chunks(
         Called with a block uint8 (z, h, w), a mask bool (1, h, w) where there is one, ``tiling``,
         ``block_id`` (row, column), and the options.
     chunks
-        Sizes along y and x of what the blocks of the result stand for; by default one for each.
+        Sizes of the result's blocks along y and x. Default: one element a block.
 
     Returns
     -------

@@ -25,8 +25,7 @@ from inkdask.plan import Plan
 from inkdask.progress import amount
 from inkdask.provenance import absolute
 from inkdask.reading.volume import Source
-from inkdask.segment import Segment, name_of, open_segment
-from inkdask.specs import NO_MASK
+from inkdask.segment import Segment, identify, name_of
 from inkdask.storage import outputs
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
@@ -84,7 +83,7 @@ def check_prepared(job: Job, replaces: bool) -> None:
         return
     layers = min(made_of.layers), max(made_of.layers) + 1
     try:
-        now = open_segment(source, layers, mask=NO_MASK, level=job.origin.ome_zarr_level).identity
+        now, _ = identify(source, layers, None, job.origin.ome_zarr_level)
     except InkdaskError as error:  # the layers may be gone, because an array can serve instead
         log.info("The layers of %s cannot be compared with %s: %s", source, place, error)
         return

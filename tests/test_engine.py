@@ -281,3 +281,16 @@ def test_many_failures_of_one_cause_do_not_stop_the_job(monkeypatch):
         account = engine.compute_each([*bad, *good], results.append)
     assert sorted(results) == [-4, -3, -2, -1, 0]
     assert len(account.failed) == engine.HOPELESS
+
+
+def test_error_of_the_receiver_is_raised(compute_each):
+    """It is no failure of a task: tried again, or lost with the last task, it would go unseen."""
+    ran = []
+
+    def full(number):
+        ran.append(number)
+        raise InkdaskError("no space is left")
+
+    with pytest.raises(InkdaskError, match="no space is left"):
+        compute_each([delayed(operator.neg)(1)], full)
+    assert ran == [-1]
