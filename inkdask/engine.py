@@ -41,10 +41,8 @@ class Account:
     ----------
     failed
         Failures for good, by the number of the task; tasks that were never tried have none.
-    succeeded
-        How many succeeded.
-    lost
-        How many a worker was at, or held, when it was lost; once for each loss.
+    succeeded, lost
+        How many succeeded, and how many were at or on a worker that was lost, for each loss.
     """
 
     failed: dict[int, Failure] = field(default_factory=dict)
@@ -133,10 +131,7 @@ def on_workers(function: Callable[[], Any]) -> list[Any]:
 
 
 def threads() -> int:
-    """Threads of the local scheduler: one waits for the network, the others read ahead.
-
-    Dask's setting ``num_workers``, or as many as the cores, up to a number that feeds any GPU.
-    """
+    """Threads of the local scheduler: ``num_workers`` of Dask's settings, or one over the cores."""
     return dask.config.get("num_workers", None) or min(CPU_COUNT, MOST_THREADS) + 1
 
 

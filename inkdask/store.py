@@ -3,7 +3,7 @@
 Each job has one zarr 3 group. Its name holds the segment and the digest of the recipe, so different
 jobs have different groups:
 
-    <ZARR_OUTPUT_DIR>/<segment>-<digest>.zarr    attributes: format, generation, recipe, origin
+    <ZARR_OUTPUT_DIR>/<segment>-<digest>.zarr    attributes: `identity.Label`
         g1/grid    uint16 (gy, gx, k, k)  0: no tile ran here; c: probability (c - 1) / 65534
         g1/valid   bool (y, x)            pixels where any layer is non-zero
         g1/done    int8 (rows, columns)   last pass of each chunk; -1: none

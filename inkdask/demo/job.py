@@ -67,7 +67,7 @@ def run(out: Path, height: int = 640, width: int = 1664) -> DemoResult:
 
     volume = (volume >> 8).astype(np.uint8)
     papyrus = volume.max(axis=0) > 0
-    total = volume.sum(axis=0, dtype=np.uint16)  # in the place of the mean, which ranks alike
+    total = volume.sum(axis=0, dtype=np.uint16)  # ranks pixels as the mean does
     of_layers = [_either_way(auc(layer[papyrus], truth[papyrus])) for layer in volume]
     best = int(np.argmax(of_layers))
     result = DemoResult(
