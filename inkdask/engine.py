@@ -7,7 +7,9 @@ is made (`inkdask.storage.s3`).
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -122,6 +124,22 @@ def current_client() -> Any | None:
     except ValueError:
         return None
     return client if client.scheduler else None  # else it is only just being made
+
+
+def has_gpus(cluster: str) -> bool:
+    """Whether the workers have GPUs, before a cluster of this kind is made."""
+    if (client := current_client()) is not None:
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        return bool(workers) and all("gpu" in worker for worker in workers)
+    if cluster != "threads":
+        return cluster == "cuda"
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:  # no driver, so torch, which takes seconds to import, need not be asked
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def on_workers(function: Callable[[], Any]) -> list[Any]:

@@ -177,7 +177,8 @@ def infer_chunk(
         after = [(0, pixels) for pixels in missing]
         block, seen = np.pad(block, [(0, 0), *after]), np.pad(seen, after)
 
-    grid, precision = np.full((len(ys), len(xs), network.k, network.k), np.nan, np.float32), ""
+    grid = np.full((len(ys), len(xs), network.k, network.k), np.nan, np.float32)
+    precision = runs = ""
     occupied = tiles_with_data(seen, ys, xs, tiling.tile)  # (gy, gx)
     if passes is not None:
         occupied &= tiling.in_passes(row, column, int(passes.done[row, column]), passes.last)
@@ -188,8 +189,8 @@ def infer_chunk(
         origins = np.stack([ys[rows], xs[columns]], axis=1)
         ours = predictor(network)
         grid[occupied] = ours.predict(block, origins, to_come=tiling.tiles)
-        precision = ours.precision
-    return InferredChunk(grid, np.ascontiguousarray(valid), precision)
+        precision, runs = ours.precision, ours.runs
+    return InferredChunk(grid, np.ascontiguousarray(valid), precision, runs)
 
 
 def tiles_with_data(seen: np.ndarray, ys: np.ndarray, xs: np.ndarray, tile: int) -> np.ndarray:

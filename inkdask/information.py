@@ -20,7 +20,7 @@ from inkdask.reading.volume import Source
 from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
 from inkdask.store import GridStore
-from inkdask.tiling import Tiling
+from inkdask.tiling import CHUNK, Tiling
 
 TILE, STRIDE = 64, 16  # of the usual model, where the user gives none
 
@@ -45,7 +45,7 @@ def describe(path: str, **options: Any) -> dict[str, str]:
         path, settings.layers, mask=settings.mask_path, level=settings.ome_zarr_level
     )
     tile, stride = settings.tile or TILE, settings.stride or STRIDE
-    tiling = Tiling.of(segment.shape[1:], tile, stride, settings.chunk_size)
+    tiling = Tiling.of(segment.shape[1:], tile, stride, settings.chunk_size or CHUNK)
     return dict(of_segment(segment, tiling, empty_share(segment.source)))
 
 

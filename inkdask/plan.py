@@ -11,6 +11,7 @@ import dask.array as da
 import numpy as np
 
 from inkdask.box import Box
+from inkdask.engine import has_gpus
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.failures import fallible, read_or_fail
 from inkdask.identity import Region
@@ -18,7 +19,7 @@ from inkdask.models.registry import resolve
 from inkdask.segment import Segment, find_mask, open_segment
 from inkdask.settings import Settings
 from inkdask.specs import Network
-from inkdask.tiling import Tiling
+from inkdask.tiling import CHUNK, GPU_CHUNK, Tiling
 
 log = logging.getLogger("inkdask")
 
@@ -92,7 +93,9 @@ class Plan:
         _check_layers(given, layers, network, factor)
 
         stride = settings.stride or min(network.model.stride, network.tile)
-        whole = Tiling.of(opened.shape[1:], network.tile, stride, settings.chunk_size)
+        workers = settings.scheduler_address or settings.cluster
+        chunk = settings.chunk_size or (GPU_CHUNK if has_gpus(workers) else CHUNK)
+        whole = Tiling.of(opened.shape[1:], network.tile, stride, chunk)
         reach, region = _reach(whole, settings.roi_xyxy)
         if isinstance(opened, Segment):  # reads less than slices of its volume would
             inside = opened.take(kept).crop(*reach.slices)
@@ -112,7 +115,7 @@ class Plan:
             is_reversed=settings.force_reverse,
             volume=_average(volume, factor),
             mask=mask,
-            tiling=Tiling.of(reach.shape, network.tile, stride, settings.chunk_size),
+            tiling=Tiling.of(reach.shape, network.tile, stride, chunk),
             corner=corner,
             region=region,
             roi_xyxy=(

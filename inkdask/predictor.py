@@ -1,52 +1,50 @@
 """The network of this process: blocks of voxels in, probabilities of tiles out.
 
 A `Network` spec travels in graphs, and `predictor` turns it into a `Predictor` once per process.
-One thread of the predictor runs all forward passes and compilations. So the task threads of a Dask
+One thread of the process runs all forward passes and compilations. So the task threads of a Dask
 worker read the next blocks meanwhile, and torch's state per thread stays in one place. On a CPU
 that thread hands the tiles of a batch to the cores (`SideBySide`).
 
-A block goes to the device once, as bytes, and is unfolded there. Tiles are views until their batch
-is gathered.
+On a GPU that thread only queues work, and never waits for a result: the thread of the task does.
+Two blocks are on the way, so the device always has work:
+
+    thread of the task     pin and upload the block ............ wait, check, return
+    predictor's thread                  queue its batches
+    the device                                run them, download the probabilities
+
+A block goes to the device once, as bytes. Tiles are cut out of it there, batch by batch. Where
+batches are padded, one batch may hold the last tiles of a block and the first of the next.
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
-import time
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from inkdask.errors import InkdaskError
-from inkdask.memory import give_back
-from inkdask.models.fast import (
-    CORE_VOXELS,
-    Compilation,
-    Forward,
-    agree,
-    forget_compiled,
-    is_prepared,
-    on_cores,
-    prepare,
-)
+from inkdask.models.fast import CORE_VOXELS, Forward
 from inkdask.models.hardware import (
     cores,
     device_for,
     fast_float32,
-    full_float32,
     is_out_of_memory,
-    native_dtype,
     precision_for,
 )
+from inkdask.models.streams import CpuStream, CudaStream
 from inkdask.specs import Network
 from inkdask.storage.counting import count
+
+log = logging.getLogger("inkdask")
 
 # Voxels in a batch by default. A GPU takes 256 tiles of 26 layers and 64 x 64 pixels. A core of a
 # CPU takes 8 of them, in 4 turns; all cores share a larger tile. A callable on a CPU gets larger
@@ -56,21 +54,21 @@ CALLABLE_VOXELS = 32 * 26 * 64 * 64
 TURNS = 4
 CANARY_TILES = 4  # tiles that compare a fast path with the plain network
 
-# Largest difference of probabilities between a fast path and the plain network in float32. On a
-# GPU, float32 includes TF32 with its ten bits.
-TOLERANCE = {"float32": 0.005, "bfloat16": 0.03, "int8": 0.03}
+LONG = 60.0  # seconds of uncompiled work above which a network is compiled
 
-# Assume that a process will run at most this many times the tiles it ran so far, because it does
-# not know the share of other processes.
+# Assume that a process will run at most this many times the tiles that it was given so far, because
+# it does not know the share of other processes.
 TRUST = 8
 
-# Time after which to ask again whether compilation repays.
-STRETCH_SECONDS = 10.0
-
+AHEAD = 2  # blocks on the device: one runs, one is ready
+CUSHION = 4  # batches that the device still has when the last tiles of a block stop waiting
+SWITCH_SECONDS = 5e-4  # turn of a thread beside a GPU, whose next work must not wait for Python
 MOST_NETWORKS = 4  # in a process; the oldest is dropped
 
 _predictors: dict[Network, Predictor] = {}
 _lock = threading.Lock()
+# One thread for all networks, because before torch 2.13 CUDA graphs belong to a thread.
+_thread = ThreadPoolExecutor(1, thread_name_prefix="inkdask-predictor")
 
 
 def predictor(network: Network) -> Predictor:
@@ -93,8 +91,40 @@ def measured_pace(network: Network) -> float | None:
     return known.pace if known else None
 
 
+@dataclass(eq=False)
+class _Block:
+    """A block on its way: what its task gave, and what the predictor's thread makes of it.
+
+    Attributes
+    ----------
+    uploaded
+        Voxels uint8 (z, h, w), and origins of tiles int64 (n, 2), from `CpuStream.upload`.
+    to_come, threads
+        As in `Predictor.predict`; number of torch's threads on a CPU.
+    launched
+        Probabilities on their way to the host, and the marks before and after all work.
+    out, done
+        Probabilities float32 (n, k, k) on the device, and the number of tiles queued so far.
+    """
+
+    uploaded: Any
+    to_come: int | None
+    threads: int
+    launched: Future[tuple[Tensor, Any, Any]] = field(default_factory=Future)
+    voxels: Tensor = field(init=False)
+    at: Tensor = field(init=False)
+    out: Tensor = field(init=False)
+    began: Any = None
+    done: int = 0
+
+    @property
+    def left(self) -> int:
+        """Number of tiles that are not queued yet."""
+        return len(self.at) - self.done
+
+
 class Predictor:
-    """A network on its device, with the thread that runs it.
+    """A network on its device, and the blocks that are on their way through it.
 
     Parameters
     ----------
@@ -103,30 +133,36 @@ class Predictor:
 
     Attributes
     ----------
-    device, dtype
-        Device of the network, and dtype of its input.
+    device
+        Device of the network.
     precision
         Arithmetic: ``float32``, ``bfloat16`` or ``int8``; empty for a callable.
     batch_size
         Number of tiles in a forward pass; lack of memory halves it for good.
+    pace
+        Best time of a tile so far, in seconds; None before the first tile.
     """
 
     def __init__(self, network: Network) -> None:
         self.network = network
         self.device = device_for(network)
         self.precision = precision_for(network, self.device)
-        # In int8 a network reads float32: its layers quantise.
-        self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         self.batch_size = network.batch_size or self._default_batch()
-        self._forward: Any = None  # the network, once it is loaded
-        self._plain: Callable[[], nn.Module] | None = None  # returns a packed network unpacked
+        self.pace: float | None = None
+        self._form: Any = None  # `models.forms.Form`, once the network is loaded
         self._compiled: Forward | None = None  # for batches of exactly batch_size tiles
-        # Not in int8, because its layers read scales, and a compiler would cut the network at each.
-        self._may_compile = network.compile and self.precision not in ("", "int8")
-        self._tiles_done, self._pace = 0, float("inf")  # best time of a tile, in seconds
         self._lack = ""  # latest message of a device that lacks memory
-        self._ahead = threading.Semaphore(2)  # blocks on the device: one runs, one is ready
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="inkdask-predictor")
+        on_gpu = self.device.type == "cuda"
+        self._may_compile = network.compile and on_gpu and network.function is None
+        self._pads = on_gpu and network.function is None
+        self._stream = CudaStream(self.device) if on_gpu else CpuStream()
+        if on_gpu:
+            sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
+        self._ahead = threading.Semaphore(AHEAD)
+        self._coming: SimpleQueue[_Block] = SimpleQueue()
+        self._open: list[_Block] = []  # with tiles that are not queued yet
+        self._marks: deque[Any] = deque(maxlen=CUSHION)  # after each of the latest batches
+        self._given = 0  # tiles of all blocks so far
 
     def predict(
         self, block: np.ndarray, origins: np.ndarray, to_come: int | None = None
@@ -141,7 +177,7 @@ class Predictor:
             First row and column of every tile in the block, integers (n, 2).
         to_come
             Most tiles that this process may still run, these included; decides whether compilation
-            repays. Default: as many as it ran so far.
+            repays. Default: as many as it was given so far.
 
         Returns
         -------
@@ -155,95 +191,132 @@ class Predictor:
             )
         if len(origins) == 0:
             return np.empty((0, self.network.k, self.network.k), np.float32)
-        voxels = torch.from_numpy(np.require(block, requirements=["C", "W"]))
+        voxels = np.require(block, requirements=["C", "W"])
         with self._ahead:
-            if self.device.type == "cuda":
-                voxels = voxels.pin_memory()  # in this thread, so that the GPU does not wait
-            return self._thread.submit(self._predict, voxels, origins, to_come, cores()).result()
+            uploaded = self._stream.upload(voxels, np.asarray(origins, np.int64))
+            mine = _Block(uploaded, to_come, cores())
+            self._coming.put(mine)
+            _thread.submit(self._queue_next)
+            out, began, ended = mine.launched.result()
+            ended.wait()
+        probabilities: np.ndarray = out.numpy()
+        if lost := np.count_nonzero(np.isnan(probabilities).any(axis=(1, 2))):
+            # An error, because NaN in a stored grid means a tile without data.
+            raise InkdaskError(
+                f"The network of {self.network.model.key!r} returned NaN for {lost} of "
+                f"{len(origins)} tiles: its weights, or what they make of these layers, are no "
+                "numbers."
+            )
+        seconds = ended.since(began) / len(origins)
+        self.pace = min(self.pace or seconds, seconds)
+        return probabilities
 
     @property
-    def pace(self) -> float | None:
-        """Best time of a tile so far, in seconds; None before the first tile."""
-        return self._pace if self._tiles_done else None
+    def runs(self) -> str:
+        """What runs, for people: device, arithmetic, form of the network, size of a batch."""
+        on = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        form = "compiled" if self._compiled is not None else self._form.name
+        words = (on, self.precision, form, f"batches of {self.batch_size}")
+        return ", ".join(filter(None, words))
 
     # All methods below run in the predictor's thread.
 
     @torch.no_grad()
-    def _predict(
-        self, voxels: Tensor, origins: np.ndarray, to_come: int | None, threads: int
-    ) -> np.ndarray:
-        torch.set_num_threads(threads)
-        tiles = self._unfold(voxels)
-        at = torch.as_tensor(np.asarray(origins, np.int64), device=self.device)
-        if self._forward is None:
-            # From the middle, because the first tiles of a chunk are often almost empty.
-            middle = at[len(at) // 2 :][: min(CANARY_TILES, self.batch_size)]
-            self._forward = self._load(self._gather(tiles, middle), threads)
-        done = []
-        while len(at):
-            self._compile_if_it_repays(tiles, at, to_come)
-            some, at = at.tensor_split([self._stretch()])
-            done.append(self._run_stretch(tiles, some))
-        return np.concatenate(done)
-
-    def _stretch(self) -> int:
-        """Return the number of tiles until compilation is considered again."""
-        batches = STRETCH_SECONDS / (self._pace * self.batch_size) if self._tiles_done else 4
-        return self.batch_size * max(1, int(batches))
-
-    def _run_stretch(self, tiles: Tensor, at: Tensor) -> np.ndarray:
-        """Return the probabilities (n, k, k) of tiles at ``at``, and record their time."""
-        started = time.perf_counter()
-        out = torch.empty(len(at), self.network.k, self.network.k, device=self.device)
-        done = 0
-        while done < len(at):
-            logits = self._run(tiles, at[done : done + self.batch_size])
-            if logits is None:
-                self._halve_batch()
-            else:
-                out[done : done + len(logits)] = logits.sigmoid()
-                done += len(logits)
-                count(tiles=len(logits))
-        probabilities = out.cpu().numpy()
-        if lost := np.count_nonzero(np.isnan(probabilities).any(axis=(1, 2))):
-            # An error, because NaN in a stored grid means a tile without data.
-            raise InkdaskError(
-                f"The network of {self.network.model.key!r} returned NaN for {lost} of {len(at)} "
-                "tiles: its weights, or what they make of these layers, are no numbers."
-            )
-        self._tiles_done += len(at)
-        self._pace = min(self._pace, (time.perf_counter() - started) / len(at))
-        return probabilities
-
-    def _unfold(self, voxels: Tensor) -> Tensor:
-        """Upload a block (z, h, w) and return all its tiles, (h - t + 1, w - t + 1, z, t, t)."""
-        voxels = voxels.to(self.device, non_blocking=True)
-        t = self.network.tile
-        return rearrange(voxels.unfold(1, t, 1).unfold(2, t, 1), "z y x t u -> y x z t u")
-
-    def _gather(self, tiles: Tensor, at: Tensor) -> Tensor:
-        """Return a batch of tiles for the network, (b, 1, z, t, t)."""
-        x = tiles[at[:, 0], at[:, 1]].float()
-        x = x.clamp_(max=self.network.clip).div_(self.network.divisor)
-        return x.to(self.dtype)[:, None]
-
-    def _run(self, tiles: Tensor, at: Tensor) -> Tensor | None:
-        """Return logits of up to batch_size tiles, float32 (b, k, k); None for lack of memory."""
-        b, k = len(at), self.network.k
-        forward, size = self._way(b)
-        # Copies of the last tile fill a larger batch.
-        at = at[torch.arange(size, device=at.device).clamp_(max=b - 1)]
+    def _queue_next(self) -> None:
+        """Queue the tiles of the next block, and leave the last few to the block after it."""
+        block = self._coming.get()
+        self._open.append(block)
+        before = torch.get_num_threads()
+        torch.set_num_threads(block.threads)
         try:
-            logits = torch.as_tensor(forward(self._gather(tiles, at)), device=self.device)
+            with fast_float32(self.device):
+                self._begin(block)
+                while self._left >= self.batch_size:
+                    self._queue_batch()
+                if self._left and self._pads and self._marks:
+                    self._marks[0].wait()  # now a block that follows is there
+                while self._left and (self._coming.empty() or not self._pads):
+                    self._queue_batch()
+        except BaseException as error:
+            for other in self._open:
+                other.launched.set_exception(error)
+            self._open.clear()
+        finally:
+            torch.set_num_threads(before)
+
+    @property
+    def _left(self) -> int:
+        return sum(block.left for block in self._open)
+
+    def _begin(self, block: _Block) -> None:
+        """Take a block that is on the device; load the network for the first one."""
+        block.voxels, block.at = self._stream.receive(block.uploaded)
+        block.uploaded = None
+        n, k = len(block.at), self.network.k
+        block.out = torch.empty(n, k, k, device=self.device)
+        self._given += n
+        if self._form is None:
+            from inkdask.models import forms
+
+            # From the middle, because the first tiles of a chunk are often almost empty.
+            some = block.at[n // 2 :][: min(CANARY_TILES, self.batch_size)]
+            self._form = forms.load(self.network, self.device, self.precision, block.voxels, some)
+            self.precision = self._form.precision
+            self._may_compile &= self._form.name == "plain"
+            log.info("%s: %s", self.network.model.key, self.runs)
+        block.began = self._stream.mark()
+
+    def _queue_batch(self) -> None:
+        """Queue a batch of the open blocks, and the download of blocks that have all tiles."""
+        self._compile_if_it_repays()
+        pieces, room = [], self.batch_size
+        for block in self._open:
+            pieces.append((block, block.at[block.done : block.done + room]))
+            room -= len(pieces[-1][1])
+        pieces = [(block, at) for block, at in pieces if len(at)]
+        logits = self._run(pieces, self.batch_size - room)
+        if logits is None:
+            self._halve_batch()
+            return
+        for (block, at), some in zip(
+            pieces, logits.split([len(at) for _, at in pieces]), strict=True
+        ):
+            block.out[block.done : block.done + len(at)] = some.sigmoid()
+            block.done += len(at)
+        count(tiles=len(logits))
+        self._marks.append(self._stream.mark())
+        for block, _ in pieces:
+            if not block.left:
+                self._open.remove(block)
+                out = self._stream.download(block.out)
+                block.launched.set_result((out, block.began, self._stream.mark()))
+
+    def _cut(self, block: _Block, at: Tensor) -> Tensor:
+        """Return tiles of a block for the network, (b, 1, z, t, t)."""
+        spec = self.network
+        form = self._form
+        return form.gather(block.voxels, at, spec.tile, spec.clip, spec.divisor, form.dtype)
+
+    def _run(self, pieces: list[tuple[_Block, Tensor]], b: int) -> Tensor | None:
+        """Return logits of ``b`` tiles, float32 (b, k, k); None for lack of memory."""
+        k = self.network.k
+        forward, size = self._way(b)
+        last, at = pieces[-1]
+        # Copies of the last tile fill a larger batch.
+        rest = at[torch.arange(len(at) + size - b, device=at.device).clamp_(max=len(at) - 1)]
+        try:
+            parts = [self._cut(*piece) for piece in (*pieces[:-1], (last, rest))]
+            x = parts[0] if len(parts) == 1 else torch.cat(parts)
+            logits = torch.as_tensor(forward(x), device=self.device)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             self._lack = str(error).partition("\n")[0]
             return None  # without the error, because the error holds on to memory
-        if logits.shape != (len(at), 1, k, k):
+        if logits.shape != (size, 1, k, k):
             raise InkdaskError(
                 f"The network of {self.network.model.key!r} returned logits of shape "
-                f"{tuple(logits.shape)} for {len(at)} tiles, not {(len(at), 1, k, k)}."
+                f"{tuple(logits.shape)} for {size} tiles, not {(size, 1, k, k)}."
             )
         return logits[:b, 0].float()
 
@@ -251,61 +324,13 @@ class Predictor:
         """Return the forward pass for ``b`` tiles, and the size of their batch."""
         if self._compiled is not None and 2 * b > self.batch_size:
             return self._compiled, self.batch_size
-        if self.device.type == "cpu" or self.network.function is not None:
-            return self._forward, b
+        if not self._pads:
+            return self._form.forward, b
         # Halves of the batch size only, because cuDNN tries its algorithms on every new shape.
         size = self.batch_size
         while size >= 2 * b:
             size //= 2
-        return self._forward, size
-
-    def _load(self, x: Tensor, threads: int) -> Forward:
-        """Load the network; return its fast path if that agrees with the plain one on tiles x."""
-        if self.network.function is not None:
-            return self.network.function
-        from inkdask.models import weights
-        from inkdask.models.int8 import convert
-        from inkdask.models.packed import pack_if_it_can
-
-        module: Any = weights.load(self.network).to(self.device)
-        int8, tolerance = self.precision == "int8", TOLERANCE[self.precision]
-        if self.device.type == "cpu" and not int8 and is_prepared(module, self.dtype):
-            return on_cores(module, threads, self._tile_voxels)
-        with full_float32():
-            expected = on_cores(module, threads, self._tile_voxels)(x.float())
-        if int8:
-            convert(module, native_dtype(self.device))
-        else:
-            prepare(module, self.dtype)
-            if pack_if_it_can(module):
-                self._plain = self._prepared
-        fast_float32(self.device)
-        let_go_of_file(module)
-        if agree(module(x), expected, tolerance):
-            return on_cores(module, threads, self._tile_voxels)
-        warnings.warn(
-            f"The fast path of {self.network.model.key!r} ({self.precision} on {self.device.type}) "
-            f"is more than {tolerance} from plain float32, which runs instead.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        self.dtype, self.precision, self._may_compile = torch.float32, "float32", False
-        plain = on_cores(weights.load(self.network).to(self.device), threads, self._tile_voxels)
-
-        def reference(x: Tensor) -> Tensor:
-            with full_float32():
-                return plain(x.float())
-
-        return reference
-
-    def _prepared(self) -> nn.Module:
-        """Return the network without packed layers, because the compiler packs weights itself."""
-        from inkdask.models import weights
-
-        module = weights.load(self.network)
-        prepare(module, self.dtype)
-        let_go_of_file(module)
-        return module
+        return self._form.forward, size
 
     def _default_batch(self) -> int:
         if self.device.type == "cuda":
@@ -318,17 +343,25 @@ class Predictor:
     def _tile_voxels(self) -> int:
         return self.network.layers * self.network.tile**2
 
-    def _compile_if_it_repays(self, tiles: Tensor, at: Tensor, to_come: int | None) -> None:
-        if not (self._may_compile and self._tiles_done and isinstance(self._forward, nn.Module)):
+    def _compile_if_it_repays(self) -> None:
+        """Compile the network if the tiles to come take long without; measured once."""
+        if not self._may_compile:
             return
-        expected = self._tiles_done if to_come is None else min(to_come, TRUST * self._tiles_done)
-        compilation = Compilation(self.network, self._forward, self.batch_size, self._plain)
-        if compilation.repays(self._pace, expected):
-            self._may_compile = False
-            at = at[torch.arange(self.batch_size, device=at.device) % len(at)]
-            self._compiled = compilation.compile(
-                lambda: self._gather(tiles, at), TOLERANCE[self.precision]
-            )
+        if self.pace is None and len(self._marks) == CUSHION:  # after the first batches
+            self._marks[-1].wait()
+            seconds = self._marks[-1].since(self._marks[0])
+            self.pace = seconds / (CUSHION - 1) / self.batch_size
+        block = self._open[0]
+        expected = min(block.to_come or self._given, TRUST * self._given)
+        if self.pace is None or self.pace * expected < LONG:
+            return
+        from inkdask.models import compiling
+
+        self._may_compile = False
+        at = block.at[torch.arange(self.batch_size, device=block.at.device) % len(block.at)]
+        self._compiled = compiling.compiled(self.network, self._form, self._cut(block, at))
+        if self._compiled is not None:
+            log.info("%s: %s", self.network.model.key, self.runs)
 
     def _halve_batch(self) -> None:
         if self.batch_size == 1:
@@ -338,15 +371,9 @@ class Predictor:
             )
         self.batch_size = (self.batch_size + 1) // 2
         if self._compiled is not None:
+            from inkdask.models.compiling import forget_compiled
+
             self._compiled = None  # because it takes batches of the old size only
             forget_compiled()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def let_go_of_file(module: nn.Module) -> None:
-    """Copy the weights that are still mapped, because a mapped file counts as memory in full."""
-    for kept in (*module.parameters(), *module.buffers()):
-        if kept.device.type == "cpu":
-            kept.data = kept.data.clone()
-    give_back()

@@ -100,7 +100,7 @@ def said_of(plan: Plan, origin: Origin, settings: Settings) -> Said | None:
         tile=plan.tiling.tile,
         stride=plan.tiling.stride,
         roi_xyxy=origin.roi_xyxy,
-        chunk_size=settings.chunk_size,
+        chunk_size=plan.tiling.y.chunk,
     )
 
 

@@ -207,16 +207,19 @@ class Settings(BaseSettings):
     )
     compile: bool = Field(
         True,
-        description="Allow `torch.compile`; it is used where it saves more time than it takes.",
+        description="Compile networks without kernels of their own, on a GPU, where the rest of "
+        "the job would take longer than a minute. On a CPU nothing is compiled: compiled networks "
+        "were 0.4 to 1.3 times as fast.",
     )
     compile_mode: Literal[
         "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
     ] = Field("reduce-overhead", description="Mode of `torch.compile`.")
-    chunk_size: int = Field(
-        1024,
+    chunk_size: int | None = Field(
+        None,
         ge=1,
         description="Side of a chunk, in pixels, rounded up to a multiple of the stride and to "
-        "two tiles.",
+        "two tiles. Default: 1024; 2048 where this process, the current Dask client or `--cluster "
+        "cuda` has GPUs.",
     )
     cuda_visible_devices: str = Field(
         "0", description="GPUs that the process may use, as CUDA counts them."

@@ -118,11 +118,14 @@ class InferredChunk(NamedTuple):
     precision
         Arithmetic of the network: ``float32``, ``bfloat16`` or ``int8``. Empty where no tile ran,
         and for a callable.
+    runs
+        What ran, for people: `inkdask.predictor.Predictor.runs`. Empty where no tile ran.
     """
 
     grid: np.ndarray
     valid: np.ndarray
     precision: str = ""
+    runs: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,8 +61,8 @@ class ChunkReport:
     ----------
     ran, empty
         Tiles that went through the network, and tiles without data.
-    precision
-        Precision of the network, as in `InferredChunk`.
+    runs
+        What ran, as in `InferredChunk`.
     process
         Host and process id of the worker.
     counters, peak_memory
@@ -71,7 +71,7 @@ class ChunkReport:
 
     ran: int
     empty: int
-    precision: str
+    runs: str
     process: str
     counters: storage.Counters
     peak_memory: int
@@ -346,7 +346,7 @@ def save_chunk(
     give_back()
     total = int(np.count_nonzero(tiling.in_passes(*block_id, int(done), last)))
     return ChunkReport(
-        ran, total - ran, chunk.precision, process_name(), storage.counters(), peak_memory()
+        ran, total - ran, chunk.runs, process_name(), storage.counters(), peak_memory()
     )
 
 

@@ -27,8 +27,8 @@ class Summary:
         earlier run had finished.
     tiles
         Tiles of the job.
-    precisions
-        Precisions used; empty for callables.
+    networks
+        What ran: device, arithmetic, form of the network, size of a batch.
     finished, failed
         Chunks of this run that were computed, and chunks that failed.
     lost
@@ -40,7 +40,7 @@ class Summary:
         self.inferring = 0.0  # seconds
         self.tiles = self.ran = self.empty = self.resumed = 0
         self.finished = self.failed = self.lost = 0
-        self.precisions: set[str] = set()
+        self.networks: set[str] = set()
         self._start = storage.counters()
         self._processes: dict[str, ChunkReport] = {}
         self._before = dict(engine.on_workers(_named_counters))
@@ -59,7 +59,7 @@ class Summary:
         self.finished += 1
         self.ran += report.ran
         self.empty += report.empty
-        self.precisions |= {report.precision} - {""}
+        self.networks |= {report.runs} - {""}
         latest = self._processes.get(report.process)
         if latest is None or report.counters.requests >= latest.counters.requests:
             self._processes[report.process] = report
@@ -92,8 +92,7 @@ class Summary:
     def say(self, uri: str) -> None:
         """Print the account on standard error."""
         read, seconds = self.read, time.monotonic() - self.began
-        how = f" in {' and '.join(sorted(self.precisions))}" if self.precisions else ""
-        tiles = f"{self.ran:,} run{how}, {self.empty:,} skipped as empty"
+        tiles = f"{self.ran:,} run, {self.empty:,} skipped as empty"
         if self.resumed:
             tiles += f", {self.resumed:,} resumed from an earlier run"
         speed = f"{self.ran / self.inferring:,.1f} tiles/s" if self.inferring else "none was left"
@@ -106,6 +105,7 @@ class Summary:
         rows = {
             "tiles": tiles,
             "chunks": chunks,
+            "network": "; ".join(sorted(self.networks)) or "none ran",
             "time": f"{clock(seconds)} ({speed})",
             "read": f"{amount(read.bytes_read)} in {read.requests:,} requests{retries}",
             "memory": f"{amount(self.peak_memory)} at most in one process",

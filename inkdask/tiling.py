@@ -24,6 +24,10 @@ import numpy as np
 
 from inkdask.errors import SettingsError
 
+# Side of a chunk in pixels, by default. A GPU runs the tiles of a larger one in the time in which
+# the next is read, and shares its last batch with fewer others.
+CHUNK, GPU_CHUNK = 1024, 2048
+
 
 @dataclass(frozen=True)
 class Axis:

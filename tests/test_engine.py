@@ -11,6 +11,7 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
+import torch
 from dask import delayed
 from distributed import Client, KilledWorker
 
@@ -294,3 +295,37 @@ def test_error_of_the_receiver_is_raised(compute_each):
     with pytest.raises(InkdaskError, match="no space is left"):
         compute_each([delayed(operator.neg)(1)], full)
     assert ran == [-1]
+
+
+@pytest.mark.parametrize(("driver", "torch_sees", "expected"), [
+    (False, True, False), (True, False, False), (True, True, True)
+])  # fmt: skip
+def test_gpus_of_this_process_need_a_driver_and_torch(monkeypatch, driver, torch_sees, expected):
+    def load(name):
+        if not driver:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(engine.ctypes, "CDLL", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_sees)
+    monkeypatch.setattr(engine, "current_client", lambda: None)
+    assert engine.has_gpus("threads") is expected
+    assert engine.has_gpus("cuda")
+    assert not engine.has_gpus("tcp://host:8786")
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        ({}, False),
+        ({"a": {"gpu": {}}, "b": {"gpu": {}}}, True),
+        ({"a": {"gpu": {}}, "b": {}}, False),
+    ],
+)
+def test_gpus_of_a_client_are_those_of_its_workers(monkeypatch, workers, expected):
+    class Client:
+        @staticmethod
+        def scheduler_info(n_workers):
+            return {"workers": workers}
+
+    monkeypatch.setattr(engine, "current_client", Client)
+    assert engine.has_gpus("threads") is expected

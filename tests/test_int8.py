@@ -174,7 +174,7 @@ def test_predictor_lets_go_of_mapped_weights(network, monkeypatch, precision):
     run(ours)
     held = [
         value
-        for module in ours._forward.modules()
+        for module in ours._form.forward.modules()
         for value in (*module.parameters(), *module.buffers(), *vars(module).values())
         if isinstance(value, torch.Tensor) and value.layout is torch.strided
     ]
@@ -197,7 +197,7 @@ def test_network_that_int8_distorts_runs_in_float32(network, monkeypatch):
         network.layers[0][0].norm.bias[0] = 0
     monkeypatch.setattr(weights, "load", lambda _: copy.deepcopy(network))
     ours = Predictor(spec())
-    with pytest.warns(RuntimeWarning, match=r"fast path of 'small' \(int8 on cpu\) is more than"):
+    with pytest.warns(RuntimeWarning, match=r"fast path of 'small' \(quantised, int8 on cpu\)"):
         got = run(ours)
     assert ours.precision == "float32"
     plain = Predictor(spec("float32"))
@@ -224,7 +224,7 @@ def test_int8_runs_in_bfloat16_with_one_warning_where_amx_is_faster(network, mon
     monkeypatch.setattr(weights, "load", lambda _: copy.deepcopy(network))
     ours = Predictor(spec(compile=False))
     got = [run(ours) for _ in range(2)]
-    assert (ours.precision, ours.dtype) == ("bfloat16", torch.bfloat16)
+    assert (ours.precision, ours._form.dtype) == ("bfloat16", torch.bfloat16)
     (sentence,) = caplog.messages
     assert sentence.startswith("Precision int8 is slower than bfloat16 on this CPU, which has AMX")
     plain = run(Predictor(spec(compile=False, precision="bfloat16")))

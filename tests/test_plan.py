@@ -165,3 +165,15 @@ def test_estimate_of_work_respects_the_mask(tmp_path):
     work = estimate(Plan.of(segment, Settings.of(model=depth_slope)))
     assert (work[:, -1] == 0).all()
     assert (work[:, 0] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "side"),
+    [({}, True, 2048), ({}, False, 1024), ({"chunk_size": 512}, True, 512)],
+)
+def test_chunks_are_larger_where_workers_have_gpus(tmp_path, monkeypatch, options, gpus, side):
+    write_segment(tmp_path / "seg", np.ones((3, 70, 90), np.uint8))
+    monkeypatch.delenv("CHUNK_SIZE", raising=False)
+    monkeypatch.setattr(inkdask.plan, "has_gpus", lambda workers: gpus)
+    settings = Settings.of(model=depth_slope, tile=64, stride=16, **options)
+    assert Plan.of(str(tmp_path / "seg"), settings).tiling.y.chunk == side

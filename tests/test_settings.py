@@ -58,7 +58,7 @@ def test_parameters_are_options_with_their_variable():
 
 
 def test_given_value_wins_over_environment_and_default(monkeypatch):
-    assert Settings.of().chunk_size == 1024
+    assert Settings.of().chunk_size is None
     monkeypatch.setenv("CHUNK_SIZE", "512")
     assert Settings.of().chunk_size == 512
     assert Settings.of(chunk_size=256).chunk_size == 256
@@ -236,7 +236,8 @@ def test_signature_has_own_parameters_first_and_every_setting_once():
     assert [*signature.parameters][:2] == ["source", "model"]
     assert {*signature.parameters} == {*Settings.model_fields, "source", "layers"}
     assert signature.parameters["model"].default == "demo"
-    assert signature.parameters["chunk_size"].default == 1024
+    assert signature.parameters["stride"].default is None
+    assert signature.parameters["compile"].default is True
     assert signature.bind(3, stride=8, layers="0:5").kwargs == {"stride": 8, "layers": "0:5"}
     assert job(3, stride=8) == (3, "demo", {"stride": 8})
 

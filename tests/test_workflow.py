@@ -348,7 +348,7 @@ def test_command_with_environment_alone_runs_on_s3(s3, tmp_path, monkeypatch):
     left = {entry.name for entry in storage.list_folder(f"{s3}/scroll/segment/predictions")}
     assert left == {"prediction_demo_00_26.png", "prediction_demo_00_26.zarr"}
     assert "testing-secret" not in done.stderr + json.dumps(dict(stored.attrs))
-    for said in ("tiles", "tiles/s", "read", "requests", "memory"):
+    for said in ("tiles", "CPU, float32, plain, batches of", "tiles/s", "read", "memory"):
         assert said in done.stderr
 
 

@@ -17,8 +17,7 @@ from inkdask.information import STRIDE, TILE
 from inkdask.memory import expected_memory
 from inkdask.plan import span
 from inkdask.progress import amount, clock
-from inkdask.settings import Settings
-from inkdask.tiling import Tiling
+from inkdask.tiling import CHUNK, Tiling
 from inkdask.view.sampling import Budget
 from inkdask.view.tiles import MOST, OVERVIEW_BUDGET, UNKNOWN, Ink, Papyrus
 
@@ -37,9 +36,7 @@ __all__ = ["escape", "ink_html", "segment_html", "several_html", "usual_contrast
 
 def segment_html(segment: Segment) -> str:
     """Describe a segment; reads a few pieces of its middle layer."""
-    tiling = Tiling.of(
-        segment.shape[1:], TILE, STRIDE, Settings.model_fields["chunk_size"].get_default()
-    )
+    tiling = Tiling.of(segment.shape[1:], TILE, STRIDE, CHUNK)
     grey = _thumbnail_of(segment)
     is_wide = segment.dtype.itemsize == 2
     rows = {
