@@ -20,8 +20,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import reduce
+from einops import rearrange
 from torch import Tensor, nn
+
+from inkdask.models.convolutions import (
+    GroupNorm,
+    conv_add_relu,
+    conv_relu,
+    max_over_depth,
+    upsample,
+    windows,
+)
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 WIDTHS = (64, 128, 256, 512)
@@ -47,7 +56,7 @@ class ResNet3D(nn.Module):
         self.normalization = nn.BatchNorm3d(1) if normalization else nn.Identity()
         self.conv1 = nn.Conv3d(1, 64, 7, stride=(1, 2, 2), padding=3, bias=False)
         self.bn1 = nn.BatchNorm3d(64)
-        self.maxpool = nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         inputs = (64, *MAPS)
         strides = (1, 2, 2, 2)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
@@ -57,13 +66,32 @@ class ResNet3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(b, 1, tile / 4, tile / 4)`` of tiles ``(b, 1, layers, tile, tile)``."""
-        x = self.bn1(self.conv1(self.normalization(x)))  # (b, 64, z, t / 2, t / 2)
-        x = F.relu(x, inplace=True)
-        x1 = self.layer1(self.maxpool(x))  # (b, 256, z, t / 4, t / 4)
+        return self.decoder(self.maps(x))
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Return the four maps of tiles ``(b, 1, layers, tile, tile)``."""
+        x1 = self.layer1(self.stem(x))  # (b, 256, z, t / 4, t / 4)
         x2 = self.layer2(x1)  # (b, 512, z / 2, t / 8, t / 8)
         x3 = self.layer3(x2)  # (b, 1024, z / 4, t / 16, t / 16)
         x4 = self.layer4(x3)  # (b, 2048, z / 8, t / 32, t / 32)
-        return self.decoder([x1, x2, x3, x4])
+        return [x1, x2, x3, x4]
+
+    def stem(self, x: Tensor) -> Tensor:
+        """Return ``(b, 64, z, t / 4, t / 4)`` of tiles ``(b, 1, z, t, t)``.
+
+        The first convolution has a single channel, for which hardware has no fast kernels. So its
+        seven depths become channels of a convolution in the plane.
+        """
+        b = len(x)
+        x, weight = windows(self.normalization(x)[:, 0], self.conv1.weight[:, 0])
+        x = F.conv2d(x, weight, stride=2, padding=3)  # (b z, 64, t / 2, t / 2)
+        x = rearrange(x, "(b z) c y x -> b c z y x", b=b)
+        x = rearrange(self.bn1(x), "b c z y x -> (b z) c y x")
+        # The bias of a folded batch norm and ReLU come last, because a quarter is left to them.
+        x = self.maxpool(x)
+        if self.conv1.bias is not None:
+            x = x.add_(self.conv1.bias[:, None, None])
+        return rearrange(F.relu(x, inplace=True), "(b z) c y x -> b c z y x", b=b)
 
 
 class Bottleneck(nn.Module):
@@ -86,9 +114,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(b, 4 width, z, y, x)``, with z, y and x divided by the stride."""
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        return F.relu(self.bn3(self.conv3(y)).add_(self.downsample(x)), inplace=True)
+        y = conv_relu(x, self.conv1, self.bn1)
+        y = conv_relu(y, self.conv2, self.bn2)
+        return conv_add_relu(y, self.conv3, self.bn3, x, self.downsample)
 
 
 def stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
@@ -114,9 +142,9 @@ class Decoder2D(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Return ``(b, 1, y, x)`` of the largest map."""
-        *skips, x = (reduce(m, "b c z y x -> b c y x", "max") for m in maps)
+        *skips, x = map(max_over_depth, maps)
         for skip, conv in zip(skips[::-1], self.convs[::-1], strict=True):
-            x = F.interpolate(x, size=skip.shape[2:], mode="bilinear")
+            x = upsample(x, skip.shape[2:])
             x = conv(torch.cat((skip, x), dim=1))
         return self.logit(x)
 
@@ -129,7 +157,7 @@ class Decoder3D(nn.Module):
         self.channel_reduce = nn.ModuleList(
             nn.Sequential(
                 nn.Conv3d(channels, width, 1, bias=False),
-                nn.GroupNorm(32, width),
+                GroupNorm(32, width),
                 nn.ReLU(inplace=True),
             )
             for channels, width in zip(MAPS, widths, strict=True)
@@ -144,7 +172,7 @@ class Decoder3D(nn.Module):
         """Return ``(b, 1, y, x)`` of the largest map."""
         *skips, x = (fewer(m) for fewer, m in zip(self.channel_reduce, maps, strict=True))
         for skip, block in zip(skips[::-1], self.decoder_blocks, strict=True):
-            x = F.interpolate(x, size=skip.shape[2:], mode="trilinear")
+            x = upsample(x, skip.shape[2:])
             x = block(torch.cat((x, skip), dim=1))
         return self.logit(self.depth_collapse(x))
 
@@ -155,9 +183,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(inputs, outputs, 3, padding=1, bias=False)
-        self.gn1 = nn.GroupNorm(32, outputs)
+        self.gn1 = GroupNorm(32, outputs)
         self.conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
-        self.gn2 = nn.GroupNorm(32, outputs)
+        self.gn2 = GroupNorm(32, outputs)
         self.shortcut = nn.Conv3d(inputs, outputs, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
