@@ -48,7 +48,7 @@ def compiled(network: Network, form: Form, batch: Tensor) -> Forward | None:
     folder = cache_folder()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        inductor.compile_threads = min(inductor.compile_threads, HELPERS)
+        inductor.compile_threads = min(os.cpu_count() or 1, HELPERS)
     key, tolerance = network.model.key, TOLERANCE[form.precision]
     started = time.perf_counter()
     try:
