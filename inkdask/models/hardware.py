@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from operator import attrgetter
 
 import torch
 from dask.system import CPU_COUNT
@@ -140,22 +142,48 @@ def cores() -> int:
     return int(named) if named.isdigit() and int(named) else CPU_COUNT
 
 
-def fast_float32(device: torch.device) -> None:
-    """Let a GPU compute float32 products in TF32, and try which convolutions are fastest."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+def fast_float32(device: torch.device) -> AbstractContextManager[None]:
+    """Let a GPU compute float32 products in TF32, and try which convolutions are fastest.
+
+    Compile and run a network within blocks of this kind, because torch compiles anew where the
+    precision differs. See `full_float32` about threads.
+    """
+    return _float32(fast=True) if device.type == "cuda" else nullcontext()
+
+
+def full_float32() -> AbstractContextManager[None]:
+    """Compute float32 without TF32, for comparison.
+
+    Torch's flags are of the whole process. So a second thread waits for the end of the first one's
+    block, fast or full. Other code, such as cells of a notebook, sees a block's flags while the
+    block runs. The end of a block restores what was set before.
+    """
+    return _float32(fast=False)
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
-    """Compute float32 without TF32, for comparison."""
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+def _float32(fast: bool) -> Iterator[None]:
+    with _flags, ExitStack() as restored:
+        for owner, flag in _FLAGS:
+            # Torch 2.8 has not all of them, and torch refuses to read what its two ways to say the
+            # precision of a product contradict.
+            with suppress(AttributeError, RuntimeError):
+                at = attrgetter(owner)(torch.backends)
+                restored.callback(setattr, at, flag, getattr(at, flag))
+        with suppress(RuntimeError):
+            precision = torch.get_float32_matmul_precision()
+            restored.callback(torch.set_float32_matmul_precision, precision)
+        torch.set_float32_matmul_precision("high" if fast else "highest")
+        torch.backends.cudnn.allow_tf32 = fast
+        torch.backends.cudnn.benchmark |= fast
         yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution
+
+
+_flags = threading.RLock()  # held in a block
+
+_OPERATORS = ("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "cudnn.rnn")
+_FLAGS = (  # restored from the last to the first
+    *((operator, "fp32_precision") for operator in _OPERATORS),
+    ("cudnn", "allow_tf32"),
+    ("cudnn", "benchmark"),
+)
