@@ -9,13 +9,13 @@ window,
 
 where By[y, (i,a)] = w(y - y_i) u_a(y - y_i), Bx likewise, and M is 1 where a tile ran. Any origin
 y_i works, so the last tile touches the border. The same code runs on NumPy, and on CuPy where the
-process computes on a GPU; a task returns NumPy arrays.
+process computes on a GPU and CuPy has built its kernels; a task returns NumPy arrays.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-import sys
 import threading
 from functools import lru_cache
 from typing import Any
@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 FLOOR = 1e-6  # least weight of a window whose largest weight is 1
 
-_without_cupy = threading.Event()  # set once CuPy failed in this process
+_warming = threading.Lock()  # locked for good by the first `warm_up` of this process
+_cupy_is_ready = threading.Event()
 
 
 def blend(
@@ -99,8 +100,8 @@ def blend_chunk(
     if xp is not np:
         try:
             return np.asarray(_products(xp, grid, valid, *y, *x).get())
-        except Exception as error:  # for example an old driver, or lack of memory
-            _without_cupy.set()
+        except Exception as error:  # for example lack of memory
+            _cupy_is_ready.clear()
             log.warning("CuPy cannot blend, NumPy does: %s", error)
     return np.asarray(_products(np, grid, valid, *y, *x))
 
@@ -119,15 +120,52 @@ def _products(xp: Any, *arrays: np.ndarray) -> Any:
 
 
 def array_library() -> Any:
-    """Return CuPy where it is installed and this process uses a GPU, otherwise NumPy."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized() or _without_cupy.is_set():
+    """Return CuPy once it is warm in this process, otherwise NumPy."""
+    if not _cupy_is_ready.is_set():
         return np
+    import cupy
+
+    return cupy
+
+
+def warm_up() -> None:
+    """Let CuPy blend in this process as soon as it can; call it where a GPU computes.
+
+    On a fresh machine CuPy builds its kernels for 14 s, so a thread does that, once per process.
+    Until then NumPy blends, and for good if CuPy is not installed or fails.
+    """
+    if importlib.util.find_spec("cupy") and _warming.acquire(blocking=False):
+        # Not a daemon, because the interpreter ends daemons within CUDA's calls, which may crash.
+        threading.Thread(target=_warm_up, name="inkdask-cupy").start()
+
+
+def _warm_up() -> None:
+    """Blend a small chunk with CuPy, which builds all kernels."""
     try:
         import cupy
-    except Exception:  # not installed, or not for this machine
-        return np
-    return cupy
+
+        tiling = Tiling.of((128, 128), 64, 16, 128)
+        for k in (4, 1):  # a single value per tile has kernels of its own
+            grid = np.zeros((*tiling.grid_shape, k, k), np.float32)
+            along = matrices(tiling.y, 0, k, "hann", 0.0)
+            valid = np.ones(tiling.shape, bool)
+            _products(_UntilExit(cupy), grid, valid, *along, *along).get()
+    except Exception as error:  # for example an old driver
+        log.warning("CuPy cannot blend, NumPy does: %s", error)
+    else:
+        _cupy_is_ready.set()
+
+
+class _UntilExit:
+    """A module that ends its thread when the main thread has ended, at the next use of a name."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        if not threading.main_thread().is_alive():
+            raise SystemExit
+        return getattr(self._module, name)
 
 
 def matrices(

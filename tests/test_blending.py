@@ -1,8 +1,13 @@
 """Test the blend against a plain overlap-add, for any tiling, window and output size."""
 
+import importlib.util
+import os
+import subprocess
 import sys
 import threading
 import types
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import dask.array as da
 import numpy as np
@@ -13,8 +18,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
 from inkdask import blending
-from inkdask.blending import array_library, blend, blend_chunk, taper, upsampling
+from inkdask.blending import array_library, blend, blend_chunk, taper, upsampling, warm_up
 from inkdask.tiling import Tiling
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 def overlap_add(grid, valid, tiling, window, sigma):
@@ -99,10 +106,25 @@ class OnGpu(np.ndarray):
 
 def standing_in_for_cupy():
     module = types.ModuleType("cupy")
+    module.__spec__ = ModuleSpec("cupy", None)
     module.isnan, module.float32, module.float64 = np.isnan, np.float32, np.float64
     module.asarray = lambda array: np.asarray(array).view(OnGpu)
     module.where = lambda *arrays: np.where(*arrays).view(OnGpu)
     return module
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """As in a process that has not begun to warm CuPy up, and has not imported it."""
+    monkeypatch.setattr(blending, "_warming", threading.Lock())
+    monkeypatch.setattr(blending, "_cupy_is_ready", threading.Event())
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+
+
+def wait_until_warm():
+    for thread in threading.enumerate():
+        if thread.name == "inkdask-cupy":
+            thread.join()
 
 
 def chunk_to_blend():
@@ -113,40 +135,124 @@ def chunk_to_blend():
     return grid, rng.random((100, 90)) < 0.9, np.array([0]), np.array([0]), tiling, "hann", 0.0
 
 
-@pytest.mark.parametrize("in_use", [True, False])
-def test_process_that_uses_a_gpu_blends_with_cupy(monkeypatch, in_use):
+def test_cupy_blends_once_its_kernels_are_built(cold, monkeypatch):
     expected = blend_chunk(*chunk_to_blend())
     monkeypatch.setitem(sys.modules, "cupy", cupy := standing_in_for_cupy())
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
-    assert array_library() is (cupy if in_use else np)
+    built, users = threading.Event(), []
+
+    def isnan(array):
+        users.append(threading.current_thread().name)
+        assert built.wait(60)  # as long as kernels are compiled
+        return np.isnan(array)
+
+    cupy.isnan = isnan
+    for _ in range(2):
+        warm_up()
+        assert array_library() is np
+        assert np.array_equal(blend_chunk(*chunk_to_blend()), expected)
+    built.set()
+    wait_until_warm()
+    assert array_library() is cupy
     got = blend_chunk(*chunk_to_blend())
     assert type(got) is np.ndarray
     assert np.array_equal(got, expected)
+    ours = threading.current_thread().name
+    assert users == ["inkdask-cupy", "inkdask-cupy", ours]  # the warm-up ran once, with two shapes
 
 
-def test_numpy_blends_when_cupy_fails(monkeypatch, caplog):
+def test_process_without_gpu_blends_with_numpy(cold, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", standing_in_for_cupy())
+    blend_chunk(*chunk_to_blend())
+    assert array_library() is np
+
+
+def run(code, folder):
+    """Run Python code in a process that imports modules from ``folder``."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+SLOW_KERNELS = """
+import pathlib, time
+import numpy
+from numpy import float32, float64
+class ndarray(numpy.ndarray): pass
+steps = pathlib.Path(__file__).with_name("steps")
+def slow(function):
+    def call(*arrays):
+        with steps.open("a") as file:
+            file.write(function.__name__ + "\\n")
+        time.sleep(0.5)
+        return function(*arrays)
+    return call
+asarray, isnan, where = map(slow, (numpy.asarray, numpy.isnan, numpy.where))
+"""
+
+END_EARLY = """
+import pathlib, sys, time
+from inkdask.blending import warm_up
+warm_up()
+while not pathlib.Path(sys.argv[1], "steps").exists():
+    time.sleep(0.01)
+"""
+
+
+def test_process_ends_while_cupy_builds_kernels(tmp_path):
+    (tmp_path / "cupy.py").write_text(SLOW_KERNELS)
+    done = run(END_EARLY, tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert len((tmp_path / "steps").read_text().split()) < 6  # of 20
+
+
+@pytest.mark.parametrize("fault", ["import", "kernels", "later"])
+def test_numpy_blends_when_cupy_fails(fault, cold, monkeypatch, tmp_path, caplog):
     """A driver may be too old for CuPy, and the job must still write its picture."""
     expected = blend_chunk(*chunk_to_blend())
-    monkeypatch.setitem(sys.modules, "cupy", cupy := standing_in_for_cupy())
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    reason = "cudaErrorInsufficientDriver: CUDA driver version is insufficient"
 
     def fail(array):
-        raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+        raise RuntimeError(reason)
 
-    cupy.asarray = fail
-    monkeypatch.setattr(blending, "_without_cupy", threading.Event())
+    if fault == "import":
+        (tmp_path / "cupy.py").write_text(f"raise ImportError({reason!r})")
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setitem(sys.modules, "cupy", cupy := standing_in_for_cupy())
+        if fault == "kernels":
+            cupy.asarray = fail
     with caplog.at_level("INFO", "inkdask"):
-        assert np.array_equal(blend_chunk(*chunk_to_blend()), expected)
-        blend_chunk(*chunk_to_blend())
+        warm_up()
+        wait_until_warm()
+        if fault == "later":
+            assert array_library() is cupy
+            cupy.asarray = fail
+        for _ in range(2):
+            assert np.array_equal(blend_chunk(*chunk_to_blend()), expected)
+            warm_up()
+        wait_until_warm()
+    assert array_library() is np
     assert caplog.text.count("CuPy cannot blend, NumPy does: cudaErrorInsufficientDriver") == 1
+
+
+def test_process_without_cupy_blends_with_numpy(cold, caplog):
+    if importlib.util.find_spec("cupy"):
+        pytest.skip("CuPy is installed")
+    with caplog.at_level("INFO", "inkdask"):
+        warm_up()
+        wait_until_warm()
+    assert array_library() is np
+    assert not caplog.text
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_cupy_blend_equals_numpy_blend(monkeypatch):
+def test_cupy_blend_equals_numpy_blend(cold):
     cupy = pytest.importorskip("cupy")
     expected = blend_chunk(*chunk_to_blend())
-    torch.zeros(1, device="cuda")
+    warm_up()
+    wait_until_warm()
     assert array_library() is cupy
     got = blend_chunk(*chunk_to_blend())
     assert type(got) is np.ndarray

@@ -154,9 +154,9 @@ def fast_float32(device: torch.device) -> AbstractContextManager[None]:
 def full_float32() -> AbstractContextManager[None]:
     """Compute float32 without TF32, for comparison.
 
-    Torch's flags are of the whole process. Two threads are never within blocks of different kinds,
-    because the second waits; other code, such as cells of a notebook, sees the flags of a block
-    while the block runs. The end of a block restores them.
+    Torch's flags are of the whole process. So a second thread waits for the end of the first one's
+    block, fast or full. Other code, such as cells of a notebook, sees a block's flags while the
+    block runs. The end of a block restores what was set before.
     """
     return _float32(fast=False)
 
@@ -181,11 +181,9 @@ def _float32(fast: bool) -> Iterator[None]:
 
 _flags = threading.RLock()  # held in a block
 
+_OPERATORS = ("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "cudnn.rnn")
 _FLAGS = (  # restored from the last to the first
-    *(
-        (owner, "fp32_precision")
-        for owner in ("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "cudnn.rnn")
-    ),
+    *((operator, "fp32_precision") for operator in _OPERATORS),
     ("cudnn", "allow_tf32"),
     ("cudnn", "benchmark"),
 )

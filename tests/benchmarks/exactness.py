@@ -40,7 +40,6 @@ def ways() -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
 
     yield "plain, float32", run
     yield "plain, bfloat16 autocast", autocast
-    fast_float32(DEVICE)  # as a job computes
     for dtype in dict.fromkeys((torch.float32, native_dtype(DEVICE))):
         yield f"inkdask, {str(dtype).removeprefix('torch.')}", prepared(plain, dtype)
     if has_int8(DEVICE):
@@ -64,6 +63,7 @@ def ours(plain: torch.nn.Module) -> TimeSformer:
     return network.to(DEVICE)
 
 
+@fast_float32(DEVICE)  # as a job computes
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(

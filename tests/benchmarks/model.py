@@ -203,6 +203,7 @@ def machine():
     )
 
 
+@fast_float32(DEVICE)  # as a job computes
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("networks", nargs="*", default=["timesformer", "resnet3d-50"])
@@ -224,7 +225,6 @@ def main():
         parser.error(f"no network {', '.join(unknown)}; known are {', '.join(ARCHITECTURES)}")
     torch.set_num_threads(cores())
     torch.set_grad_enabled(False)
-    fast_float32(DEVICE)
     # Each batch size of each path is compiled: torch would run those after the eighth as they are.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
