@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inkdask.blending import warm_up
 from inkdask.errors import InkdaskError
 from inkdask.models.fast import CORE_VOXELS, Forward
 from inkdask.models.hardware import (
@@ -63,6 +64,7 @@ TRUST = 8
 AHEAD = 2  # blocks on the device: one runs, one is ready
 CUSHION = 4  # batches that the device still has when the last tiles of a block stop waiting
 SWITCH_SECONDS = 5e-4  # turn of a thread beside a GPU, whose next work must not wait for Python
+THREADS = torch.get_num_threads()  # of the process; new threads take what was set last
 MOST_NETWORKS = 4  # in a process; the oldest is dropped
 
 _predictors: dict[Network, Predictor] = {}
@@ -226,10 +228,9 @@ class Predictor:
         """Queue the tiles of the next block, and leave the last few to the block after it."""
         block = self._coming.get()
         self._open.append(block)
-        before = torch.get_num_threads()
         torch.set_num_threads(block.threads)
         try:
-            with fast_float32(self.device):
+            with fast_float32(self.device), self._stream.work():
                 self._begin(block)
                 while self._left >= self.batch_size:
                     self._queue_batch()
@@ -242,7 +243,7 @@ class Predictor:
                 other.launched.set_exception(error)
             self._open.clear()
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(THREADS)
 
     @property
     def _left(self) -> int:
@@ -258,6 +259,8 @@ class Predictor:
         if self._form is None:
             from inkdask.models import forms
 
+            if self.device.type == "cuda":
+                warm_up()
             # From the middle, because the first tiles of a chunk are often almost empty.
             some = block.at[n // 2 :][: min(CANARY_TILES, self.batch_size)]
             self._form = forms.load(self.network, self.device, self.precision, block.voxels, some)

@@ -805,9 +805,10 @@ def test_networks_of_a_process_share_one_thread(block, origins):
 
 def test_threads_of_torch_are_given_back(block, origins, monkeypatch):
     """Threads that are made later take the number that was set last, in any thread."""
-    before = torch.get_num_threads()
+    before = inkdask.predictor.THREADS
     monkeypatch.setattr(inkdask.predictor, "cores", lambda: before + 1)
     Predictor(network(pool)).predict(block, origins)
+    inkdask.predictor._thread.submit(int).result()  # so that the block is over
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(torch.get_num_threads).result() == before
 

@@ -7,6 +7,7 @@ answers the same calls where all work is done when a call returns.
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,10 @@ class CpuStream:
     def upload(self, *arrays: np.ndarray) -> tuple[Tensor, ...]:
         """Begin to copy arrays to the device; from any thread."""
         return tuple(map(torch.from_numpy, arrays))
+
+    def work(self) -> AbstractContextManager[Any]:
+        """Queue what is computed within the block on this stream."""
+        return nullcontext()
 
     def receive(self, uploaded: Any) -> tuple[Tensor, ...]:
         """Return what `upload` began, for work that is queued from now on."""
@@ -67,10 +72,19 @@ class CudaMark:
 
 
 class CudaStream(CpuStream):
-    """A GPU, with a stream of its own for uploads, so that they do not wait for the network."""
+    """A GPU, with streams of its own for uploads and for the network.
+
+    Uploads do not wait for the network. Nor does CuPy, whose work on the default stream would
+    otherwise come after all that is queued.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self._uploads = device, torch.cuda.Stream(device)
+        self.device = device
+        self._uploads, self._network = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def work(self) -> AbstractContextManager[Any]:
+        """Queue what is computed within the block on this stream."""
+        return torch.cuda.stream(self._network)
 
     def upload(self, *arrays: np.ndarray) -> Any:
         """Begin to copy arrays to the device; from any thread."""
@@ -82,10 +96,9 @@ class CudaStream(CpuStream):
     def receive(self, uploaded: Any) -> tuple[Tensor, ...]:
         """Return what `upload` began, for work that is queued from now on."""
         there, mark = uploaded
-        network = torch.cuda.current_stream(self.device)
-        network.wait_event(mark.event)
+        self._network.wait_event(mark.event)
         for array in there:
-            array.record_stream(network)  # so that its memory is not used again too early
+            array.record_stream(self._network)  # so that its memory is not used again too early
         return tuple(there)
 
     def download(self, x: Tensor) -> Tensor:
