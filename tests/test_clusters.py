@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from inkdask.models import hardware
 from inkdask.settings import Settings
 from tests.conftest import free_port, start_server
 from tests.files import read_picture, write_layers
+from tests.nvml import build_nvml
 from tests.oracle import assert_same_picture, naive_map, papyrus, picture
 
 LAYERS, HEIGHT, WIDTH = 5, 150, 280
@@ -413,14 +413,7 @@ def test_local_workers_share_the_cores_and_no_secret_leaves_the_process(
 def library(tmp_path_factory):
     """Folder of a stand-in for NVML, the library that lists the GPUs of a machine."""
     pytest.importorskip("dask_cuda")
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    folder = tmp_path_factory.mktemp("nvml")
-    source, name = Path(__file__).parent / "nvml.c", "libnvidia-ml.so.1"
-    command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", folder / name, source]
-    subprocess.run(command, check=True)
-    return folder
+    return build_nvml(tmp_path_factory.mktemp("nvml"))
 
 
 GPU_JOB = """

@@ -1,5 +1,9 @@
 """Test the device, and the precision of float32 on a GPU; torch keeps its flags without one."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager, suppress
 
@@ -7,6 +11,7 @@ import pytest
 import torch
 
 from inkdask.models.hardware import fast_float32, full_float32
+from tests.nvml import build_nvml
 
 GPU = torch.device("cuda")
 
@@ -118,3 +123,52 @@ def test_blocks_of_two_threads_do_not_mix():
     other.join()
     assert seen[0].items() >= FULL.items()
     assert flags() == before
+
+
+DEVICES = """
+import json, logging, os, types
+import torch
+from inkdask.models import hardware
+
+OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU."
+
+def no_cuda():
+    raise RuntimeError(OLD)
+
+torch.cuda.is_available = lambda: False
+torch.cuda.init = no_cuda
+logging.basicConfig()
+found = []
+for cuda, gpus, visible in [
+    ("13.0", 1, None), ("13.0", 1, "0"), ("13.0", 1, ""), ("13.0", 1, "-1"), ("13.0", 0, None),
+    (None, 1, None), (None, 1, ""), (None, 0, None),
+]:
+    torch.version.cuda, os.environ["FAKE_GPUS"] = cuda, str(gpus)
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    hardware._check_idle_gpu.cache_clear()
+    for _ in range(2):
+        try:
+            found.append(str(hardware.device_for(types.SimpleNamespace(function=None))))
+        except hardware.InkdaskError as error:
+            found.append(str(error))
+print(json.dumps(found))
+"""
+
+
+def test_idle_gpu_is_an_error_or_a_warning_unless_it_is_hidden(tmp_path):
+    library = build_nvml(tmp_path)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(library)}
+    done = subprocess.run(
+        [sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    sentence = (
+        "This torch, built for CUDA 13.0, cannot use the stand-in with driver 580.00: The NVIDIA "
+        "driver on your system is too old (found version 12020); install a newer driver, or torch "
+        "for CUDA 12 with inkdask[cuda12], or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU."
+    )
+    assert found == [sentence] * 4 + ["cpu"] * 12
+    warning = "The CPU runs and the stand-in does not: this torch is built without CUDA."
+    assert done.stderr.count(warning) == 1

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import cache
 from operator import attrgetter
 
 import torch
@@ -22,12 +23,41 @@ log = logging.getLogger("inkdask")
 def device_for(network: Network) -> torch.device:
     """Return the device of a network: the first GPU of this process, or the CPU.
 
-    A callable runs where its parameters are, and on the CPU without parameters.
+    A callable runs where its parameters are, and on the CPU without parameters. An `InkdaskError`
+    says why a torch for CUDA cannot use a GPU that is there.
     """
     if network.function is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1", "NoDevFiles"):
+            _check_idle_gpu()
+        return torch.device("cpu")
     parameters = getattr(network.function, "parameters", lambda: iter(()))()
     return next((p.device for p in parameters), torch.device("cpu"))
+
+
+@cache  # one warning is enough
+def _check_idle_gpu() -> None:
+    """Raise an `InkdaskError`, or warn, where the machine has a GPU that torch does not use."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+        driver = pynvml.nvmlSystemGetDriverVersion()
+    except Exception:  # no driver, or no GPU
+        return
+    if torch.version.cuda is None:
+        log.warning("The CPU runs and the %s does not: this torch is built without CUDA.", name)
+        return
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        raise InkdaskError(
+            f"This torch, built for CUDA {torch.version.cuda}, cannot use the {name} with driver "
+            f"{driver}: {str(error).partition('. ')[0]}; install a newer driver, or torch for CUDA "
+            "12 with inkdask[cuda12], or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU."
+        ) from None
 
 
 def precision_for(network: Network, device: torch.device) -> str:
