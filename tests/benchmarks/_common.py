@@ -79,7 +79,7 @@ def scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="inkdask-benchmark-")
 
 
-def write_noise(folder: Path, height: int, width: int) -> None:
+def write_noise(folder: Path, height: int, width: int, layers: int = LAYERS) -> None:
     """Write uint16 layers of noise, of strips, in which no tile is empty."""
     (folder / "layers").mkdir(parents=True)
     noise = np.random.default_rng(0).integers(256, 1 << 16, (height, width), dtype=np.uint16)
@@ -89,7 +89,7 @@ def write_noise(folder: Path, height: int, width: int) -> None:
         tifffile.imwrite(folder / "layers" / f"{number:02d}.tif", layer, rowsperstrip=64)
 
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(write, range(LAYERS)))
+        list(threads.map(write, range(layers)))
 
 
 def reference_network(**sizes: int) -> Any:

@@ -94,10 +94,11 @@ class Given:
         import torch
         from torch.utils.benchmark import Timer
 
-        for _ in range(self.size(3, 1)):
-            function()
         timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-        return count / timer.blocked_autorange(min_run_time=self.size(1.0, 0.01)).median
+        if self.dry:
+            return count / timer.timeit(1).median
+        timer.timeit(3)  # warm
+        return count / timer.blocked_autorange(min_run_time=1.0).median
 
     def autocast(self, name: str) -> Any:
         """Return a context with autocast to a dtype."""
@@ -106,13 +107,12 @@ class Given:
         return torch.autocast(self.device, getattr(torch, name), enabled=not self.dry)
 
     def compiled(self, module: Any, x: Any, **options: Any) -> Any:
-        """Return a compiled network, warm, and tell the seconds; a dry run only traces it."""
+        """Return a compiled network, warm, and tell the seconds; a dry run leaves it as it is."""
         import torch
 
         start = time.perf_counter()
-        options = {"backend": "eager"} if self.dry else options
-        module = torch.compile(module, dynamic=False, **options)
-        for _ in range(3):  # the second pass records a CUDA graph
+        module = torch.compile(module, dynamic=False, disable=self.dry, **options)
+        for _ in range(self.size(3, 1)):  # the second pass records a CUDA graph
             module(x).float().sum().item()
         self.tell("seconds to compile", time.perf_counter() - start)
         return module
@@ -179,7 +179,8 @@ def run_stage(stage: Stage, given: Given, limit: float) -> Ended:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(given.folder / "inductor")}
     if given.dry:
         command.append("--dry")
-        environment.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+        # One thread, because two wait for each other where others use the cores, too.
+        environment.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(
