@@ -125,6 +125,23 @@ def bytes_received() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
+def runs_int8() -> bool:
+    """Whether a job of precision int8 runs in it here: with AMX, for example, it does not."""
+    import torch
+
+    from inkdask.errors import InkdaskError
+    from inkdask.models.hardware import precision_for
+    from inkdask.specs import ModelSpec, Network
+
+    model = ModelSpec("TimeSformer", "ink_timesformer", "")
+    network = Network(model, LAYERS, TILE, 4, 1, 1, "", precision="int8")
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return precision_for(network, device) == "int8"
+    except InkdaskError:
+        return False
+
+
 def side_for_device(on_cpu: int, on_gpu: int) -> int:
     """Side of a segment, in pixels, that keeps this machine busy for more than its start-up."""
     import torch

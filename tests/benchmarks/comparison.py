@@ -46,6 +46,7 @@ from tests.benchmarks._common import (
     gpu_memory,
     measure,
     reference_network,
+    runs_int8,
     save_checkpoint,
     scratch,
     side_for_device,
@@ -237,10 +238,8 @@ def left_out(with_weights: bool) -> set[str]:
     """The ways that are no different here."""
     if not with_weights:
         return {LARGER, "MONAI, autocast", "inkdask, int8"}
-    from inkdask.models.hardware import has_int8  # here, not to weigh on the others' processes
-
     out = set() if DEVICE == "cpu" else {LARGER}
-    return out if has_int8(torch.device(DEVICE)) else {*out, "inkdask, int8"}
+    return out if runs_int8() else {*out, "inkdask, int8"}
 
 
 def compare(name: str, side: int, stride: int, batch: int, rounds: int, with_weights: bool) -> None:

@@ -17,6 +17,7 @@ import argparse
 import datetime
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -79,6 +80,7 @@ class Given:
     def tell(self, what: str, value: Any, goal: str = "") -> None:
         """Tell a figure, and the goal on a GPU: ``>= NUMBER`` or ``<= NUMBER``."""
         value = value if isinstance(value, int | str) else float(value)
+        value = value if isinstance(value, str) or math.isfinite(value) else str(value)
         goal = "" if self.dry else goal
         print(json.dumps({"what": what, "value": value, "goal": goal}), flush=True)
 
@@ -272,7 +274,8 @@ def judged(value: Any, goal: str) -> str:
     if not goal:
         return ""
     least, number = goal.startswith(">="), float(goal[2:])
-    met = value >= number if least else value <= number
+    is_number = not isinstance(value, str)  # not "nan"
+    met = is_number and (value >= number if least else value <= number)
     return f"at {'least' if least else 'most'} {number:,g}: {'met' if met else '**missed**'}"
 
 
