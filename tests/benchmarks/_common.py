@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 import psutil
 import tifffile
+
+import inkdask
 
 LAYERS, TILE, STRIDE = 26, 64, 16
 SPREAD = 3.0  # times the random weights of the last layer: probabilities from 0.1 to 0.9
@@ -34,8 +37,9 @@ def machine() -> str:
     words = [f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"]
     if torch.cuda.is_available():
         words.append(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
-    packages = ("inkdask", "torch", "dask", "zarr", "numpy")
-    versions = [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
+    packages = ("torch", "dask", "zarr", "numpy")
+    versions = [f"Python {platform.python_version()}", f"inkdask {inkdask.__version__}"]
+    versions += [f"{package} {version(package)}" for package in packages]
     return f"{'; '.join(words)}; {', '.join(versions)}"
 
 
@@ -75,25 +79,35 @@ def scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="inkdask-benchmark-")
 
 
-def write_noise(folder: Path, height: int, width: int) -> None:
+def write_noise(folder: Path, height: int, width: int, layers: int = LAYERS) -> None:
     """Write uint16 layers of noise, of strips, in which no tile is empty."""
     (folder / "layers").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for number in range(LAYERS):
-        layer = rng.integers(256, 1 << 16, (height, width), dtype=np.uint16)
+    noise = np.random.default_rng(0).integers(256, 1 << 16, (height, width), dtype=np.uint16)
+
+    def write(number: int) -> None:  # the same noise, moved: making it takes longer than writing
+        layer = np.roll(noise, 7919 * number)
         tifffile.imwrite(folder / "layers" / f"{number:02d}.tif", layer, rowsperstrip=64)
 
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(write, range(layers)))
 
-def reference_network() -> Any:
-    """The package's TimeSformer with random weights: (b, f, 1, 64, 64) to (b, 16) logits."""
+
+def reference_network(**sizes: int) -> Any:
+    """The package's TimeSformer with random weights: (b, f, 1, 64, 64) to (b, 16) logits.
+
+    ``sizes`` are in the words of the package, and of another network than the published one.
+    """
     import torch
     from timesformer_pytorch import TimeSformer
 
+    published = {
+        "dim": 512, "image_size": TILE, "patch_size": 16, "num_frames": LAYERS, "num_classes": 16,
+        "depth": 8, "heads": 6, "dim_head": 64,
+    }  # fmt: skip
     torch.manual_seed(0)
     network = TimeSformer(
-        dim=512, image_size=TILE, patch_size=16, num_frames=LAYERS, num_classes=16, channels=1,
-        depth=8, heads=6, dim_head=64, attn_dropout=0.1, ff_dropout=0.1,
-    ).eval()  # fmt: skip
+        **{**published, **sizes}, channels=1, attn_dropout=0.1, ff_dropout=0.1
+    ).eval()
     with torch.no_grad():
         network.to_out[1].weight.mul_(SPREAD)
     return network
@@ -109,6 +123,23 @@ def save_checkpoint(network: Any, path: Path) -> None:
 def bytes_received() -> int:
     """Bytes that this process and its ended children have read from files (Linux)."""
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+def runs_int8() -> bool:
+    """Whether a job of precision int8 runs in it here: with AMX, for example, it does not."""
+    import torch
+
+    from inkdask.errors import InkdaskError
+    from inkdask.models.hardware import precision_for
+    from inkdask.specs import ModelSpec, Network
+
+    model = ModelSpec("TimeSformer", "ink_timesformer", "")
+    network = Network(model, LAYERS, TILE, 4, 1, 1, "", precision="int8")
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return precision_for(network, device) == "int8"
+    except InkdaskError:
+        return False
 
 
 def side_for_device(on_cpu: int, on_gpu: int) -> int:

@@ -39,12 +39,14 @@ from PIL import Image
 
 from tests.benchmarks._common import (
     LAYERS,
+    STRIDE,
     TILE,
     Measured,
     bytes_received,
     gpu_memory,
     measure,
     reference_network,
+    runs_int8,
     save_checkpoint,
     scratch,
     side_for_device,
@@ -168,6 +170,30 @@ def by_monai(folder: Path, network: Plain, stride: int, batch: int) -> None:
     write_picture(ink[0, 0].cpu().numpy(), folder / "picture.png")
 
 
+def differs_from_monai(folder: Path, picture: Path, corner: int, side: int) -> int:
+    """Greatest difference of a window of a job's picture from MONAI's in float32, of 255.
+
+    The window is a square with that ``corner`` in both axes; stride 16.
+    """
+    from monai.inferers import sliding_window_inference
+
+    layers = [tifffile.memmap(path, mode="r") for path in sorted((folder / "layers").iterdir())]
+    first = max(0, corner - TILE + STRIDE) // STRIDE * STRIDE  # all tiles that reach into it
+    last = min((corner + side - 1) // STRIDE * STRIDE + TILE, len(layers[0]))
+    volume = np.stack([layer[first:last, first:last] >> 8 for layer in layers])
+    volume = torch.from_numpy(np.minimum(volume.astype(np.float32), CLIP) / CLIP)
+    with torch.inference_mode():
+        ink = sliding_window_inference(
+            volume[None], (TILE, TILE), 32, Plain(folder / "random.pt", autocast=False),
+            overlap=1 - STRIDE / TILE, roi_weight_map=torch.from_numpy(hann()), sw_device=DEVICE,
+            device="cpu",
+        )  # fmt: skip
+    within = slice(corner - first, corner - first + side)
+    Image.MAX_IMAGE_PIXELS = None
+    there = np.asarray(Image.open(picture))[corner : corner + side, corner : corner + side]
+    return int(np.abs(there - np.floor(255 * ink[0, 0, within, within].numpy())).max())
+
+
 def by_inkdask(folder: Path, checkpoint: Path | None, stride: int, precision: str) -> None:
     import inkdask
 
@@ -212,10 +238,8 @@ def left_out(with_weights: bool) -> set[str]:
     """The ways that are no different here."""
     if not with_weights:
         return {LARGER, "MONAI, autocast", "inkdask, int8"}
-    from inkdask.models.hardware import has_int8  # here, not to weigh on the others' processes
-
     out = set() if DEVICE == "cpu" else {LARGER}
-    return out if has_int8(torch.device(DEVICE)) else {*out, "inkdask, int8"}
+    return out if runs_int8() else {*out, "inkdask, int8"}
 
 
 def compare(name: str, side: int, stride: int, batch: int, rounds: int, with_weights: bool) -> None:

@@ -18,12 +18,12 @@ import torch
 from timesformer_pytorch import TimeSformer
 
 import inkdask
-from inkdask.models.hardware import has_int8
 from tests.benchmarks._common import (
     LAYERS,
     TILE,
     machine,
     reference_network,
+    runs_int8,
     save_checkpoint,
     side_for_device,
     table,
@@ -74,7 +74,7 @@ def main() -> None:
         places = {"zarr_output_dir": scratch, "result_file": folder / "result.txt"}
         tiles = ((side - TILE + 15) // 16 + 1) ** 2
         ways = [("inkdask, first job of a process", "auto"), ("inkdask, end to end", "auto")]
-        if has_int8(torch.device(DEVICE)):
+        if runs_int8():
             ways += [("inkdask, end to end, int8", "int8")] * 2  # the first loads and checks it
         for name, precision in ways:
             start = time.perf_counter()

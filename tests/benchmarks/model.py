@@ -1,7 +1,7 @@
 """How fast the networks run, without anything around them.
 
     python -m tests.benchmarks.model                    # TimeSformer and ResNet3D-50
-    python -m tests.benchmarks.model --compile          # the same, and compiled
+    python -m tests.benchmarks.model --compile          # the same, and compiled, on a GPU
     python -m tests.benchmarks.model resnet3d-152-3d-decoder --tile 256
     python -m tests.benchmarks.model timesformer --batches 64 128 256 512 1024
     python -m tests.benchmarks.model timesformer --compile-modes reduce-overhead max-autotune
@@ -22,7 +22,6 @@ from functools import partial
 from importlib.metadata import version
 
 import torch
-import torch._inductor
 from timesformer_pytorch import TimeSformer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -141,9 +140,7 @@ def paths(architecture, layers, tile, modes, swept):
     best = native_dtype(DEVICE)
     batches = batch_sizes(spec)
     sweep = [[batch] for batch in swept] or [batches]
-    chosen = [[batch] for batch in swept] or [
-        batches[:1] if DEVICE.type == "cpu" else batches[-2:-1]
-    ]
+    chosen = [[batch] for batch in swept] or [batches[-2:-1]]
     work = count(plain, layers, tile)
 
     plain = plain.to(DEVICE)
@@ -163,11 +160,8 @@ def paths(architecture, layers, tile, modes, swept):
         eager = on_cores(packed, cores(), layers * tile * tile)
         for some in sweep:
             yield Path("inkdask", dtype, eager, some, done)
-        for mode in modes:  # as inkdask.models.fast compiles
-            options = torch._inductor.list_mode_options(mode, dynamic=False)
-            if DEVICE.type == "cpu":
-                options["freezing"] = True
-            other = torch.compile(copy.deepcopy(fast), dynamic=False, options=options)
+        for mode in modes:
+            other = torch.compile(copy.deepcopy(fast), dynamic=False, mode=mode)
             for some in chosen:
                 yield Path(f"inkdask, compiled, {mode}", dtype, other, some, done)
     if has_int8(DEVICE) and architecture == "ink_timesformer":
@@ -212,7 +206,9 @@ def main():
         "--tile", type=int, help="side of a ResNet3D tile; default 64, 256 on a GPU"
     )
     parser.add_argument("--rounds", type=int, default=4, help="turns of every path")
-    parser.add_argument("--compile", action="store_true", help="measure compiled networks too")
+    parser.add_argument(
+        "--compile", action="store_true", help="measure compiled networks too, on a GPU"
+    )
     parser.add_argument(
         "--compile-modes", nargs="+", default=[], metavar="MODE", help="in these modes of torch"
     )
@@ -223,6 +219,8 @@ def main():
     modes = options.compile_modes or (["reduce-overhead"] if options.compile else [])
     if unknown := set(options.networks) - set(ARCHITECTURES):
         parser.error(f"no network {', '.join(unknown)}; known are {', '.join(ARCHITECTURES)}")
+    if modes and DEVICE.type == "cpu":
+        parser.error("compiled networks are for a GPU, and this machine has none")
     torch.set_num_threads(cores())
     torch.set_grad_enabled(False)
     # Each batch size of each path is compiled: torch would run those after the eighth as they are.

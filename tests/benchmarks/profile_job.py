@@ -17,7 +17,7 @@ import collections
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +79,17 @@ def wait_for_gpu() -> None:
         torch.cuda.synchronize()
 
 
-def run_job(folder: Path, precision: str) -> int:
-    """Run the main job; returns its tiles."""
+def run_job(folder: Path, precision: str, **options: Any) -> int:
+    """Run the main job; returns the tiles that this process ran."""
     import inkdask
     from inkdask import storage
 
     before = storage.counters().tiles
     inkdask.run(
-        folder, model=str(folder / "random.pt"), model_type="timesformer", layers=(0, LAYERS),
+        folder, model=str(folder / "random.pt"), model_type="timesformer",
         zarr_output_dir=folder / "work", output_path=folder / "out", overwrite=True,
         result_file=folder / "result.txt", precision=precision,
+        **{"layers": (0, LAYERS), **options},
     )  # fmt: skip
     return storage.counters().tiles - before
 
@@ -186,16 +187,25 @@ def job_with_torch(folder: Path, precision: str) -> None:
     def profiled(*args: Any) -> Any:
         with profile(activities=activities, experimental_config=everywhere) as seen:
             out = original(*args)
-        for event in seen.key_averages():
-            if not on_gpu:
-                found[event.key] += event.self_cpu_time_total / 1e6
-            elif event.device_type is torch.autograd.DeviceType.CUDA:  # else of a kernel's caller
-                found[event.key] += event.self_device_time_total / 1e6
+        for name, seconds in seconds_by_operation(seen.key_averages(), on_gpu).items():
+            found[name] += seconds
         return out
 
     predictor.Predictor._run_stretch = profiled
     tiles = run_job(folder, precision)
     tell(tiles=tiles, operations=found)
+
+
+def seconds_by_operation(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
+    """Seconds of the operations that torch's profiler saw: kernels of a GPU, or calls."""
+    import torch
+
+    if not on_gpu:
+        return {event.key: event.self_cpu_time_total / 1e6 for event in events}
+    cuda = torch.autograd.DeviceType.CUDA
+    # Equal and not identical, because the profiler makes a new object for each event.
+    kernels = [event for event in events if event.device_type == cuda]
+    return {event.key: event.self_device_time_total / 1e6 for event in kernels}
 
 
 JOBS: dict[str, Callable[[Path, str], None]] = {

@@ -1,0 +1,419 @@
+"""Stages of the GPU benchmark: each a function that runs in a process of its own.
+
+Nothing heavy and nothing of inkdask is imported before a stage needs it, so that a stage alone
+fails where a module is missing. A stage tells its figures one by one: those told stay when it
+fails later.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tests.benchmarks._common import (
+    ROOT,
+    STRIDE,
+    TILE,
+    gpu_memory,
+    reference_network,
+    save_checkpoint,
+    size,
+    write_noise,
+)
+
+if TYPE_CHECKING:
+    from tests.benchmarks.gpu import Given
+
+SECOND = "second job, tiles/s"
+COMPILED = "reference network compiled, alone, tiles/s"
+USUAL = "the usual way, tiles/s"
+
+# A tiny TimeSformer for a CPU that interprets kernels: in the words of inkdask and of the package.
+COMMON = {"dim": 64, "depth": 2, "heads": 2}
+TINY = {**COMMON, "layers": 5, "tile": 16, "patch": 8, "head_dim": 16}
+THEIRS = {"num_frames": 5, "image_size": 16, "patch_size": 8, "dim_head": 16, "num_classes": 4}
+TINY_REFERENCE = {**COMMON, **THEIRS}
+
+
+def versions(given: Given) -> None:
+    """Machine, and the packages of inkdask."""
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
+    import torch
+    from packaging.requirements import Requirement
+
+    if not given.dry:
+        query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        given.tell("GPU", torch.cuda.get_device_name())
+        given.tell("driver, memory", driver)
+        given.tell("CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}")
+    memory, disk = psutil.virtual_memory().total, shutil.disk_usage(given.folder).free
+    given.tell("Python", sys.version.partition(" ")[0])
+    given.tell("cores, memory, free disk", f"{os.cpu_count()}, {size(memory)}, {size(disk)}")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["cuda"]]
+    for requirement in map(Requirement, [*wanted, "triton", "timesformer-pytorch", "monai"]):
+        try:
+            found = version(requirement.name)
+            if not requirement.specifier.contains(found, prereleases=True):
+                found += f", but inkdask asks for {requirement.specifier}"
+        except PackageNotFoundError:
+            found = "not installed"
+        given.tell(requirement.name, found)
+
+
+def timesformers(given: Given) -> tuple[Any, Any, Any]:
+    """Return the package's network, ours with the same weights, and 64 tiles (b, 1, f, t, t)."""
+    import torch
+
+    from inkdask.models.timesformer import TimeSformer
+
+    plain = reference_network(**given.size({}, TINY_REFERENCE)).requires_grad_(False)
+    ours = TimeSformer(**given.size({}, TINY)).eval().requires_grad_(False)
+    ours.load_state_dict(plain.state_dict())
+    f, g, p = ours.shape
+    x = torch.rand(given.size(64, 3), 1, f, g * p, g * p, device=given.device)
+    return plain.to(given.device), ours.to(given.device), x
+
+
+def probabilities(network: Any, x: Any) -> Any:
+    """Return probabilities (b, 1, k, k) of tiles, in float32."""
+    return network(x).float().sigmoid()
+
+
+def exact(plain: Any, x: Any) -> Any:
+    """Return those of the package's network, without TF32."""
+    import torch
+
+    from inkdask.models.hardware import full_float32
+
+    with full_float32():
+        p = torch.cat([probabilities(plain, part.transpose(1, 2)) for part in x.split(32)])
+    k = round(p.shape[1] ** 0.5)
+    return p.view(-1, 1, k, k)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill each new tensor with NaN, so that what a kernel does not write shows."""
+    import torch
+
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def kernels(given: Given) -> None:
+    """Compare the kernels with the network in float32, and gathered tiles with slices."""
+    torch = given.begin()
+    from inkdask.models import fast
+    from inkdask.models import kernels as ours
+
+    plain, network, x = timesformers(given)
+    expected = exact(plain, x)
+    fast.prepare(network, given.dtype)
+    x, fused = x.to(given.dtype), ours.FusedTimeSformer(network)
+    given.within(f"{len(x)} tiles, against float32", probabilities(fused, x), expected, 0.03)
+    given.within("one tile", probabilities(fused, x[:1]), expected[:1], 0.03)
+    with poisoned():
+        given.within("memory full of NaN", probabilities(fused, x), expected, 0.03)
+
+    t = x.shape[-1]
+    block = torch.randint(256, (x.shape[2], t + 37, t + 5), dtype=torch.uint8, device=given.device)
+    at = [(0, 0), (37, 5), (0, 5), (37, 0), (13, 3), (1, 2), (36, 4)]
+    tiles = torch.stack([block[:, y : y + t, x : x + t] for y, x in at])[:, None].float()
+    places = torch.tensor(at, device=given.device)
+    for clip, divisor in ((200.0, 200.0), (255.0, 255.0)):
+        expected = (tiles.clamp(max=clip) / divisor).to(given.dtype)
+        with poisoned():
+            found = ours.gather(block, places, t, clip, divisor, given.dtype)
+        what = f"tiles gathered from an odd block, clip {clip:g}"
+        given.within(what, found, expected, 2**-8)  # the last place of bfloat16
+
+
+def correctness(given: Given) -> None:
+    """Compare a predictor with the network in float32: edges of a block, and padded batches."""
+    torch = given.begin()
+    from inkdask.models import registry
+    from inkdask.predictor import Predictor
+
+    plain = reference_network().requires_grad_(False)
+    checkpoint = given.folder / "correctness.pt"
+    save_checkpoint(plain, checkpoint)
+    predictor = Predictor(
+        registry.resolve(str(checkpoint), model_type="timesformer", layers=given.layers)
+    )
+    count, rng = given.size(64, 5), np.random.default_rng(0)
+    block = rng.integers(0, 256, (given.layers, TILE + 45, TILE + 83), np.uint8)
+    edges = [(0, 0), (45, 83), (0, 83), (45, 0)]
+    at = np.concatenate([edges, rng.integers(0, (46, 84), (count - len(edges), 2))])
+    tiles = np.stack([block[:, y : y + TILE, x : x + TILE] for y, x in at])[:, None]
+    x = torch.from_numpy(tiles).to(given.device).float().clamp_(max=200).div_(200)
+    expected = exact(plain.to(given.device), x)[:, 0].cpu().numpy()
+    for some in (count, 1, count // 2 + 1):
+        what = f"{some} tiles of an odd block, against float32"
+        given.within(what, predictor.predict(block, at[:some], count), expected[:some], 0.03)
+    with poisoned():
+        given.within("memory full of NaN", predictor.predict(block, at, count), expected, 0.03)
+    given.tell("precision", predictor.precision)
+    if not given.dry and predictor.precision != "bfloat16":
+        raise ValueError(f"the fast path was rejected: {predictor.precision} runs")
+
+
+def ceilings(given: Given) -> None:
+    """Measure what the card can do at most."""
+    torch = given.begin()
+    k, count = given.size((8192, 2**31), (256, 2**20))
+    a, b = (torch.randn(k, k, device=given.device).to(given.dtype) for _ in range(2))
+    speed = given.rate(lambda: a @ b, 2 * k**3)
+    given.tell(f"{given.dtype} product of {k} x {k} matrices, TFLOP/s", speed / 1e12)
+    source = torch.empty(count, dtype=torch.uint8, device=given.device)
+    copy = torch.empty_like(source)
+    speed = given.rate(lambda: copy.copy_(source), 2 * count)
+    given.tell("copy on the device, read and written, TB/s", speed / 1e12)
+    host = torch.empty(30 << 20, dtype=torch.uint8, pin_memory=not given.dry)
+    place = torch.empty_like(host, device=given.device)
+    speed = given.rate(lambda: place.copy_(host, non_blocking=True), len(host))
+    given.tell("copy to the device, GB/s", speed / 1e9)
+
+
+def timesformer(given: Given) -> None:
+    """Measure TimeSformer alone: the package's, ours, and ours with the kernels."""
+    torch = given.begin()
+    from inkdask.models.fast import prepare
+
+    plain, network, x = timesformers(given)
+    expected = exact(plain, x)
+    batch, *others = given.size((256, 128, 512), (2,))
+    x = x.to(given.dtype)
+    tiles = x[torch.arange(batch, device=given.device) % len(x)]
+    frames = tiles.float().transpose(1, 2)
+    with given.autocast("bfloat16"):
+        speed = given.rate(lambda: plain(frames), batch)
+    given.tell(f"reference, autocast, batch {batch}, tiles/s", speed)
+    prepare(network, given.dtype)
+    speed = given.rate(lambda: network(tiles), batch)
+    given.tell(f"ours, eager, batch {batch}, tiles/s", speed)
+
+    from inkdask.models import kernels
+
+    start = time.perf_counter()
+    fused = kernels.FusedTimeSformer(network)
+    given.within("ours with kernels, against float32", probabilities(fused, x), expected, 0.03)
+    given.tell("seconds to build the kernels", time.perf_counter() - start)
+    best = 0.0
+    for count in (batch, *others):
+        tiles = x[torch.arange(count, device=given.device) % len(x)]
+        speed = given.rate(lambda tiles=tiles: fused(tiles), count)
+        given.tell(f"ours with kernels, batch {count}, tiles/s", speed)
+        best = max(best, speed)
+    given.tell("ours with kernels, best batch, tiles/s", best, ">= 11500")
+
+
+def resnet3d_50(given: Given) -> None:
+    """Measure ResNet3D-50 on tiles of 26 x 64 x 64."""
+    shape = given.size((256, 26, 64), (1, 4, 32))
+    resnet(given, "ink_resnet3d_50", *shape, {"eager": ">= 4500", "compiled": ">= 8000"})
+
+
+def resnet3d_152_decoder3d(given: Given) -> None:
+    """Measure ResNet3D-152 with the decoder in space, on tiles of 62 x 256 x 256."""
+    shape = given.size((8, 62, 256), (1, 4, 32))
+    goals = {"eager": ">= 100", "compiled": ">= 150"}
+    resnet(given, "ink_resnet3d_152_decoder3d", *shape, goals)
+
+
+def resnet(
+    given: Given, name: str, batch: int, layers: int, tile: int, goals: dict[str, str]
+) -> None:
+    """Measure a ResNet3D alone: plain under autocast, ours, and ours compiled."""
+    torch = given.begin()
+    from inkdask.models.fast import prepare
+    from inkdask.models.networks import BUILDERS
+
+    network = BUILDERS[name](layers=layers, tile=tile).eval().requires_grad_(False)
+    network = network.to(given.device)
+    x = torch.rand(batch, 1, layers, tile, tile, device=given.device)
+    with given.autocast("bfloat16"):
+        expected = probabilities(network, x)
+        given.tell("plain, autocast, tiles/s", given.rate(lambda: network(x), batch))
+    prepare(network, given.dtype)
+    x = x.to(given.dtype)
+    for way, goal in goals.items():
+        forward = given.compiled(network, x) if way == "compiled" else network
+        what = f"ours, {way}, against plain"
+        given.within(what, probabilities(forward, x), expected, 0.03)
+        speed = given.rate(lambda forward=forward: forward(x), batch)
+        given.tell(f"ours, {way}, tiles/s", speed, goal)
+    given.tell("GPU memory, GB", gpu_memory() / 1e9)
+
+
+def segment(given: Given, name: str, side: int) -> Path:
+    """Write a segment of noise with the weights of a network beside it."""
+    folder = given.folder / name
+    start = time.perf_counter()
+    write_noise(folder, side, side, given.layers)
+    given.tell("seconds to write the noise", time.perf_counter() - start)
+    save_checkpoint(reference_network(), folder / "random.pt")
+    (folder / "random.toml").write_text(f"layers = {given.layers}\n")
+    return folder
+
+
+def job(given: Given) -> None:
+    """Run two jobs in one process, then the network alone, and check the picture."""
+    # Empty, as in a new container: the first job builds its kernels.
+    os.environ["TRITON_CACHE_DIR"] = str(given.folder / "triton")
+    os.environ["CUPY_CACHE_DIR"] = str(given.folder / "cupy")
+    side = given.size(8000, 112)
+    folder = segment(given, "job", side)
+    start = time.perf_counter()
+    from inkdask import predictor, workflow  # noqa: F401  what a process imports is not the job
+    from tests.benchmarks.profile_job import run_job
+
+    given.tell("seconds to import", time.perf_counter() - start)
+    seconds = []
+    for what in ("first job, tiles/s", SECOND):
+        start = time.perf_counter()
+        tiles = run_job(folder, "auto", layers=(0, given.layers))
+        seconds.append(time.perf_counter() - start)
+        given.tell(what, tiles / seconds[-1])
+    given.tell(f"first of {tiles:,} tiles takes longer by s", seconds[0] - seconds[1], "<= 6")
+    given.tell("GPU memory, GB", gpu_memory() / 1e9)
+    alone = speed_alone(given)
+    given.tell("network alone in this process, tiles/s", alone)
+    share = tiles / seconds[1] / alone
+    given.tell("second job, of the network alone", share, ">= 0.95")
+    check_picture(given, folder, side)
+
+
+def speed_alone(given: Given) -> float:
+    """Return tiles a second of the fastest way to run the network of a job."""
+    torch = given.begin()
+    from inkdask.models.fast import prepare
+    from inkdask.models.timesformer import TimeSformer
+
+    network = TimeSformer(layers=given.layers).eval().requires_grad_(False).to(given.device)
+    prepare(network, given.dtype)
+    if not given.dry:
+        from inkdask.models import kernels
+
+        network = kernels.FusedTimeSformer(network)
+    batches = given.size((256, 512), (4,))
+    tiles = torch.rand(max(batches), 1, given.layers, TILE, TILE, device=given.device)
+    tiles = tiles.to(given.dtype)
+    return max(given.rate(lambda n=n: network(tiles[:n]), n) for n in batches)
+
+
+def check_picture(given: Given, folder: Path, side: int) -> None:
+    """Compare the middle and the last corner of a job's picture with a plain float32 one."""
+    given.begin()
+    from inkdask.models.hardware import full_float32
+    from tests.benchmarks.comparison import differs_from_monai
+
+    picture, window = Path((folder / "result.txt").read_text()), min(256, side)
+    corners = sorted({(side - window) // 2, side - window})
+    with full_float32():
+        worst = [differs_from_monai(folder, picture, corner, window) for corner in corners]
+    what = "picture, against a sliding window in float32, of 255"
+    given.within(what, np.asarray(worst), 0, 3)
+
+
+def usual(given: Given) -> None:
+    """Measure the compiled reference network alone, and fed by a loader that cuts tiles."""
+    torch = given.begin()
+    import zarr
+
+    from tests.benchmarks.comparison import Tiles
+
+    batch, workers, side = given.size((256, 8, 2048), (2, 2, 128))
+    network = reference_network().requires_grad_(False).to(given.device)
+    x = torch.rand(batch, given.layers, 1, TILE, TILE, device=given.device)
+    prepared, chunk = given.folder / "prepared.zarr", min(1024, side)
+    array = zarr.create_array(
+        prepared, shape=(side, side, given.layers), chunks=(chunk, chunk, 1), dtype=np.uint8,
+        zarr_format=2, compressors=None,
+    )  # fmt: skip
+    noise = np.random.default_rng(0).integers(1, 256, (side, side), np.uint8)
+    for z in range(given.layers):
+        array[:, :, z] = np.roll(noise, 7919 * z)
+    tiles = Tiles(prepared, STRIDE)
+    some = np.linspace(0, len(tiles) - 1, 2 * workers * batch).astype(
+        int
+    )  # all begin and end alike
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(tiles, some.tolist()), batch, num_workers=workers,
+        pin_memory=not given.dry,
+    )  # fmt: skip
+    with given.autocast("float16"):
+        network = given.compiled(network, x, mode="reduce-overhead")
+        given.tell(COMPILED, given.rate(lambda: network(x), batch))
+        start, done = time.perf_counter(), 0
+        for x, *_ in loader:
+            probabilities(network, x.to(given.device)[:, :, None]).cpu()
+            done += len(x)
+            given.tell(USUAL, done / (time.perf_counter() - start))
+
+
+def tests(given: Given) -> None:
+    """Run the tests that need a GPU."""
+    files = [f for f in sorted((ROOT / "tests").glob("test_*.py")) if ".gpu" in f.read_text()]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--tb=short"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", *map(str, files)], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    print(done.stdout, flush=True)
+    given.tell("pytest -m gpu", done.stdout.strip().splitlines()[-1].strip("= "))
+    if done.returncode:
+        raise ValueError(f"pytest ended with {done.returncode}")
+
+
+def cluster(given: Given) -> None:
+    """Run a small job on a cluster of a process for each GPU."""
+    from tests.benchmarks.profile_job import run_job
+
+    side, kind = given.size((1024, "cuda"), (112, "local"))
+    folder = segment(given, "cluster", side)
+    start = time.perf_counter()
+    run_job(folder, "auto", layers=(0, given.layers), cluster=kind)
+    seconds = time.perf_counter() - start
+    given.tell(f"job of {side} x {side} px with --cluster {kind}, s", seconds)
+    check_picture(given, folder, side)
+
+
+def blending(given: Given) -> None:
+    """Blend a chunk with NumPy and with CuPy."""
+    from inkdask import blending as ours
+    from inkdask.tiling import Tiling
+
+    side, k, rng = given.size(2048, 256), 4, np.random.default_rng(0)
+    tiling = Tiling.of((2 * side, 2 * side), TILE, STRIDE, side)
+    y, x = (ours.matrices(axis, 1, k, "hann", 0.0) for axis in (tiling.y, tiling.x))
+    grid = rng.random((y[1].shape[1], x[1].shape[1], k, k), np.float32)
+    arrays = grid, np.ones((side, side), bool), *y, *x
+    expected = ours._products(np, *arrays)
+    speed = given.rate(lambda: ours._products(np, *arrays))
+    given.tell(f"chunk of {side} x {side} px by NumPy, ms", 1e3 / speed)
+    start = time.perf_counter()
+    import cupy
+
+    found = ours._products(cupy, *arrays).get()
+    given.tell("first chunk by CuPy, s", time.perf_counter() - start)
+    speed = given.rate(lambda: ours._products(cupy, *arrays).get())
+    given.tell("next chunks by CuPy, ms", 1e3 / speed)
+    given.within("CuPy, against NumPy", found, expected, 1e-6)
