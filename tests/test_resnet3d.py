@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inkdask.models import resnet3d
+from inkdask.models import convolutions, resnet3d
 from inkdask.models.depth_cnn import DepthCNN
 from inkdask.models.fast import prepare
 from inkdask.models.networks import BUILDERS
@@ -184,6 +184,15 @@ def randomize(network):
     return network
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Let a single core compute, because steps of small networks are short."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Let the networks have an eighth of their channels."""
@@ -191,27 +200,87 @@ def small(monkeypatch):
     monkeypatch.setattr(resnet3d, "MAPS", (32, 64, 128, 256))
 
 
-DECODERS = [(Decoder2D, in_the_plane), (lambda: Decoder3D((32, 32, 64, 64)), in_space)]
+def give_kernels_of_a_gpu(monkeypatch):
+    """Let the CPU have the fused kernels; return the scales of the maps that they add."""
+    scales = []
+
+    def add_relu(x, weight, plus, scale, bias, *rest):
+        assert x.is_contiguous(memory_format=torch.channels_last_3d)
+        assert plus.isfinite().all()
+        scales.append(scale)
+        return F.relu(F.conv3d(x, weight, bias, *rest) + scale * plus)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    monkeypatch.setattr(convolutions, "_has_kernels", lambda x: True)
+    return scales
+
+
+DECODERS = {"2d": (Decoder2D, in_the_plane), "3d": (lambda: Decoder3D((32, 32, 64, 64)), in_space)}
+CASES = [  # network, decoder and tile; depths of checkpoints, and an odd one
+    (50, "2d", (26, 32, 64)),
+    (50, "2d", (17, 64, 32)),
+    (50, "3d", (17, 64, 32)),
+    (101, "2d", (9, 32, 32)),
+    (152, "2d", (9, 32, 32)),
+    (152, "3d", (62, 32, 32)),
+]
+
+
+def small_network(depth, decoder, shape):
+    """A network with its tile, and the logits restated."""
+    make, decode = DECODERS[decoder]
+    network = randomize(ResNet3D(depth, make()).eval())
+    x = torch.rand(2, 1, *shape)
+    return network, x, restated(network.state_dict(), x, depth, decode)
 
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(("decoder", "decode"), DECODERS, ids=["2d", "3d"])
-def test_logits_are_those_restated_before_and_after_preparation(decoder, decode):
-    network = randomize(ResNet3D(50, decoder()).eval())
-    x = torch.rand(1, 1, 9, 64, 32)
-    expected = restated(network.state_dict(), x, 50, decode)
-    scale = expected.std()
-    assert scale > 0
+@pytest.mark.parametrize(("depth", "decoder", "shape"), CASES)
+def test_logits_are_those_restated_plain_prepared_and_fused(monkeypatch, depth, decoder, shape):
+    network, x, expected = small_network(depth, decoder, shape)
+    assert expected.std() > 0
+    # More for the decoder in space, because torch's group norm is less exact channels-last.
+    tolerance = {"2d": 1e-4, "3d": 3e-3}[decoder] * expected.std()
     got = network(x)
-    assert got.shape == (1, 1, 16, 8)
-    assert (got - expected).abs().max() < 1e-4 * scale
+    assert got.shape == (2, 1, shape[1] // 4, shape[2] // 4)
+    assert (got - expected).abs().max() < tolerance
 
     prepare(network, torch.float32)
     names = network.state_dict()
     assert not any("bn" in name for name in names)
     assert "layer1.0.conv1.bias" in names
-    assert (network(x) - expected).abs().max() < 1e-3 * scale
+    assert (network(x) - expected).abs().max() < tolerance
+
+    scales = give_kernels_of_a_gpu(monkeypatch)
+    assert (network(x) - expected).abs().max() < tolerance
+    assert scales == [0.0, 1.0] * sum(BLOCKS[depth])  # conv2 and conv3 of each block
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_logits_in_bfloat16_are_near_those_restated(decoder):
+    network, x, expected = small_network(50, decoder, (9, 64, 32))
+    prepare(network, torch.bfloat16)
+    off = (network(x.bfloat16()).float() - expected).abs()
+    assert off.max() < 0.3 * expected.std()
+    assert off.mean() < 0.05 * expected.std()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@torch.inference_mode()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_gpu_gives_the_logits_restated(decoder):
+    make, decode = DECODERS[decoder]
+    network = randomize(ResNet3D(50, make()).eval())
+    x = torch.rand(2, 1, 17, 64, 64)
+    expected = restated(network.state_dict(), x, 50, decode)
+    prepare(network.cuda(), torch.bfloat16)
+    off = (network(x.cuda().bfloat16()).float().cpu() - expected).abs()
+    assert off.max() < 0.3 * expected.std()
+    assert off.mean() < 0.05 * expected.std()
 
 
 @torch.inference_mode()

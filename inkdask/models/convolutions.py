@@ -80,7 +80,8 @@ def windows(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     more = -depth % 8
     x = F.pad(x, (0, 0, 0, 0, depth // 2, depth // 2 + more)).unfold(1, depth + more, 1)
     weight = F.pad(weight, (0, 0, 0, 0, 0, more)).contiguous(memory_format=torch.channels_last)
-    return rearrange(x, "b z y x d -> (b z) y x d").permute(0, 3, 1, 2), weight
+    x = rearrange(x, "b z y x d -> (b z) y x d").contiguous()
+    return rearrange(x, "n y x d -> n d y x"), weight
 
 
 def max_over_depth(x: Tensor) -> Tensor:
