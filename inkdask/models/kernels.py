@@ -36,8 +36,7 @@ class FusedTimeSformer(nn.Module):
         f, g, _ = network.shape
         frames = torch.stack(network.frame_rot_emb(f, 1, torch.float32)).view(2, f, -1)
         places = torch.stack(network.image_rot_emb(g, 1, torch.float32)).view(2, g * g, -1)
-        e = frames.shape[-1]
-        if max(f, g * g) > LONGEST or e not in (16, 32, 64, 128):
+        if (e := frames.shape[-1]) not in (16, 32, 64, 128) or max(f, g * g) > LONGEST:
             raise ValueError(f"no kernel takes {f} frames, {g * g} patches and heads {e} wide")
         self.network, self.k = network, network.k
         self.register_buffer("frames", frames, persistent=False)
@@ -224,8 +223,8 @@ def _gather(block, at, out, z, h, w, clip, divisor, T: tl.constexpr, B: tl.const
     tile = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * B + tl.arange(0, B)
     inside = i < z * (T * T)
+    # Rows and columns are int64, as `at` is, because a block may have more than 2^31 voxels.
     y, x = tl.load(at + 2 * tile) + i // T % T, tl.load(at + 2 * tile + 1) + i % T
-    layer = (i // (T * T)).to(tl.int64)  # because a block may have more than 2^31 voxels
-    voxel = tl.load(block + (layer * h + y) * w + x, mask=inside, other=0).to(tl.float32)
+    voxel = tl.load(block + (i // (T * T) * h + y) * w + x, mask=inside, other=0).to(tl.float32)
     voxel = tl.div_rn(tl.minimum(voxel, clip), divisor)  # rounds as on a CPU
     tl.store(out + tile * z * (T * T) + i, voxel.to(out.dtype.element_ty), mask=inside)
