@@ -3,12 +3,13 @@
 #   docker run --gpus all -e MODEL=... -e S3_PATH=... -e START_LAYER=17 -e END_LAYER=43 inkdask
 #
 # GPU:  docker build -t inkdask .
+#   with drivers before 580:
+#       docker build -t inkdask --build-arg BASE_IMAGE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-runtime .
 # CPU:  docker build -t inkdask:cpu --build-arg BASE_IMAGE=python:3.11-slim \
 #         --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
 #
 # The base brings Python 3.11 or newer with pip. Where it brings PyTorch, that one is used, and where
-# that one is built for CUDA, the packages for GPUs are added. torch.compile needs a C compiler: the
-# CUDA base has one, and without one the network runs uncompiled.
+# that one is built for CUDA, the packages for GPUs are added.
 ARG BASE_IMAGE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 
 FROM ${BASE_IMAGE} AS build
@@ -23,7 +24,8 @@ COPY pyproject.toml constraints.txt ./
 RUN mkdir -p inkdask cluster/base \
  && touch README.md LICENSE inkdask/__init__.py cluster/base/dask-cluster.yaml \
  && extras=kubernetes,viz \
- && if python3 -c "import torch; assert torch.version.cuda" 2>/dev/null; then extras=cuda,$extras; fi \
+ && cuda=$(python3 -c "import torch; print(torch.version.cuda or '')" 2>/dev/null || true) \
+ && case $cuda in 12.*) extras=cuda12,$extras ;; ?*) extras=cuda,$extras ;; esac \
  && python3 -m venv --without-pip --system-site-packages /opt/inkdask \
  && python3 -m pip --python /opt/inkdask/bin/python install ".[$extras]"
 
@@ -40,9 +42,10 @@ LABEL org.opencontainers.image.title="inkdask" \
 
 # A number, because Kubernetes must see that it is not root; the root file system may be read-only.
 # Only /tmp is written. /tmp/cache is worth a volume: weights and compiled kernels are kept there.
+# Any user may write to it, because some clusters choose the number themselves.
 RUN groupadd --gid 10001 inkdask \
  && useradd --uid 10001 --gid inkdask --no-create-home --home-dir /tmp inkdask \
- && install --directory --owner=inkdask --group=inkdask /tmp/cache
+ && install --directory --mode=1777 /tmp/cache
 ENV PATH=/opt/inkdask/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
@@ -52,6 +55,19 @@ ENV PATH=/opt/inkdask/bin:$PATH \
     TRITON_CACHE_DIR=/tmp/cache/triton \
     CUPY_CACHE_DIR=/tmp/cache/cupy
 COPY --from=build /opt/inkdask /opt/inkdask
+
+# On a GPU, Triton compiles a launcher of its kernels in C, which includes Python.h. Bases with CUDA
+# differ in what they have of it.
+# hadolint ignore=DL3008
+RUN if python3 -c "import torch; assert torch.version.cuda" 2>/dev/null; then \
+      header=$(python3 -c "import sysconfig; print(sysconfig.get_path('include'))")/Python.h; \
+      gcc -fsyntax-only "$header" || { \
+        apt-get update \
+        && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
+        && rm -rf /var/lib/apt/lists/* \
+        && gcc -fsyntax-only "$header"; \
+      }; \
+    fi
 
 USER 10001:10001
 WORKDIR /tmp

@@ -7,10 +7,16 @@ import shutil
 from functools import cache
 
 import click
+import dask.array as da
+import numpy as np
 import pytest
 import yaml
 
 from inkdask.cli import inkdask_
+from inkdask.clusters.cuda import THREADS
+from inkdask.memory import IMPORTS, expected_memory
+from inkdask.reading.images import DECODING_BYTES
+from inkdask.tiling import Tiling
 from tests.manifests import CLUSTER, only, pod_specs, problems, render
 
 COMPONENTS = sorted(folder.name for folder in (CLUSTER / "components").iterdir())
@@ -203,6 +209,50 @@ def test_gpus_are_requested_only_by_pods_that_infer(site, rendered):
     assert len(selected) == 3
     for pod in selected:
         assert "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
+
+
+def test_gpu_pods_have_memory_for_large_jobs_and_a_compiler(site, rendered):
+    layers, width, chunk, threads = 62, 40_000, 2048, THREADS
+    volume = da.zeros((layers, width, width), chunks=(layers, 64, width), dtype=np.uint8)
+    tiling = Tiling.of(volume.shape[1:], tile=256, stride=128, chunk=chunk)
+    cuda, compiler, decoding = 3e9 - IMPORTS, 4 * 0.5e9, 2 * DECODING_BYTES
+    needed = expected_memory(volume, tiling, threads) + cuda + compiler + decoding
+    found = [container for _, container in containers(site) if "nvidia.com/gpu" in str(container)]
+    assert len(found) == 3
+    for container in found:
+        memory = container["resources"]["limits"]["memory"]
+        assert memory == container["resources"]["requests"]["memory"]
+        assert needed < int(memory.removesuffix("Gi")) * 2**30
+        environment = {variable["name"]: variable["value"] for variable in container.get("env", [])}
+        words = [*container["args"], "--nthreads", environment.get("DASK_NUM_WORKERS")]
+        assert words[words.index("--nthreads") + 1] == str(threads)
+    words = only(rendered("cpu"), "DaskCluster")["spec"]["worker"]["spec"]["containers"][0]["args"]
+    assert words[words.index("--nthreads") + 1] == "4"
+
+
+def test_all_pods_of_a_job_agree_on_the_size_of_chunks(site, job):
+    """The default depends on the device, and some pods of a job have none."""
+    assert only(site, "ConfigMap")["data"]["CHUNK_SIZE"] == "2048"
+    programs = [c for _, c in containers([*site, *job]) if c["command"] == ["inkdask"]]
+    assert len(programs) > 10
+    for container in programs:
+        assert {"configMapRef": {"name": "inkdask", "optional": True}} in container["envFrom"]
+        assert "CHUNK_SIZE" not in {variable["name"] for variable in container["env"]}
+
+
+def test_cache_outlives_pods_with_its_component(rendered):
+    for part, pods in (("", 7), ("job", 8)):
+        documents = rendered("cache", part)
+        claim = only(documents, "PersistentVolumeClaim")["metadata"]["name"]
+        kept = [
+            container["name"]
+            for document in documents
+            for pod in pod_specs(document)
+            if {"name": "cache", "persistentVolumeClaim": {"claimName": claim}} in pod["volumes"]
+            for container in pod["containers"]
+            if {"name": "cache", "mountPath": "/tmp/cache"} in container["volumeMounts"]
+        ]
+        assert len(kept) == pods
 
 
 def test_workflows_take_the_same_parameters(site):

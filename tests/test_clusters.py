@@ -457,9 +457,9 @@ def test_cuda_cluster_has_one_worker_for_each_named_gpu(library, segment, volume
     assert done.returncode == 0, done.stderr
     found, uri = json.loads(done.stdout)
     assert found == [
-        [{"0": 4, "1": 4}, ["0,1", "1,0"]],
-        [{"1": 4}, ["1"]],
-        [{"0": 4}, ["0,1"]],
+        [{"0": 8, "1": 8}, ["0,1", "1,0"]],
+        [{"1": 8}, ["1"]],
+        [{"0": 8}, ["0,1"]],
     ]
     assert {place["gpu"] for place in places(tmp_path)} <= {"0,1", "1,0"}
     assert_right(uri, volume)

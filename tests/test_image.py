@@ -5,11 +5,14 @@ import os
 import shlex
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 import inkdask
@@ -47,6 +50,55 @@ def test_build_context_holds_only_what_is_copied():
     assert sorted(name for names in copied for name in names) == sorted(let_in)
     assert all((ROOT / name).exists() for name in let_in)
     assert "*" in lines
+
+
+APT = ["apt-get update", "apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev"]
+CHECK = ["gcc -fsyntax-only /include/Python.h"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "complete", "expected"),
+    [(True, True, CHECK), (True, False, CHECK + APT + CHECK), (False, False, [])],
+)
+def test_image_gets_what_triton_compiles_with(cuda, complete, expected, tmp_path):
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    [command] = [line[4:] for line in text.splitlines() if line.startswith("RUN") and "gcc" in line]
+    ran, installed = tmp_path / "ran", tmp_path / "installed"
+    ran.touch()
+    if complete:
+        installed.touch()
+    programs = {
+        "python3": f'case "$2" in *assert*) {str(cuda).lower()} ;; *) echo /include ;; esac',
+        "gcc": f'echo "gcc $*" >> {ran}; test -e {installed}',
+        "apt-get": f'echo "apt-get $*" >> {ran}; test "$1" = update || : > {installed}',
+        "rm": "true",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(["/bin/sh", "-c", command], env={"PATH": str(tmp_path)}, check=True)
+    assert ran.read_text().splitlines() == expected
+
+
+def test_constraints_hold_for_both_versions_of_cuda():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    allowed = {canonicalize_name(pin.name): pin.specifier for pin in pins}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for extra, of_torch in (  # what torch 2.13 requires, by the CUDA that it is built for
+        ("cuda", {"cuda-bindings": "13.0.3", "cuda-toolkit": "13.0.3"}),
+        ("cuda12", {"cuda-bindings": "12.9.4", "cuda-toolkit": "12.6.3"}),
+    ):
+        for name, version in of_torch.items():
+            assert version in allowed[name], (extra, name)
+        for requirement in map(Requirement, extras[extra]):
+            pin = allowed[requirement.name]
+            [version] = [s.version for s in pin if s.operator == "=="] or [
+                of_torch[requirement.name]
+            ]
+            assert version in requirement.specifier, (extra, requirement.name)
 
 
 @pytest.fixture
@@ -114,3 +166,15 @@ def test_container_has_no_rights_and_no_build_tools(container):
     assert said.stdout.split() == ["10001", "[]", "False"], said.stderr
     for words in (["scheduler", "--help"], ["worker", "--help"], ["ink", "--help"]):
         assert container("--entrypoint", "dask", words=words).returncode == 0
+
+
+@pytest.mark.slow
+def test_container_of_any_user_keeps_kernels(container):
+    code = (
+        "import os; from pathlib import Path; names = 'TRITON', 'TORCHINDUCTOR', 'CUPY'; "
+        "[Path(os.environ[name + '_CACHE_DIR'], 'x').mkdir(parents=True) for name in names]; "
+        "print(*sorted(os.listdir('/tmp/cache')))"
+    )
+    options = ("--user", "12345:0", "-v", "/tmp/cache", "--entrypoint", "python")
+    said = container(*options, words=["-c", code])
+    assert said.stdout.split() == ["cupy", "inductor", "triton"], said.stderr

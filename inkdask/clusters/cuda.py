@@ -13,7 +13,7 @@ from inkdask.errors import InkdaskError
 if TYPE_CHECKING:
     from distributed import Client
 
-THREADS = 4  # per worker: one waits for the GPU, the others read and decode ahead
+THREADS = 8  # per worker: one waits for the GPU, the others read and decode ahead
 
 
 @contextmanager
