@@ -18,7 +18,7 @@ import importlib.util
 import logging
 import threading
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -30,6 +30,7 @@ from inkdask.tiling import Axis, Tiling
 
 log = logging.getLogger(__name__)
 
+STRIP = 256  # pixels whose products are made at a time
 FLOOR = 1e-6  # least weight of a window whose largest weight is 1
 
 _warming = threading.Lock()  # locked for good by the first `warm_up` of this process
@@ -94,29 +95,37 @@ def blend_chunk(
     row, column
         Place of the chunk, int (1,) each.
     """
-    y = matrices(tiling.y, int(row[0]), grid.shape[-1], window, sigma)
-    x = matrices(tiling.x, int(column[0]), grid.shape[-1], window, sigma)
+    y = strips(tiling.y, int(row[0]), grid.shape[-1], window, sigma)
+    x = strips(tiling.x, int(column[0]), grid.shape[-1], window, sigma)
     xp = array_library()
     if xp is not np:
         try:
-            return np.asarray(_products(xp, grid, valid, *y, *x).get())
+            return np.asarray(_products(xp, grid, valid, y, x).get())
         except Exception as error:  # for example lack of memory
             _cupy_is_ready.clear()
             log.warning("CuPy cannot blend, NumPy does: %s", error)
-    return np.asarray(_products(np, grid, valid, *y, *x))
+    return np.asarray(_products(np, grid, valid, y, x))
 
 
-def _products(xp: Any, *arrays: np.ndarray) -> Any:
+def _products(xp: Any, grid: Any, valid: Any, ys: Strips, xs: Strips) -> Any:
     """Multiply the grid by the matrices of both axes, with NumPy or CuPy: float32 (y, x)."""
-    grid, valid, By, wy, Bx, wx = (xp.asarray(array) for array in arrays)
+    grid, valid = xp.asarray(grid), xp.asarray(valid)
     ran = ~xp.isnan(grid[:, :, 0, 0])  # (gy, gx)
     # Multiply in float64, because float32 pictures would differ between processors and libraries.
     P = xp.where(ran[:, :, None, None], grid, 0).astype(xp.float64)
     P = rearrange(P, "gy gx a b -> (gy a) (gx b)")
-    total = (By @ P) @ Bx.T  # (y, x)
-    weight = (wy @ ran.astype(xp.float64)) @ wx.T  # (y, x)
-    covered = valid & (weight > 0)
-    return xp.where(covered, total / xp.where(covered, weight, 1), 0).astype(xp.float32)
+    k, ran = grid.shape[-1], ran.astype(xp.float64)
+    ink = xp.zeros(valid.shape, xp.float32)
+    along_x = [(x, xp.asarray(x.B.T), xp.asarray(x.w.T)) for x in xs]
+    for y in ys:
+        rows = xp.asarray(y.B) @ P[k * y.tiles.start : k * y.tiles.stop]  # (pixels, gx * k)
+        weights = xp.asarray(y.w) @ ran[y.tiles]  # (pixels, gx)
+        for x, Bx, wx in along_x:
+            total = rows[:, k * x.tiles.start : k * x.tiles.stop] @ Bx
+            weight = weights[:, x.tiles] @ wx
+            covered = valid[y.pixels, x.pixels] & (weight > 0)
+            ink[y.pixels, x.pixels] = xp.where(covered, total / xp.where(covered, weight, 1), 0)
+    return ink
 
 
 def array_library() -> Any:
@@ -147,9 +156,9 @@ def _warm_up() -> None:
         tiling = Tiling.of((128, 128), 64, 16, 128)
         for k in (4, 1):  # a single value per tile has kernels of its own
             grid = np.zeros((*tiling.grid_shape, k, k), np.float32)
-            along = matrices(tiling.y, 0, k, "hann", 0.0)
+            along = strips(tiling.y, 0, k, "hann", 0.0)
             valid = np.ones(tiling.shape, bool)
-            _products(_UntilExit(cupy), grid, valid, *along, *along).get()
+            _products(_UntilExit(cupy), grid, valid, along, along).get()
     except Exception as error:  # for example an old driver
         log.warning("CuPy cannot blend, NumPy does: %s", error)
     else:
@@ -168,18 +177,40 @@ class _UntilExit:
         return getattr(self._module, name)
 
 
-def matrices(
-    axis: Axis, index: int, k: int, window: BlendMode, sigma: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return B (pixels, tiles * k) and w (pixels, tiles) of a chunk along an axis, float64."""
+class Strip(NamedTuple):
+    """Pixels of a chunk along an axis, and the matrices of the tiles that reach them.
+
+    Attributes
+    ----------
+    pixels, tiles
+        Both count from the first of the chunk.
+    B, w
+        Float64 (pixels, tiles * k) and (pixels, tiles).
+    """
+
+    pixels: slice
+    tiles: slice
+    B: np.ndarray
+    w: np.ndarray
+
+
+Strips = tuple[Strip, ...]
+
+
+def strips(axis: Axis, index: int, k: int, window: BlendMode, sigma: float) -> Strips:
+    """Return a chunk along an axis in strips.
+
+    The matrices of the whole chunk would be zeros for the most part, because few of its tiles
+    reach a pixel.
+    """
     origins = tuple(axis.reaching_origins(index).tolist())
-    return _matrices(origins, axis.chunks[index], axis.tile, k, window, sigma)
+    return _strips(origins, axis.chunks[index], axis.tile, k, window, sigma)
 
 
 @lru_cache(maxsize=16)  # few, because all chunks but those at the borders share theirs
-def _matrices(
+def _strips(
     origins: tuple[int, ...], pixels: int, tile: int, k: int, window: BlendMode, sigma: float
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Strips:
     w, u = taper(tile, window, sigma), upsampling(tile, k)
     B = np.zeros((pixels, len(origins), k))
     W = np.zeros((pixels, len(origins)))
@@ -188,7 +219,15 @@ def _matrices(
         inside = slice(start - origin, stop - origin)
         W[start:stop, i] = w[inside]
         B[start:stop, i] = w[inside, None] * u[inside]
-    return B.reshape(pixels, -1), W
+    cut = []
+    for start in range(0, pixels, STRIP):
+        some = slice(start, min(start + STRIP, pixels))
+        reaching = np.flatnonzero(W[some].any(0))  # neighbours, because origins ascend
+        tiles = slice(int(reaching[0]), int(reaching[-1]) + 1)
+        cut.append(
+            Strip(some, tiles, B[some, tiles].reshape(some.stop - start, -1), W[some, tiles])
+        )
+    return tuple(cut)
 
 
 def taper(tile: int, window: BlendMode = "hann", sigma: float = 0.0) -> np.ndarray:

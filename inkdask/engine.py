@@ -22,6 +22,7 @@ from dask import threaded
 from dask.callbacks import Callback
 from dask.delayed import Delayed
 from dask.system import CPU_COUNT
+from threadpoolctl import threadpool_limits
 
 from inkdask.errors import InkdaskError, UnavailableError
 from inkdask.failures import Failure, caught
@@ -180,7 +181,8 @@ def _on_threads(tasks: Mapping[int, Delayed], tell: Tell) -> None:
     numbered = [dask.delayed(_Told)(number, task) for number, task in tasks.items()]
     pool = ThreadPoolExecutor(threads())
     try:
-        with Callback(posttask=pass_on):
+        # A thread for each product, because tasks run side by side; nannies do so for workers.
+        with threadpool_limits(1, "blas"), Callback(posttask=pass_on):
             dask.compute(*numbered, scheduler=threaded.get, pool=pool)
     except Exception as error:  # of a step that is Dask's own, or of a user's array
         if error in refused:

@@ -110,6 +110,7 @@ def standing_in_for_cupy():
     module.isnan, module.float32, module.float64 = np.isnan, np.float32, np.float64
     module.asarray = lambda array: np.asarray(array).view(OnGpu)
     module.where = lambda *arrays: np.where(*arrays).view(OnGpu)
+    module.zeros = lambda *shape: np.zeros(*shape).view(OnGpu)
     return module
 
 
@@ -186,7 +187,9 @@ def slow(function):
         time.sleep(0.5)
         return function(*arrays)
     return call
-asarray, isnan, where = map(slow, (numpy.asarray, numpy.isnan, numpy.where))
+asarray, isnan, where, zeros = map(
+    slow, (numpy.asarray, numpy.isnan, numpy.where, numpy.zeros)
+)
 """
 
 END_EARLY = """

@@ -14,6 +14,7 @@ import pytest
 import torch
 from dask import delayed
 from distributed import Client, KilledWorker
+from threadpoolctl import threadpool_info
 
 from inkdask import engine
 from inkdask.errors import InkdaskError, UnavailableError
@@ -253,6 +254,16 @@ def test_failed_task_is_retried_on_another_worker(monkeypatch):
         tasks = [delayed(fallible(function))(n) for n in range(9)]
         assert not engine.compute_each(tasks, results.append).failed
     assert sorted(results) == list(range(9))
+
+
+def test_products_of_tasks_on_threads_take_one_thread_each():
+    def threads():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    before, seen = threads(), []
+    engine.compute_each([delayed(threads)()], seen.append)
+    assert seen == [{1}]
+    assert threads() == before
 
 
 def test_failures_after_a_success_do_not_stop_the_job(monkeypatch):

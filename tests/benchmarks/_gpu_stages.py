@@ -403,9 +403,9 @@ def blending(given: Given) -> None:
 
     side, k, rng = given.size(2048, 256), 4, np.random.default_rng(0)
     tiling = Tiling.of((2 * side, 2 * side), TILE, STRIDE, side)
-    y, x = (ours.matrices(axis, 1, k, "hann", 0.0) for axis in (tiling.y, tiling.x))
-    grid = rng.random((y[1].shape[1], x[1].shape[1], k, k), np.float32)
-    arrays = grid, np.ones((side, side), bool), *y, *x
+    y, x = (ours.strips(axis, 1, k, "hann", 0.0) for axis in (tiling.y, tiling.x))
+    grid = rng.random((y[-1].tiles.stop, x[-1].tiles.stop, k, k), np.float32)
+    arrays = grid, np.ones((side, side), bool), y, x
     expected = ours._products(np, *arrays)
     speed = given.rate(lambda: ours._products(np, *arrays))
     given.tell(f"chunk of {side} x {side} px by NumPy, ms", 1e3 / speed)
