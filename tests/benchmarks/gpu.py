@@ -20,12 +20,13 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -91,16 +92,35 @@ class Given:
         if not difference <= most:
             raise ValueError(f"{what}: {difference:.4g} is more than {most}")
 
-    def rate(self, function: Callable[[], Any], count: int = 1) -> float:
-        """Return how much is done a second by calls that do ``count``: their median in a second."""
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Tell the seconds of a block."""
+        start = time.perf_counter()
+        yield
+        self.tell(f"{what}, s", time.perf_counter() - start)
+
+    @contextmanager
+    def poisoned(self) -> Iterator[None]:
+        """Fill each new tensor with NaN, so that what a kernel does not write shows."""
         import torch
-        from torch.utils.benchmark import Timer
+
+        torch.use_deterministic_algorithms(True, warn_only=True)  # which by default does that, too
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def rate(self, function: Callable[[], Any], count: int = 1) -> float:
+        """Return how much is done a second by calls that do ``count``: the median of five times."""
+        import torch
+        from torch.utils.benchmark import Timer  # waits for a GPU
 
         timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
         if self.dry:
             return count / timer.timeit(1).median
         timer.timeit(3)  # warm
-        return count / timer.blocked_autorange(min_run_time=1.0).median
+        calls = max(1, round(0.3 / timer.timeit(3).median))
+        return count / statistics.median(timer.timeit(calls).median for _ in range(5))
 
     def autocast(self, name: str) -> Any:
         """Return a context with autocast to a dtype."""
@@ -109,14 +129,13 @@ class Given:
         return torch.autocast(self.device, getattr(torch, name), enabled=not self.dry)
 
     def compiled(self, module: Any, x: Any, **options: Any) -> Any:
-        """Return a compiled network, warm, and tell the seconds; a dry run leaves it as it is."""
+        """Return a compiled network, warm; a dry run leaves it as it is."""
         import torch
 
-        start = time.perf_counter()
         module = torch.compile(module, dynamic=False, disable=self.dry, **options)
-        for _ in range(self.size(3, 1)):  # the second pass records a CUDA graph
-            module(x).float().sum().item()
-        self.tell("seconds to compile", time.perf_counter() - start)
+        with self.timed("compiling"):
+            for _ in range(self.size(3, 1)):  # the second pass records a CUDA graph
+                module(x).float().sum().item()
         return module
 
 
