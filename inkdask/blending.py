@@ -146,10 +146,8 @@ def _warm_up() -> None:
 
         tiling = Tiling.of((128, 128), 64, 16, 128)
         for k in (4, 1):  # a single value per tile has kernels of its own
-            grid, valid = (
-                np.zeros((*tiling.grid_shape, k, k), np.float32),
-                np.ones((128, 128), bool),
-            )
+            grid = np.zeros((*tiling.grid_shape, k, k), np.float32)
+            valid = np.ones(tiling.shape, bool)
             along = matrices(tiling.y, 0, k, "hann", 0.0)
             _products(_UntilExit(cupy), grid, valid, *along, *along).get()
     except Exception as error:  # for example an old driver
