@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
+from itertools import product
 from operator import attrgetter
 
 import torch
@@ -195,8 +196,7 @@ def full_float32() -> AbstractContextManager[None]:
 def _float32(fast: bool) -> Iterator[None]:
     with _flags, ExitStack() as restored:
         for owner, flag in _FLAGS:
-            # Torch 2.8 has not all of them, and torch refuses to read what its two ways to say the
-            # precision of a product contradict.
+            # Torch 2.8 lacks some, and newer ones raise where their two ways to say it disagree.
             with suppress(AttributeError, RuntimeError):
                 at = attrgetter(owner)(torch.backends)
                 restored.callback(setattr, at, flag, getattr(at, flag))
@@ -210,10 +210,5 @@ def _float32(fast: bool) -> Iterator[None]:
 
 
 _flags = threading.RLock()  # held in a block
-
-_OPERATORS = ("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "cudnn.rnn")
-_FLAGS = (  # restored from the last to the first
-    *((operator, "fp32_precision") for operator in _OPERATORS),
-    ("cudnn", "allow_tf32"),
-    ("cudnn", "benchmark"),
-)
+_NEWER = product(("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "cudnn.rnn"), ["fp32_precision"])
+_FLAGS = (*_NEWER, ("cudnn", "allow_tf32"), ("cudnn", "benchmark"))
