@@ -237,7 +237,7 @@ def resnet(given: Given, name: str, shape: tuple[int, int, int], goals: dict[str
     network = BUILDERS[name](layers=layers, tile=tile).eval().requires_grad_(False)
     network = network.to(given.device)
     x = torch.rand(batch, 1, layers, tile, tile, device=given.device)
-    measure_norms(network, x[:4])
+    measure_norms(network, torch.rand(4, *x.shape[1:], device=given.device))
     with given.autocast("bfloat16"):
         expected = probabilities(network, x)
         given.tell("plain, autocast, tiles/s", speed(given, network, x, batch))
