@@ -64,8 +64,8 @@ def _check_shape(network: Network, checkpoint: Checkpoint) -> None:
     given = k * k if logits is None else logits.numel()
     if given != k * k and network.model.architecture == "ink_timesformer":
         raise InkdaskError(
-            f"The checkpoint {checkpoint.path} gives {given} logits a tile, not {k} x {k}: set tile "
-            f"and pixels_per_logit to those of its training, in an inkdask.toml beside it."
+            f"The checkpoint {checkpoint.path} gives {given} logits a tile, not {k} x {k}: give "
+            "tile and pixels_per_logit of its training, in an inkdask.toml beside it."
         )
 
 
