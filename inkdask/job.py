@@ -236,6 +236,4 @@ def _name_of(model: str, weights: str) -> str:
 def shortened(name: str, whole: str = "") -> str:
     """Return the end of a name, with a digest of ``whole``, or of a name that is too long."""
     end = name.encode(errors="replace")[-LONGEST:].decode(errors="ignore")
-    if whole or end != name:
-        return f"{end}-{digest(whole or name)[:8]}"
-    return name
+    return f"{end}-{digest(whole or name)[:8]}" if whole or end != name else name

@@ -221,10 +221,7 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
 
 
 def _kept_layers(depth: int, settings: Settings, network: Network | None) -> slice:
-    """Return the slice of the layers that the network reads: the middle ones, in its order.
-
-    ``network`` is None where all layers were asked for.
-    """
+    """Return the slice of the layers to read: the middle ones, or all without a network."""
     factor, count = settings.z_downsample_mean_factor, depth
     if wanted := settings.model_in_chans or (network and network.layers):
         count = min(wanted * factor, depth)

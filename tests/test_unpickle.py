@@ -364,6 +364,17 @@ def test_storages_that_together_exceed_the_file_are_refused(tmp_path: Path) -> N
         weights.read(path)
 
 
+def test_old_file_that_lacks_a_storage_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    old_format(STATE, path)
+    data = path.read_bytes()
+    assert weights.read(path).tensors.keys() == STATE.keys()
+    start = data.index(b"\x80\x02]q\x00(X")  # of the list of keys
+    path.write_bytes(data[:start] + pickle.dumps([], 2))
+    with pytest.raises(InkdaskError, match=r"old\.pt is cut off or damaged"):
+        weights.read(path)
+
+
 def test_name_with_many_prefixes_is_read_in_seconds() -> None:
     started = time.process_time()
     assert weights._bare("model." * 300_000 + "x") == "x"

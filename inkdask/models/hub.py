@@ -36,8 +36,8 @@ def address(model: str) -> str:
     for start in (f"{constants.ENDPOINT}/", "https://huggingface.co/", "https://hf.co/", "hf://"):
         if model.startswith(start) and (page := _PAGE.fullmatch(model.removeprefix(start))):
             repo, revision, branch, file, _ = (unquote(part or "") for part in page.groups())
-            revision = revision or branch
-            return repo + (f"/{file}" if file else "") + (f"@{revision}" if revision else "")
+            at = revision or branch
+            return repo + (file and f"/{file}") + (at and f"@{at}")
     return model
 
 

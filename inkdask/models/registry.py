@@ -126,10 +126,9 @@ def resolve(
     Parameters
     ----------
     model
-        A key of `known`, a weights file or a folder with one, a Hugging Face repo
-        (``owner/name``, ``owner/name@revision``, ``owner/name/file.ckpt``, or its URL), an
-        ``s3://`` object or prefix, or a callable ``(b, 1, layers, tile, tile) float32 ->
-        (b, 1, k, k)`` logits.
+        A key of `known`, a weights file or a folder with one, a Hugging Face repo (its URL,
+        ``owner/name``, ``owner/name@revision``, ``owner/name/file.ckpt``), an ``s3://`` URI, or a
+        callable ``(b, 1, layers, tile, tile) float32 -> (b, 1, k, k)`` logits.
     model_type
         A key of `ARCHITECTURES`, or a timm name that one of `known` has.
     version

@@ -160,10 +160,9 @@ class Repo:
         remedy = f"the token in {token} does not open it" if token else "set HF_TOKEN"
         if isinstance(error, hf.GatedRepoError):
             return f"{self} is open to those who accept its terms on that page: {remedy}."
-        unknown = isinstance(error, hf.RepositoryNotFoundError)
-        if status == 401 and token and not unknown:
+        if status == 401 and token and not isinstance(error, hf.RepositoryNotFoundError):
             return f"{constants.ENDPOINT} refuses the token in {token}: renew or remove it."
-        if unknown or status in (401, 403):
+        if isinstance(error, hf.RepositoryNotFoundError) or status in (401, 403):
             return f"{self} does not exist, or it is private: {remedy}."
         if isinstance(error, hf.RevisionNotFoundError):
             return f"{self} has no revision {revision}."

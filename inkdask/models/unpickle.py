@@ -1,9 +1,8 @@
 """Tensors from a file of ``torch.save``, without executing anything in it.
 
-``torch.load(weights_only=True)`` refuses a file that names a class unknown to torch, as the
-hyper-parameters of Lightning checkpoints do. And it hashes and prints values of the file, which
-takes years where tuples hold each other many times. `tensors_only` reads files with an interpreter
-of the pickle language that cannot call anything that the file names:
+``torch.load(weights_only=True)`` refuses classes that torch does not know, as hyper-parameters of
+Lightning have them, and hashes and prints values, which takes years where tuples hold each other
+many times. `tensors_only` is an interpreter of the pickle language that calls nothing of the file:
 
 - Only opcodes that build plain values are known. Any other opcode ends the reading.
 - No name is imported. Names of torch's storages, and of its functions that rebuild a tensor, select
@@ -56,7 +55,6 @@ _HARMFUL_NAMES = {
 MOST_READS = 4_000_000  # from one pickle, in some seconds; a tensor takes 51
 MOST_TABLE = 2**24  # bytes of the table of a zip file; a storage takes 56
 MOST_PARTS = 64  # axes of a tensor, arguments of a call
-MOST_LETTERS = 1000  # of a global name
 
 _DTYPES = {
     "DoubleStorage": torch.float64,
@@ -106,8 +104,7 @@ def tensors_only(path: Path) -> Any:
             raise InkdaskError(f"{path} is no checkpoint: it lists too many files.")
     with zipfile.ZipFile(path) as archive:
         records = _Records(path, archive)
-        pickled = io.BytesIO(records.read("data.pkl"))
-        return _Unpickler(pickled, path, records).load()
+        return _Unpickler(io.BytesIO(records.read("data.pkl")), path, records).load()
 
 
 def _old_format(path: Path) -> Any:
@@ -118,10 +115,12 @@ def _old_format(path: Path) -> Any:
         content = _Unpickler(file, path, storages).load()
         if (magic, version) != (MAGIC_NUMBER, PROTOCOL_VERSION) or not system["little_endian"]:
             raise ValueError("not torch's format")
-        for key in _Unpickler(file, path, storages).load():
-            numbers: Any = storages.known[key if type(key) is str else ""]
+        keys = [key for key in _Unpickler(file, path, storages).load() if type(key) is str]
+        if sorted(keys) != sorted(storages.known):
+            raise ValueError("other storages than those that are referred to")
+        for numbers in (storages.known[key] for key in keys):
             length = int.from_bytes(file.read(8), "little")
-            into = numbers.view(torch.uint8).numpy()
+            into: Any = numbers.view(torch.uint8).numpy()
             if length != len(numbers) or file.readinto(into) != into.nbytes:
                 raise ValueError("a storage of another length")
     return content
@@ -209,23 +208,13 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
     return storage.as_strided(size, stride, storage.storage_offset() + offset)
 
 
-def _parameter(data: Any, *_: Any) -> Any:
-    """Return the tensor of a parameter."""
-    return data
-
-
-def _mapping(*_: Any) -> dict[str, Any]:
-    """Return an empty mapping, which later opcodes fill."""
-    return {}
-
-
 _BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "collections.OrderedDict": _mapping,
-    "collections.defaultdict": _mapping,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "collections.OrderedDict": lambda *_: {},  # which later opcodes fill
+    "collections.defaultdict": lambda *_: {},
 }
 
 _PLAIN = (
@@ -273,8 +262,8 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the value that stands for a global name, without importing it."""
-        if len(module) + len(name) > MOST_LETTERS:
-            raise ValueError("a name without end")
+        if len(module) + len(name) > 1000:
+            raise ValueError("a name without end, which may come often")
         # Translated, because protocol 2, which torch.save uses, has the names of Python 2.
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
