@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from inkdask import records, storage
 from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
-from inkdask.identity import Origin, Provenance, Recipe, Said, differences
+from inkdask.identity import Origin, Provenance, Recipe, Said, differences, digest
+from inkdask.models.registry import known
 from inkdask.models.sources import sha256
 from inkdask.pictures.exporting import Look
 from inkdask.plan import Plan
@@ -21,6 +23,8 @@ from inkdask.specs import BlendMode
 from inkdask.store import GridStore
 
 log = logging.getLogger("inkdask")
+
+LONGEST = 128  # bytes of one name in a file name, because endings follow, and 255 are the most
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Job:
         if settings.grid:
             grid, folder = GridStore.at(settings.grid, recipe), None
         else:
-            grid = GridStore.of(settings.zarr_output_dir, plan.name, recipe)
+            grid = GridStore.of(settings.zarr_output_dir, shortened(plan.name), recipe)
             folder = settings.zarr_output_dir
         target = output_stem(settings.output_path, origin, recipe.model)
         said = said_of(plan, origin, settings)
@@ -215,7 +219,21 @@ def output_stem(folder: str | None, origin: Origin, model: str) -> str:
     if storage.is_local(folder):  # the reader of the result file may be in another folder
         folder = str(Path(storage.filesystem(folder)[1]).absolute())
     start, end = origin.layer_range
-    name = f"prediction_{model.replace('/', '_')}_{start:02d}_{end:02d}"
+    name = f"prediction_{_name_of(model, origin.weights_from or '')}_{start:02d}_{end:02d}"
     if roi := origin.roi_xyxy:  # a part must not take the place of the whole
         name += "_{}-{}-{}-{}".format(*roi)
     return storage.join(folder, name)
+
+
+def _name_of(model: str, weights: str) -> str:
+    """Return a model as file names say it: a checkpoint in a folder or bucket by its last parts."""
+    if model in known() or not (weights.startswith("/") or "://" in weights):
+        return shortened(model.replace("/", "_"))
+    last = "_".join(PurePosixPath(weights).with_suffix("").parts[-2:])
+    return shortened(re.sub(r"[^\w.-]+", "_", last).strip("_"), weights)
+
+
+def shortened(name: str, whole: str = "") -> str:
+    """Return the end of a name, with a digest of ``whole``, or of a name that is too long."""
+    end = name.encode(errors="replace")[-LONGEST:].decode(errors="ignore")
+    return f"{end}-{digest(whole or name)[:8]}" if whole or end != name else name

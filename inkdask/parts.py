@@ -8,6 +8,8 @@ the job. The first part stores the estimate with the grid, so that all parts agr
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from inkdask import engine
@@ -17,20 +19,30 @@ from inkdask.plan import Plan
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
 
+log = logging.getLogger("inkdask")
+
+IDLE = (
+    "%d of NUM_PARTS=%d parts have no work, because parts have whole chunks, and the number of "
+    "chunks is %d; a smaller CHUNK_SIZE makes more."
+)
+
 
 def assign(work: np.ndarray, num_parts: int) -> np.ndarray:
-    """Part of each chunk, int (rows, columns).
+    """Part of each chunk, int (rows, columns); a warning tells of parts without any.
 
     Parameters
     ----------
     work
         Estimated work in each chunk, (rows, columns).
     num_parts
-        Number of parts; some parts have no chunk when there are fewer chunks than parts.
+        Number of parts.
     """
     cost = work.ravel() + 1.0  # because an empty chunk is read too
     middle = np.cumsum(cost) - cost / 2
-    return (middle * num_parts / cost.sum()).astype(int).reshape(work.shape)
+    parts = (middle * num_parts / cost.sum()).astype(int)
+    if idle := num_parts - len(np.unique(parts)):
+        log.warning(IDLE, idle, num_parts, work.size)
+    return parts.reshape(work.shape)
 
 
 def agreed_work(store: GridStore, plan: Plan) -> np.ndarray:

@@ -15,7 +15,7 @@ from inkdask.engine import has_gpus
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.failures import fallible, read_or_fail
 from inkdask.identity import Region
-from inkdask.models.registry import resolve
+from inkdask.models.registry import resolve, who_says_layers
 from inkdask.segment import Segment, find_mask, open_segment
 from inkdask.settings import Settings
 from inkdask.specs import Network
@@ -87,7 +87,9 @@ class Plan:
         opened = _open(source, settings, network)
         segment = opened if isinstance(opened, Segment) else None
         given = segment.layers if segment else tuple(range(opened.shape[0]))
-        kept = _kept_layers(len(given), settings)
+        path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+        asked = settings.layers if path else None
+        kept = _kept_layers(len(given), settings, None if asked else network)
         layers, factor = given[kept], settings.z_downsample_mean_factor
         network = network or _network(settings, len(layers) // factor)
         _check_layers(given, layers, network, factor)
@@ -103,7 +105,6 @@ class Plan:
         else:
             inside, volume, mask = None, opened[(kept, *reach.slices)], None
         corner = inside.box.corner if inside and inside.box else reach.corner
-        path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
         return cls(
             network=network,
             segment=segment,
@@ -111,7 +112,7 @@ class Plan:
             source=path or (segment.uri if segment else None),
             mask_path=settings.mask_path if path else None,
             layers=layers,
-            layer_range=(path and settings.layers) or (min(layers), max(layers) + 1),
+            layer_range=asked or (min(layers), max(layers) + 1),
             is_reversed=settings.force_reverse,
             volume=_average(volume, factor),
             mask=mask,
@@ -222,11 +223,11 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
     return lazy if lazy.dtype == np.uint8 else (lazy >> 8).astype(np.uint8)
 
 
-def _kept_layers(depth: int, settings: Settings) -> slice:
-    """Return the slice of the layers that the network reads: the middle ones, in its order."""
+def _kept_layers(depth: int, settings: Settings, network: Network | None) -> slice:
+    """Return the slice of the layers to read: the middle ones, or all without a network."""
     factor, count = settings.z_downsample_mean_factor, depth
-    if settings.model_in_chans:
-        count = min(settings.model_in_chans * factor, depth)
+    if wanted := settings.model_in_chans or (network and network.layers):
+        count = min(wanted * factor, depth)
     count -= count % factor  # the same layers in both directions
     first = (depth - count) // 2
     kept = range(depth)[first : first + count]
@@ -242,13 +243,16 @@ def _check_layers(
     """Check that the network reads as many layers as are kept, and tell of one that is left out."""
     depth = len(kept) // factor
     if depth != network.layers:
-        crop = ", or MODEL_IN_CHANS to crop the range about its centre"
+        crop = f"; {network.layers} crops the range about its centre"
         raise InkdaskError(
             f"Channel mismatch: {depth} layers are given ({span(kept)}), but model "
-            f"{network.model.key} reads {network.layers}; set START_LAYER and END_LAYER"
+            f"{network.model.key} reads {network.layers}, as {who_says_layers(network)} says; set "
+            "START_LAYER and END_LAYER, or MODEL_IN_CHANS to the number that it was trained on"
             f"{crop if depth > network.layers else ''}."
         )
-    if 0 < len(given) - len(kept) < factor:
+    if len(given) - len(kept) >= factor:
+        log.info("Of layers %s, the middle ones are read: %s", span(given), span(kept))
+    elif 0 < len(given) - len(kept) < factor:
         log.warning(
             "Layer %s is left out: %d layers are no multiple of Z_DOWNSAMPLE_MEAN_FACTOR=%d",
             span(tuple(number for number in given if number not in kept)),

@@ -114,6 +114,8 @@ def asked_of(settings: Settings) -> dict[str, Any]:
     asked |= {"layers": settings.layers, "s3_path": without_secrets(absolute(settings.s3_path))}
     if settings.model is not None:
         asked["model"] = _model(settings.model)
+    if settings.precision == "auto":  # it asks for that of the model
+        asked.pop("precision", None)
     return {name: value for name, value in asked.items() if value is not None or name in UNSAID}
 
 

@@ -36,7 +36,8 @@ class ModelSpec:
         Side of a tile and distance of neighbouring tiles, in pixels.
     pixels_per_logit
         Side in pixels of the square that one logit speaks for; a tile has
-        ``(tile / pixels_per_logit) ** 2`` logits.
+        ``(tile / pixels_per_logit) ** 2`` logits. A TimeSformer has those of this ``tile`` for a
+        tile of any size.
     clip, divisor
         A voxel ``v`` reaches the network as ``min(v, clip) / divisor``.
     filename, revision

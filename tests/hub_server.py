@@ -12,11 +12,16 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class FakeRepo:
-    """Files of one commit; ``token`` makes the repo private, ``gated`` asks for accepted terms."""
+    """Files of one commit; ``token`` makes the repo private, ``gated`` asks for accepted terms.
+
+    ``fault`` is how the way to it misbehaves: ``login page`` and ``other JSON`` answer everything,
+    ``no headers`` drops those of the Hub, and ``bad token`` refuses any token.
+    """
 
     files: dict[str, bytes]
     token: str | None = None
     gated: bool = False
+    fault: str = ""
     commit: str = "0123456789abcdef0123456789abcdef01234567"
     cut: dict[str, int] = field(default_factory=dict)  # how many answers end halfway, by file
 
@@ -72,7 +77,13 @@ class _Handler(BaseHTTPRequestHandler):
         owner, name, _, revision, *rest = (parts[2:] if listing else parts) + [""] * 4
         repo = self.server.repos.get(f"{owner}/{name}")
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if repo is None or (repo.token and token != repo.token):
+        if repo and repo.fault in ("login page", "other JSON"):
+            body = b"<html>Log in</html>" if repo.fault == "login page" else b'{"error": "log in"}'
+            self._send(200, body, {"Content-Type": "text/html"})
+        elif repo and repo.fault == "bad token" and token:
+            words = "Invalid credentials in Authorization header"
+            self._send(401, headers={"X-Error-Message": words})
+        elif repo is None or (repo.token and token != repo.token):
             # The Hub does not tell strangers whether a private repo exists.
             self._send(404 if token else 401, error="RepoNotFound" if token else None)
         elif revision not in ("", "main", repo.commit):
@@ -94,6 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
         sha256 = hashlib.sha256(data).hexdigest()
         headers |= {"ETag": f'"{sha256}"', "X-Linked-Etag": f'"{sha256}"'}
         headers["X-Linked-Size"] = str(len(data))
+        if repo.fault == "no headers":
+            headers = {}
         status, start = 200, 0
         if span := self.headers.get("Range"):
             status, start = 206, int(span.removeprefix("bytes=").split("-")[0])

@@ -133,6 +133,43 @@ def test_private_repo_opens_with_its_token_only(server: HubServer, tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize("fault", ["login page", "other JSON", "no headers"])
+def test_answer_that_is_not_the_hubs_is_reported(
+    fault: str, server: HubServer, tmp_path: Path
+) -> None:
+    server.repos["ink/behind"] = FakeRepo({"a.pt": WEIGHTS}, fault=fault)
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
+    for found in answers(settle("ink/behind", "ink/behind/a.pt", **environment)):
+        assert found["error"].startswith(f"{server.url}/ink/behind")
+        assert (
+            f" cannot be read: {server.url} does not answer as the Hugging Face Hub does; check "
+            "HF_ENDPOINT, proxies, and whether this network wants a login."
+        ) in found["error"]
+
+
+def test_cache_serves_behind_a_login_page(server: HubServer, tmp_path: Path) -> None:
+    repo = server.repos["ink/known"] = FakeRepo({"a.pt": WEIGHTS})
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
+    (before,) = answers(settle("ink/known", **environment))
+    repo.fault = "login page"
+    assert answers(settle("ink/known", **environment)) == [before]
+
+
+def test_refused_token_is_reported_with_its_place(server: HubServer, tmp_path: Path) -> None:
+    server.repos["ink/public"] = FakeRepo({"a.pt": WEIGHTS}, fault="bad token")
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
+    (tmp_path / "token").write_text("hf_of_login")
+    of_file, of_variable = (
+        answers(settle("ink/public", **environment, **more))[0]["error"]
+        for more in ({}, {"HF_TOKEN": "hf_wrong"})
+    )
+    refuses = f"{server.url} refuses the token in"
+    assert of_file == f"{refuses} {tmp_path / 'token'}: renew or remove it."
+    assert of_variable == f"{refuses} HF_TOKEN: renew or remove it."
+    (tmp_path / "token").unlink()
+    assert "path" in answers(settle("ink/public", **environment))[0]
+
+
 def test_cut_off_download_is_resumed_or_explained(server: HubServer, tmp_path: Path) -> None:
     large = os.urandom(
         21_500_000
@@ -316,6 +353,41 @@ def test_local_folder_gives_the_preferred_file(tmp_path: Path) -> None:
 )
 def test_parse_splits_an_address(model: str, place: dict | None) -> None:
     assert hub.parse(model) == place
+
+
+@pytest.mark.parametrize("file", ["../../x", "/x", "./x", "x/", "x/../y"])
+def test_parse_reports_what_is_no_file_of_a_repo(file: str) -> None:
+    with pytest.raises(InkdaskError, match=r"^a/b/.* names no file of the repo a/b\.$"):
+        hub.parse(f"a/b/{file}")
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("https://huggingface.co/ink/big", "ink/big"),
+        ("https://huggingface.co/ink/big/", "ink/big"),
+        ("https://hf.co/ink/big?library=torch#use", "ink/big"),
+        ("https://huggingface.co/ink/big/a/b.ckpt", "ink/big/a/b.ckpt"),  # as sentences name it
+        ("https://huggingface.co/ink/big/tree/v2", "ink/big@v2"),
+        ("https://huggingface.co/ink/big/blob/main/a/b.ckpt", "ink/big/a/b.ckpt@main"),
+        ("https://huggingface.co/ink/big/resolve/refs%2Fpr%2F1/b.pt?download=true",
+         "ink/big/b.pt@refs/pr/1"),
+        ("hf://ink/big", "ink/big"),
+        ("hf://ink/big@v2/b.pt", "ink/big/b.pt@v2"),
+        ("https://elsewhere.org/ink/big", "https://elsewhere.org/ink/big"),
+        ("s3://ink/big", "s3://ink/big"),
+        ("ink/big@v2", "ink/big@v2"),
+    ],
+)  # fmt: skip
+def test_page_of_the_hub_is_the_address_of_its_repo(url: str, address: str) -> None:
+    assert hub.address(url) == address
+
+
+def test_page_of_a_known_model_has_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = hub.fetch(registry.KNOWN["demo"])
+    monkeypatch.setattr(registry.hub, "settle", lambda spec: (spec, demo))
+    model = registry.resolve("https://huggingface.co/scrollprize/resnet50_3um_01122024").model
+    assert (model.key, model.layers) == ("scrollprize/resnet50_3um_01122024", 18)
 
 
 @pytest.mark.parametrize("model", ["/no/such.pt", "./no", "~/no", "no.ckpt", "no/such.bin"])

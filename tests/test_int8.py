@@ -121,6 +121,20 @@ def test_int8_network_is_close_to_the_plain_one(network, tiles, dtype):
 
 @needs_vnni
 @torch.inference_mode()
+@pytest.mark.parametrize("tile", [8, 24])
+def test_int8_network_takes_tiles_of_another_size(network, tile):
+    other = TimeSformer(LAYERS, tile, patch=8, dim=64, depth=3, heads=2, head_dim=32, k=2).eval()
+    other.load_state_dict(network.state_dict(), strict=True)
+    tiles = torch.rand(3, 1, LAYERS, tile, tile)
+    expected = other(tiles).sigmoid()
+    convert(other, torch.bfloat16)
+    got = other(tiles).sigmoid()
+    assert got.shape == (3, 1, 2, 2)
+    assert (got - expected).abs().max() < 0.02
+
+
+@needs_vnni
+@torch.inference_mode()
 def test_int8_tile_does_not_depend_on_its_batch(network, tiles):
     convert(network, torch.bfloat16)
     x = tiles.clone()

@@ -52,6 +52,20 @@ def test_packed_network_is_close_to_the_plain_one(network):
 
 
 @needs_packing
+@torch.inference_mode()
+@pytest.mark.parametrize("tile", [8, 24])
+def test_packed_network_takes_tiles_of_another_size(network, tile):
+    other = TimeSformer(LAYERS, tile, patch=8, dim=64, depth=3, heads=2, head_dim=32, k=2).eval()
+    other.load_state_dict(network.state_dict(), strict=True)
+    tiles = torch.rand(3, 1, LAYERS, tile, tile).bfloat16()
+    prepare(other, torch.bfloat16)
+    expected = other(tiles)
+    assert expected.shape == (3, 1, 2, 2)
+    assert pack_if_it_can(other)
+    torch.testing.assert_close(other(tiles), expected, rtol=0, atol=0.02)
+
+
+@needs_packing
 def test_predictor_runs_packed_layers(network, monkeypatch):
     monkeypatch.setattr(weights, "load", lambda _: copy.deepcopy(network))
     model = ModelSpec("small", "small", "none", LAYERS, TILE, pixels_per_logit=8)

@@ -82,6 +82,57 @@ def test_averaging_names_layer_without_pair(tmp_path, caplog, reverse):
     ]
 
 
+def test_middle_layers_are_read_however_the_segment_is_given(tmp_path, caplog):
+    pixels = papyrus((31, 70, 90))
+    write_layers(tmp_path / "seg" / "layers", pixels, first=FIRST)
+    segment = inkdask.open_segment(tmp_path / "seg")
+    for factor, middle in ((1, pixels[2:28]), (2, None)):
+        options = {"model": "demo", "model_in_chans": 13 if factor == 2 else None}
+        settings = Settings.of(z_downsample_mean_factor=factor, **options)
+        caplog.clear()
+        with caplog.at_level("INFO", "inkdask"):
+            plans = [Plan.of(it, settings) for it in (str(tmp_path / "seg"), segment, pixels)]
+        first, *others = [plan.volume.compute() for plan in plans]
+        assert len(first) == 26 // factor
+        assert middle is None or np.array_equal(first, middle)
+        for other in others:
+            assert np.array_equal(other, first)
+        assert [line for line in caplog.messages if "middle" in line] == [
+            "Of layers 10 to 40, the middle ones are read: 12 to 37",
+            "Of layers 0 to 30, the middle ones are read: 2 to 27",
+        ]
+    maps = [inkdask.predict(it, model="demo").map.compute() for it in (tmp_path / "seg", segment)]
+    assert np.array_equal(*maps)
+
+
+@pytest.mark.parametrize(
+    ("layers", "chans", "says"),
+    [
+        ((0, 30), None, "30 layers are given (0 to 29), but model demo reads 26, as inkdask's list "
+         "of models says; set START_LAYER and END_LAYER, or MODEL_IN_CHANS to the number that it "
+         "was trained on; 26 crops the range about its centre."),
+        ((0, 20), None, "20 layers are given (0 to 19), but model demo reads 26, as inkdask's list "
+         "of models says; set START_LAYER and END_LAYER, or MODEL_IN_CHANS to the number that it "
+         "was trained on."),
+        ((0, 20), 25, "20 layers are given (0 to 19), but model demo reads 25, as MODEL_IN_CHANS "
+         "says; set START_LAYER and END_LAYER, or MODEL_IN_CHANS to the number that it was trained "
+         "on."),
+    ],
+)  # fmt: skip
+def test_channel_mismatch_says_what_was_asked_and_by_whom(tmp_path, layers, chans, says):
+    write_layers(tmp_path / "seg" / "layers", papyrus((31, 70, 90)))
+    with pytest.raises(InkdaskError) as caught:
+        inkdask.predict(tmp_path / "seg", model="demo", layers=layers, model_in_chans=chans)
+    assert str(caught.value) == f"Channel mismatch: {says}"
+
+
+def test_channel_mismatch_of_a_whole_segment_names_the_variable(tmp_path):
+    write_layers(tmp_path / "seg" / "layers", papyrus((6, 70, 90)))
+    for source in (tmp_path / "seg", inkdask.open_segment(tmp_path / "seg"), papyrus((6, 70, 90))):
+        with pytest.raises(InkdaskError, match=r"^Channel mismatch: .*26.*MODEL_IN_CHANS"):
+            inkdask.predict(source, model="demo")
+
+
 def test_log_names_the_mask(tmp_path, caplog, monkeypatch):
     write_layers(tmp_path / "seg" / "layers", papyrus((4, 70, 90)))
     Image.new("L", (90, 70), 255).save(tmp_path / "seg" / "seg_mask.png")

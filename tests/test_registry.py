@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +49,7 @@ def test_known_models_have_the_published_shapes() -> None:
     }
     assert shapes == {
         "timesformer-scroll5": ("ink_timesformer", 26, 64, 16, 4),
+        "timesformer_scroll5_27112024": ("ink_timesformer", 26, 64, 16, 4),
         "timesformer-gp-scroll1": ("ink_timesformer", 26, 64, 16, 4),
         "resnet3d-152-3d-decoder-2um": ("ink_resnet3d_152_decoder3d", 62, 256, 128, 64),
         "resnet50-3um": ("ink_resnet3d_50", 18, 256, 128, 64),
@@ -69,6 +70,12 @@ def test_registry_does_not_import_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_name_of_the_scroll5_repo_is_a_key() -> None:
+    known = registry.known()
+    alias, key = known["timesformer_scroll5_27112024"], known["timesformer-scroll5"]
+    assert replace(alias, key=key.key) == key
 
 
 def test_demo_is_part_of_the_package() -> None:
@@ -161,9 +168,24 @@ def test_given_values_win_over_the_description(weights: Path) -> None:
     assert (network.model.layers, network.model.tile) == (30, 128)
 
 
-def test_resolve_reports_a_tile_that_does_not_fit_the_logits(weights: Path) -> None:
-    with pytest.raises(InkdaskError, match=r"multiple of 16 pixels, not 100\.$"):
-        registry.resolve(str(weights), tile=100)
+def test_logits_of_a_timesformer_are_as_many_for_any_tile(weights: Path) -> None:
+    for tile in (16, 32, 64, 96, 128):
+        assert registry.resolve(str(weights), tile=tile).k == 4
+        assert registry.resolve(str(weights), model_type="resnet3d-50", tile=tile).k == tile // 4
+    weights.with_suffix(".toml").write_text("tile = 128\npixels_per_logit = 32")
+    assert registry.resolve(str(weights)).k == registry.resolve(str(weights), tile=48).k == 4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "step", "tile"),
+    [("timesformer", 16, 100), ("timesformer", 16, 8), ("resnet3d-50", 4, 102)],
+)
+def test_resolve_reports_a_tile_that_the_network_cannot_take(
+    model_type: str, step: int, tile: int, weights: Path
+) -> None:
+    says = rf"^TILE_SIZE of model .* must be a multiple of {step} pixels, not {tile}\.$"
+    with pytest.raises(InkdaskError, match=says):
+        registry.resolve(str(weights), model_type=model_type, tile=tile)
 
 
 def test_resolve_reports_an_unknown_model_and_the_known_ones() -> None:
@@ -203,6 +225,30 @@ def test_description_named_like_the_weights_comes_first(weights: Path) -> None:
     assert registry.resolve(str(weights)).layers == 10
     weights.with_suffix(".json").write_text('{"layers": 11}')
     assert registry.resolve(str(weights)).layers == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mine.json", "[" * 100_000),
+        ("inkdask.json", '{"a":' * 100_000),
+        ("mine.toml", "a = " + "[" * 5000),
+    ],
+)
+def test_resolve_reports_a_description_nested_too_deeply(
+    name: str, text: str, weights: Path
+) -> None:
+    path = weights.with_name(name)
+    path.write_text(text)
+    with pytest.raises(InkdaskError, match=rf"^The model description {path} cannot be read: "):
+        registry.resolve(str(weights))
+
+
+@pytest.mark.parametrize("place", ["os/x", "/x", ".models/x", "inkdask.models/"])
+def test_resolve_reports_what_is_no_file_of_a_package(place: str) -> None:
+    says = rf"^package://{re.escape(place)} names no file of a Python package\.$"
+    with pytest.raises(InkdaskError, match=says):
+        registry.resolve(f"package://{place}")
 
 
 @pytest.mark.parametrize(

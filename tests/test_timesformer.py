@@ -87,6 +87,19 @@ def test_other_size_gives_the_logits_of_the_package(config, frames, n):
     )
 
 
+@torch.inference_mode()
+def test_tile_of_another_size_gives_the_logits_of_the_package():
+    reference = oracle(4)  # as trained on tiles of 64
+    for side in (16, 32, 96, 128):
+        network = ink_timesformer(layers=4, tile=side).eval()
+        network.load_state_dict(reference.state_dict(), strict=True, assign=True)
+        x = tiles(4, side, n=1)
+        expected = logits_of(reference, x)
+        assert expected.shape == (1, 1, 4, 4)
+        assert expected.std() > 0.3
+        torch.testing.assert_close(network(x), expected, atol=1e-5, rtol=0)
+
+
 def test_parameters_have_the_names_and_shapes_of_the_package():
     with torch.device("meta"):
         reference, network = oracle(26), ink_timesformer()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import struct
+import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from inkdask.errors import InkdaskError
 from inkdask.models import unpickle, weights
@@ -234,6 +238,148 @@ def test_handwritten_pickle_does_nothing(kind: str, marker: Path, tmp_path: Path
     assert torch._utils._rebuild_tensor_v2.__defaults__ is None or 1 not in (
         torch._utils._rebuild_tensor_v2.__defaults__
     )
+
+
+# --- files made to take long
+
+
+def put(number: int) -> bytes:
+    return b"r" + struct.pack("<I", number) + b"0"
+
+
+def get(number: int) -> bytes:
+    return b"j" + struct.pack("<I", number)
+
+
+def tower() -> bytes:
+    """A tuple as value 60, which holds another twice, and so on: as text it has 2**60 parts."""
+    rows = (get(i) + get(i) + b"\x86" + put(i + 1) for i in range(60))
+    return b"\x80\x02)" + put(0) + b"".join(rows)
+
+
+def reference(key: str = "0", length: int = 1) -> bytes:
+    kind = text("storage") + name("torch", "FloatStorage") + text(key) + text("cpu")
+    return b"(" + kind + b"J" + struct.pack("<i", length) + b"tQ"
+
+
+def nested_in(parts: list[bytes], place: int) -> bytes:
+    """A reference with the tower in place of one of its parts."""
+    return b"(" + b"".join([*parts[:place], get(60), *parts[place + 1 :]]) + b"tQ."
+
+
+PARTS = [text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), b"K\x01"]
+BUILD = name("torch._utils", "_rebuild_tensor_v2")
+MANY = b"(" + b"K\x01" * 200_000 + b"t" + put(61)  # a long tuple
+LARGE = b"\x8b" + struct.pack("<i", 500_000) + b"\x01" * 500_000 + b"\x85" + put(61)
+LONG = {
+    **{f"part {place} of a reference": nested_in(PARTS, place) for place in range(5)},
+    "key": b"}" + get(60) + b"K\x01s.",
+    "key of a hyper-parameter": b"}" + text("hyper_parameters") + b"}" + get(60) + b"Nss.",
+    "layers": b"}" + text("hyper_parameters") + b"}" + text("in_chans") + get(60) + b"ss.",
+    "item of a set": b"\x8f(" + get(60) + b"\x90.",
+    "content": get(60) + b".",
+    "shape": BUILD + b"(" + reference() + b"K\x00" + get(60) * 2 + b"tR.",
+    "long references": MANY + (get(61) + b"Q0") * 100_000 + b"}.",
+    "one storage": reference(length=10_000)[:-1] + put(61) + (get(61) + b"Q0") * 100_000 + b"}.",
+    "long arguments": MANY + name("collections", "OrderedDict") + put(62)
+    + (get(62) + get(61) + b"R0") * 50_000 + b"}.",
+    "long shapes": MANY + BUILD + put(62)
+    + (get(62) + b"(" + reference() + b"K\x00" + get(61) * 2 + b"tR0") * 10_000 + b"}.",
+    "large numbers": LARGE + BUILD + put(62)
+    + (get(62) + b"(" + reference() + b"K\x00" + get(61) * 2 + b"tR0") * 10_000 + b"}.",
+    "long names": text("a" * 500_000) + put(61) + (get(61) * 2 + b"\x930") * 50_000 + b"}.",
+    "one mapping": b"}" + put(61) + get(61) + b"("
+    + b"".join(text(str(number)) + b"N" for number in range(20_000)) + b"u0}("
+    + b"".join(text(str(number)) + get(61) for number in range(20_000)) + b"u.",
+    "values": b"N0" * 2_100_000 + b"}.",
+    "frame": b"\x95" + struct.pack("<Q", 2**40) + b"}.",
+    "text": b"\x8d" + struct.pack("<Q", 2**40) + b"}.",
+}  # fmt: skip
+
+
+READ = """
+import pathlib, resource, sys
+from inkdask.errors import InkdaskError
+from inkdask.models import weights
+used = lambda: resource.getrusage(resource.RUSAGE_SELF)
+for path in sys.argv[1:]:
+    limit = int(used().ru_utime + used().ru_stime) + 20
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))  # or SIGXCPU
+    try:
+        weights.read(pathlib.Path(path))
+    except InkdaskError as error:
+        print(error, flush=True)
+print(used().ru_maxrss)
+"""
+
+
+def test_files_made_to_take_long_are_refused_in_seconds(tmp_path: Path) -> None:
+    old = b"".join(pickle.dumps(part, 2) for part in (MAGIC_NUMBER, PROTOCOL_VERSION))
+    old += pickle.dumps({"little_endian": True}, 2)
+    paths = []
+    for kind, pickled in LONG.items():
+        paths.append(tmp_path / f"{kind}.pt")
+        archive(paths[-1], tower() + pickled, **{"0": bytes(40_000)})
+        if kind.startswith(("part", "key")):
+            paths.append(tmp_path / f"{kind}, old.pt")
+            paths[-1].write_bytes(old + tower() + pickled)
+    for number, pickled in enumerate((b"N0" * 2**26, b"X\xff\xff\xff\x7f" + bytes(2**27))):
+        paths.append(tmp_path / f"packed {number}.pt")
+        with zipfile.ZipFile(paths[-1], "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("archive/data.pkl", b"\x80\x02" + pickled + b"}.")
+    assert max(path.stat().st_size for path in paths) < 5_000_000
+    done = subprocess.run([sys.executable, "-c", READ, *paths], capture_output=True, text=True)
+    *said, kilobytes = done.stdout.splitlines() or [""]
+    assert done.returncode == 0, f"{paths[len(said)]}: {done.stderr}"
+    assert len(said) == len(paths)
+    for path, sentence in zip(paths, said, strict=True):
+        assert str(path) in sentence
+    assert said[-1] == f"{paths[-1]} is compressed, which a checkpoint is not."
+    assert int(kilobytes) < 1_500_000
+
+
+def test_zip_with_too_many_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "many.pt"
+    archive(path, b"\x80\x02}.", **{str(number): b"" for number in range(100)})
+    monkeypatch.setattr(unpickle, "MOST_TABLE", 1000)
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    with pytest.raises(InkdaskError, match=r"many\.pt is no checkpoint: it lists too many"):
+        weights.read(path)
+
+
+def test_storages_that_together_exceed_the_file_are_refused(tmp_path: Path) -> None:
+    """Records can lie over each other, and each would be a copy where numbers are misaligned."""
+    path, keys = tmp_path / "over.pt", "0123"
+    items = (text(key) + reference(key, 10_000) + b"s" for key in keys)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02}" + b"".join(items) + b".")
+        file.writestr("archive/data/0", bytes(40_000))
+        for key in keys[1:]:
+            twin = copy.copy(file.getinfo("archive/data/0"))
+            twin.filename = f"archive/data/{key}"
+            file.filelist.append(twin)
+    with pytest.raises(InkdaskError, match=r"over\.pt is cut off or damaged"):
+        weights.read(path)
+
+
+def test_old_file_that_lacks_a_storage_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    old_format(STATE, path)
+    data = path.read_bytes()
+    assert weights.read(path).tensors.keys() == STATE.keys()
+    start = data.index(b"\x80\x02]q\x00(X")  # of the list of keys
+    path.write_bytes(data[:start] + pickle.dumps([], 2))
+    with pytest.raises(InkdaskError, match=r"old\.pt is cut off or damaged"):
+        weights.read(path)
+
+
+def test_name_with_many_prefixes_is_read_in_seconds() -> None:
+    started = time.process_time()
+    assert weights._bare("model." * 300_000 + "x") == "x"
+    assert weights._bare("module.model") == "model"
+    assert time.process_time() - started < 5
 
 
 def test_zip_in_a_zip_is_not_opened(marker: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import collections
 import enum
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,12 @@ from safetensors.torch import save_file
 from timesformer_pytorch import TimeSformer
 from torch import Tensor, nn
 
+import inkdask
 from inkdask.errors import InkdaskError
 from inkdask.models import registry, timesformer, weights
 from inkdask.models.depth_cnn import DepthCNN
 from inkdask.specs import ModelSpec, Network
+from tests.oracle import naive_map, papyrus
 
 State = dict[str, Tensor]
 
@@ -124,6 +127,10 @@ def test_half_precision_weights_become_float32(state: State, tmp_path: Path) -> 
     torch.testing.assert_close(module.state_dict(), state, rtol=1e-3, atol=1e-3)
 
 
+def small_timesformer(layers: int, tile: int, k: int, normalization: bool = False) -> nn.Module:
+    return timesformer.TimeSformer(layers, tile, 16, 32, 2, 2, 16, normalization, k)
+
+
 def test_timesformer_checkpoint_with_normalization_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,10 +139,7 @@ def test_timesformer_checkpoint_with_normalization_loads(
         depth=2, heads=2, dim_head=16,
     )  # fmt: skip
 
-    def small(layers: int, tile: int, normalization: bool = False) -> nn.Module:
-        return timesformer.TimeSformer(layers, tile, 16, 32, 2, 2, 16, normalization)
-
-    monkeypatch.setitem(weights.BUILDERS, "ink_timesformer", small)
+    monkeypatch.setitem(weights.BUILDERS, "ink_timesformer", small_timesformer)
     norm = nn.BatchNorm3d(1)
     norm.running_mean += 0.25
     path = tmp_path / "scroll5.ckpt"
@@ -150,6 +154,43 @@ def test_timesformer_checkpoint_with_normalization_loads(
         logits = module(tiles)
         expected = oracle.eval()(norm.eval()(tiles).transpose(1, 2)).view(1, 1, 4, 4)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile", [32, 96, 128])
+def test_timesformer_checkpoint_predicts_in_tiles_of_another_size(
+    tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    oracle = TimeSformer(
+        dim=32, image_size=64, patch_size=16, num_frames=6, num_classes=16, channels=1,
+        depth=2, heads=2, dim_head=16,
+    ).eval()  # fmt: skip
+    monkeypatch.setitem(weights.BUILDERS, "ink_timesformer", small_timesformer)
+    path = tmp_path / "trained_at_64.pt"
+    torch.save({f"backbone.{name}": value for name, value in oracle.state_dict().items()}, path)
+    volume = papyrus((6, 140, 150), holes=False)
+    options: dict[str, Any] = {"tile": tile, "stride": 32, "precision": "float32"}
+    got = inkdask.predict(volume, path, model_in_chans=6, compile=False, **options).map.compute()
+
+    def logits(x: Tensor) -> Tensor:
+        return oracle(x.transpose(1, 2)).view(-1, 1, 4, 4)
+
+    expected = naive_map(volume, logits, tile=tile, stride=32)
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+def test_checkpoint_with_other_logits_than_described_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(weights.BUILDERS, "ink_timesformer", small_timesformer)
+    path = tmp_path / "trained_at_128.pt"
+    torch.save(timesformer.TimeSformer(26, 128, 16, 32, 2, 2, 16).state_dict(), path)
+    with pytest.raises(InkdaskError, match=r"gives 64 logits a tile, not 4 x 4: .*inkdask\.toml"):
+        weights.load(resolved(path, "timesformer", tile=128))
+    path.with_name("inkdask.toml").write_text("tile = 128")
+    for tile in (64, 128):
+        assert weights.load(resolved(path, "timesformer", tile=tile)).k == 8
 
 
 def test_resnet3d_checkpoint_loads_without_its_training_heads() -> None:
@@ -388,10 +429,20 @@ def test_weights_for_other_layers_are_refused(
         save_file(state, path, {"in_chans": "30"})
     else:
         torch.save({"state_dict": state, "hyper_parameters": {"in_chans": 30}}, path)
-    with pytest.raises(
-        InkdaskError, match=r"^Channel mismatch: .* are for 30 layers \(in_chans\), not for 26\.$"
+    (tmp_path / "described").mkdir()
+    shutil.copy(path, tmp_path / "described")
+    (tmp_path / "described" / "inkdask.toml").write_text("layers = 20")
+    for network, who in (
+        (resolved(path), "inkdask's default says 26"),
+        (resolved(path, layers=31), "MODEL_IN_CHANS says 31"),
+        (resolved(tmp_path / "described"), "the model's description says 20"),
     ):
-        weights.load(resolved(path))
+        with pytest.raises(InkdaskError) as caught:
+            weights.load(network)
+        assert str(caught.value) == (
+            f"Channel mismatch: the checkpoint {network.model.weights} says 30 layers (in_chans), "
+            f"and {who}; set MODEL_IN_CHANS=30."
+        )
     assert weights.load(resolved(path, layers=30)) is not None
 
 

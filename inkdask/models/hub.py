@@ -12,6 +12,9 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+
+from huggingface_hub import constants
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
@@ -22,6 +25,20 @@ PREFERENCE = (".safetensors", ".ckpt", ".pt", ".bin")
 PACKAGE = "package://"  # package://NAME/FILE is a file inside an installed Python package
 
 _REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@(.+))?")
+# A page of the Hub, or the rest of hf://: the repo, a revision in one of two places, and a file.
+_PAGE = re.compile(
+    r"([\w.-]+/[\w.-]+)(?:@([^/?#]+))?(?:/(?:blob|raw|resolve|tree)/([^/?#]+))?/?([^?#]*)([?#].*)?"
+)
+
+
+def address(model: str) -> str:
+    """Return ``owner/name/FILE@REVISION`` for its URL on the Hub; any other model as it is."""
+    for start in (f"{constants.ENDPOINT}/", "https://huggingface.co/", "https://hf.co/", "hf://"):
+        if model.startswith(start) and (page := _PAGE.fullmatch(model.removeprefix(start))):
+            repo, revision, branch, file, _ = (unquote(part or "") for part in page.groups())
+            at = revision or branch
+            return repo + (file and f"/{file}") + (at and f"@{at}")
+    return model
 
 
 def parse(model: str) -> dict[str, Any] | None:
@@ -47,6 +64,8 @@ def parse(model: str) -> dict[str, Any] | None:
     if named_as_file or model.startswith(("/", ".", "~", "file://")):
         raise InkdaskError(f"The weights {path} do not exist.")
     if repo := _REPO.fullmatch(model):
+        if {"", ".", ".."} & set((repo[2] or "file").split("/")):
+            raise InkdaskError(f"{model} names no file of the repo {repo[1]}.")
         words = zip(("weights", "filename", "revision"), repo.groups(), strict=True)
         return {word: value for word, value in words if value}
     return None
@@ -60,9 +79,13 @@ def locate(spec: ModelSpec) -> tuple[WeightsSource, str]:
     if weights.startswith(PACKAGE):
         package = folder.removeprefix(PACKAGE)
         try:
-            return Folder(Path(str(resources.files(package))), folder), name
+            if name:
+                return Folder(Path(str(resources.files(package))), folder), name
         except ModuleNotFoundError as error:
             raise InkdaskError(f"Model {spec.key} needs the Python package {package}.") from error
+        except (TypeError, ValueError):  # a module that is no package, or no name at all
+            pass
+        raise InkdaskError(f"{weights} names no file of a Python package.")
     if "://" in weights:
         if weights.endswith(PREFERENCE):
             return Bucket(folder), name

@@ -1,8 +1,8 @@
 """Builders of all networks by name; `inkdask.models.in_timm` registers them with timm.
 
 They need no timm, because importing it takes every worker a second and a hundred megabytes. A
-builder takes ``layers``, ``tile`` and, for some networks, ``normalization``. Its network reads
-tiles ``(b, 1, layers, tile, tile)`` and returns logits ``(b, 1, k, k)``.
+builder takes ``layers``, ``tile``, ``k`` and, for some networks, ``normalization``. Its network
+reads tiles ``(b, 1, layers, tile, tile)`` and returns logits ``(b, 1, k, k)``.
 """
 
 from collections.abc import Callable

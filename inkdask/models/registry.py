@@ -21,7 +21,7 @@ from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.models import hub
 from inkdask.models.callables import resolve_callable
-from inkdask.models.sources import WeightsSource, sha256
+from inkdask.models.sources import Repo, WeightsSource, sha256
 from inkdask.specs import ModelSpec, Network, Precision
 
 ENTRY_POINTS = "inkdask.models"
@@ -45,6 +45,9 @@ _SHAPES: dict[str, dict[str, int]] = {
     "ink_resnet3d_152_decoder3d": {"layers": 62, **_RESNET},
     "ink_depth_cnn": {"layers": 26, "tile": 64, "stride": 16, "pixels_per_logit": 4},
 }
+# Sides of the patches, in pixels, of networks whose class token gives the logits: they take tiles
+# of any number of patches, and give as many logits as for their own tile.
+_PATCHES = {"ink_timesformer": 16}
 
 
 def _spec(key: str, architecture: str, weights: str, **values: Any) -> ModelSpec:
@@ -60,6 +63,7 @@ def _scrollprize(key: str, architecture: str, repo: str, **values: Any) -> Model
 
 _BUILT_IN = (
     _scrollprize("timesformer-scroll5", "ink_timesformer", "timesformer_scroll5_27112024"),
+    _scrollprize("timesformer_scroll5_27112024", "ink_timesformer", "timesformer_scroll5_27112024"),
     _scrollprize("timesformer-gp-scroll1", "ink_timesformer", "timesformer_GP_scroll1"),
     _scrollprize("resnet3d-152-3d-decoder-2um", "ink_resnet3d_152_decoder3d", "ink_canonical_2um"),
     _scrollprize("resnet50-3um", "ink_resnet3d_50", "resnet50_3um_01122024", layers=18),
@@ -122,9 +126,9 @@ def resolve(
     Parameters
     ----------
     model
-        A key of `known`, a weights file or a folder with one, a Hugging Face repo
-        (``owner/name``, ``owner/name@revision``, ``owner/name/file.ckpt``), an ``s3://`` object
-        or prefix, or a callable ``(b, 1, layers, tile, tile) float32 -> (b, 1, k, k)`` logits.
+        A key of `known`, a weights file or a folder with one, a Hugging Face repo (its URL,
+        ``owner/name``, ``owner/name@revision``, ``owner/name/file.ckpt``), an ``s3://`` URI, or a
+        callable ``(b, 1, layers, tile, tile) float32 -> (b, 1, k, k)`` logits.
     model_type
         A key of `ARCHITECTURES`, or a timm name that one of `known` has.
     version
@@ -169,14 +173,31 @@ def _resolve_weights(
     spec = _described(model, model_type)
     if precision == "int8" and spec.architecture != ARCHITECTURES["timesformer"]:
         raise InkdaskError(f"Precision int8 is for timesformer, and model {spec.key} is not one.")
+    k = _logits(spec, tile or spec.tile)
     spec, path = hub.settle(spec)
-    k, rest = divmod(tile or spec.tile, spec.pixels_per_logit)
-    if rest or k < 1:
-        raise InkdaskError(
-            f"Model {spec.key} needs tiles whose side is a multiple of "
-            f"{spec.pixels_per_logit} pixels, not {tile or spec.tile}."
-        )
     return spec, sha256(path), k
+
+
+def _logits(spec: ModelSpec, tile: int) -> int:
+    """Return the side k of the logits of a tile."""
+    patch = _PATCHES.get(spec.architecture)
+    step = patch or spec.pixels_per_logit
+    if tile < step or tile % step:
+        raise InkdaskError(
+            f"TILE_SIZE of model {spec.key} must be a multiple of {step} pixels, not {tile}."
+        )
+    return (spec.tile if patch else tile) // spec.pixels_per_logit
+
+
+def who_says_layers(network: Network) -> str:
+    """Return what says how many layers a network reads, for messages."""
+    model = network.model
+    if network.layers != model.layers:
+        return "MODEL_IN_CHANS"
+    if model.key in known():
+        return "inkdask's list of models"
+    is_default = model.layers == _SHAPES.get(model.architecture, {}).get("layers")
+    return "inkdask's default" if is_default else "the model's description"
 
 
 def _described(model: str, model_type: str | None) -> ModelSpec:
@@ -190,6 +211,7 @@ def _described(model: str, model_type: str | None) -> ModelSpec:
         raise InkdaskError(
             f"MODEL_TYPE must be one of {', '.join(ARCHITECTURES)}, not {model_type}."
         )
+    model = hub.address(model)
     if spec := known().get(model):
         return replace(spec, architecture=architecture or spec.architecture)
     place = hub.parse(model)
@@ -217,8 +239,10 @@ def _sidecar(source: WeightsSource, weights: str) -> dict[str, Any]:
     stem = PurePosixPath(weights).with_suffix("")
     try:
         present = set(source.names())
-    except InkdaskError:  # because a file may be readable where listing is forbidden
-        return {}
+    except InkdaskError:
+        if isinstance(source, Repo):
+            raise
+        return {}  # because a file may be readable where listing is forbidden
     for name in (
         f"{stem}.toml", f"{stem}.json",
         str(stem.with_name("inkdask.toml")), str(stem.with_name("inkdask.json")),
@@ -233,7 +257,7 @@ def _read_sidecar(path: Path, shown: str) -> dict[str, Any]:
     try:
         with storage.explained(shown):
             values = parse(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InkdaskError(f"The model description {shown} cannot be read: {error}.") from error
     if not isinstance(values, dict) or not values.keys() & _WORDS.keys():
         return {}

@@ -27,6 +27,8 @@ from inkdask.errors import InkdaskError
 _IS_MD5 = re.compile(r"[0-9a-f]{32}")
 _IS_SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 16 * 2**20  # bytes of one range request
+# What huggingface_hub raises where an answer lacks headers, is no JSON, or is JSON of another kind.
+_UNLIKE_THE_HUB = (hf.FileMetadataError, ValueError, KeyError, TypeError, AttributeError)
 _AT_ONCE = 4  # range requests in flight, and so 64 MiB in memory
 
 
@@ -103,7 +105,7 @@ class Repo:
                     self.name, revision=self.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
                 )
                 return [file.rfilename for file in info.siblings or ()]
-            except (hf.HTTPError, OSError) as error:
+            except Exception as error:  # of any type, because the library trusts the answer
                 if isinstance(error, hf.HfHubHTTPError) and error.response.status_code < 500:
                     raise
                 if cached := self._cached_names():
@@ -147,18 +149,19 @@ class Repo:
             yield
         except hf.HFValidationError as error:
             raise InkdaskError(f"{self.name} is not the name of a repo.") from error
-        except (hf.HTTPError, OSError) as error:  # hf.HTTPError comes from its HTTP client
+        except Exception as error:  # of any type, because the library trusts the answer
             raise InkdaskError(self._sentence(error, name)) from error
 
     def _sentence(self, error: Exception, name: str) -> str:
         file = f"{self}/{name}" if name else str(self)
         revision = self.revision or constants.DEFAULT_REVISION
         status = getattr(getattr(error, "response", None), "status_code", None)
-        remedy = "set HF_TOKEN"
-        if huggingface_hub.get_token():
-            remedy = "the token in HF_TOKEN does not open it"
+        token = _place_of_token()
+        remedy = f"the token in {token} does not open it" if token else "set HF_TOKEN"
         if isinstance(error, hf.GatedRepoError):
             return f"{self} is open to those who accept its terms on that page: {remedy}."
+        if status == 401 and token and not isinstance(error, hf.RepositoryNotFoundError):
+            return f"{constants.ENDPOINT} refuses the token in {token}: renew or remove it."
         if isinstance(error, hf.RepositoryNotFoundError) or status in (401, 403):
             return f"{self} does not exist, or it is private: {remedy}."
         if isinstance(error, hf.RevisionNotFoundError):
@@ -169,12 +172,24 @@ class Repo:
             return f"{file} is not in the cache, and HF_HUB_OFFLINE forbids to download it."
         if status is not None:
             return f"{file} cannot be read: the Hub answers with status {status}."
-        disconnected = isinstance(error, hf.HTTPError)
+        if isinstance(error.__cause__ or error, _UNLIKE_THE_HUB):
+            return (
+                f"{file} cannot be read: {constants.ENDPOINT} does not answer as the Hugging Face "
+                "Hub does; check HF_ENDPOINT, proxies, and whether this network wants a login."
+            )
+        disconnected = isinstance(error, hf.HTTPError)  # of its HTTP client
         if isinstance(error, hf.LocalEntryNotFoundError) or (disconnected and not name):
             return f"{file} is not in the cache, and the Hub cannot be reached."
         if disconnected or "Consistency check failed" in str(error):
             return f"The download of {file} broke off, and trying again did not help."
         return f"{file} cannot be had: {' '.join(str(error).split()).rstrip('.')}."
+
+
+def _place_of_token() -> str:
+    """Return the variable or file that gives huggingface_hub its token; empty without a token."""
+    names = ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    login: str = constants.HF_TOKEN_PATH if Path(constants.HF_TOKEN_PATH).is_file() else ""
+    return next((name for name in names if os.environ.get(name, "").strip()), login)
 
 
 class Bucket:

@@ -47,11 +47,13 @@ class TimeSformer(nn.Module):
     layers
         Number of layers (the frames) of a tile.
     tile, patch
-        Sides of a tile and of a patch, in pixels. Each of the ``k x k`` patches gets a logit.
+        Sides of a tile and of a patch, in pixels. No weight depends on the tile's.
     dim, depth, heads, head_dim
         Width of a token, number of blocks, number of attention heads and their width.
     normalization
         Whether the input passes a batch norm first, as in some checkpoints.
+    k
+        Side of the square of logits, which the class token gives. Default: a logit for each patch.
     """
 
     def __init__(
@@ -64,12 +66,13 @@ class TimeSformer(nn.Module):
         heads: int = 6,
         head_dim: int = 64,
         normalization: bool = False,
+        k: int | None = None,
     ) -> None:
         super().__init__()
         if tile % patch:
             raise ValueError(f"a tile of {tile} pixels is no whole number of patches of {patch}")
         self.shape = layers, tile // patch, patch  # f, patches a side, pixels a side
-        self.k, self.heads = tile // patch, heads
+        self.k, self.heads = k or tile // patch, heads
         self.attention_dtype: torch.dtype | None = None  # None for that of the tiles
         self.normalization = nn.BatchNorm3d(1) if normalization else nn.Identity()
         self.to_patch_embedding = Linear(patch * patch, dim)
@@ -333,7 +336,7 @@ def swap_pairs(x: Tensor) -> Tensor:
 
 
 def ink_timesformer(
-    layers: int = 26, tile: int = 64, normalization: bool = False, **_: Any
+    layers: int = 26, tile: int = 64, normalization: bool = False, k: int = 4, **_: Any
 ) -> TimeSformer:
     """Build the trained size: dim 512, depth 8, 6 heads, 37.9 million parameters."""
-    return TimeSformer(layers, tile, normalization=normalization)
+    return TimeSformer(layers, tile, normalization=normalization, k=k)

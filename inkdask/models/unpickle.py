@@ -1,8 +1,8 @@
-"""Tensors from a torch file that also holds other objects, without executing anything in it.
+"""Tensors from a file of ``torch.save``, without executing anything in it.
 
-``torch.load(weights_only=True)`` refuses a file that names a class unknown to torch, as the
-hyper-parameters of Lightning checkpoints do. `tensors_only` reads such a file with an interpreter
-of the pickle language that cannot call anything that the file names:
+``torch.load(weights_only=True)`` refuses classes that torch does not know, as hyper-parameters of
+Lightning have them, and hashes and prints values, which takes years where tuples hold each other
+many times. `tensors_only` is an interpreter of the pickle language that calls nothing of the file:
 
 - Only opcodes that build plain values are known. Any other opcode ends the reading.
 - No name is imported. Names of torch's storages, and of its functions that rebuild a tensor, select
@@ -11,11 +11,14 @@ of the pickle language that cannot call anything that the file names:
 - State of objects is dropped.
 - A harmful name, such as ``os.system``, ends the reading with a sentence that says so. The name
   could do nothing here, but the file was made to do harm.
+- Work and memory grow with the size of the file: values of the file are never hashed, compared or
+  printed, `MOST_READS` ends a long pickle, and nothing is unpacked.
 """
 
 from __future__ import annotations
 
 import _compat_pickle
+import io
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -25,6 +28,7 @@ from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from inkdask.errors import InkdaskError
 
@@ -48,6 +52,10 @@ _HARMFUL_NAMES = {
     "urllib": {"urlopen", "urlretrieve"},
 }
 
+MOST_READS = 4_000_000  # from one pickle, in some seconds; a tensor takes 51
+MOST_TABLE = 2**24  # bytes of the table of a zip file; a storage takes 56
+MOST_PARTS = 64  # axes of a tensor, arguments of a call
+
 _DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -69,6 +77,7 @@ class Inert:
 
 
 INERT = Inert()
+ODD = Inert()  # in place of a sparse or quantised tensor, of one of other numbers, and of its parts
 
 
 def tensors_only(path: Path) -> Any:
@@ -77,8 +86,8 @@ def tensors_only(path: Path) -> Any:
     Parameters
     ----------
     path
-        A file of ``torch.save`` in its zip format (the format since torch 1.6). Tensors are views
-        of the mapped file.
+        A file of ``torch.save`` in its zip format, in which tensors are views of the mapped file,
+        or in the format before torch 1.6.
 
     Raises
     ------
@@ -87,64 +96,111 @@ def tensors_only(path: Path) -> Any:
     Exception
         When the file is broken; of many types.
     """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return _old_format(path)
+        table = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+        if table and table[5] > MOST_TABLE:
+            raise InkdaskError(f"{path} is no checkpoint: it lists too many files.")
     with zipfile.ZipFile(path) as archive:
         records = _Records(path, archive)
-        with archive.open(f"{records.root}/data.pkl") as file:
-            return _Unpickler(file, path, records).load()
+        return _Unpickler(io.BytesIO(records.read("data.pkl")), path, records).load()
 
 
-def look_for_harm(path: Path) -> None:
-    """Refuse a file in torch's old format, or in plain pickle, that names something harmful."""
+def _old_format(path: Path) -> Any:
+    """Return the content of a file from before torch 1.6: five pickles, and all storages."""
+    storages = _Storages(path)
     with path.open("rb") as file:
-        try:
-            while True:
-                _Unpickler(file, path).load()
-        except InkdaskError:
-            raise
-        except Exception:  # because numbers follow the pickles
-            return
+        magic, version, system = (_Unpickler(file, path, storages).load() for _ in range(3))
+        content = _Unpickler(file, path, storages).load()
+        if (magic, version) != (MAGIC_NUMBER, PROTOCOL_VERSION) or not system["little_endian"]:
+            raise ValueError("not torch's format")
+        keys = [key for key in _Unpickler(file, path, storages).load() if type(key) is str]
+        if sorted(keys) != sorted(storages.known):
+            raise ValueError("other storages than those that are referred to")
+        for numbers in (storages.known[key] for key in keys):
+            length = int.from_bytes(file.read(8), "little")
+            into: Any = numbers.view(torch.uint8).numpy()
+            if length != len(numbers) or file.readinto(into) != into.nbytes:
+                raise ValueError("a storage of another length")
+    return content
 
 
-class _Records:
-    """The storages of a zip file, each a tensor (n) that is mapped from the file."""
+class _Storages:
+    """The storages of a file, each a tensor (n) of its own type of numbers."""
+
+    def __init__(self, path: Path) -> None:
+        self.size = self.left = path.stat().st_size
+        self.known: dict[str, Tensor] = {}
+
+    def storage(self, pid: Any) -> Tensor | Inert:
+        """Return the storage of a reference ('storage', type, key, device, length, view)."""
+        if len(pid) > 5 and pid[5] is not None:
+            raise ValueError("a part of a storage")
+        kind, dtype, key, _, length = pid[:5]
+        if not (type(kind) is type(key) is str and type(length) is int) or kind != "storage":
+            raise ValueError("a reference to something else")
+        if dtype is ODD:
+            return ODD
+        if key not in self.known:
+            # Storages lie side by side in the file, so together they are no larger.
+            self.left -= length * dtype.itemsize
+            if length < 0 or self.left < 0:
+                raise ValueError("a storage that is no part of the file")
+            self.known[key] = self._new(key, dtype, length)
+        if self.known[key].dtype is not dtype:
+            raise ValueError("a storage of two types")
+        return self.known[key]
+
+    def _new(self, key: str, dtype: torch.dtype, length: int) -> Tensor:
+        return torch.empty(length, dtype=dtype)
+
+
+class _Records(_Storages):
+    """The storages of a zip file, which are mapped from the file."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        super().__init__(path)
         self.path, self.archive = path, archive
         self.root = archive.namelist()[0].partition("/")[0]
-        if f"{self.root}/byteorder" in archive.namelist():
-            order = archive.read(f"{self.root}/byteorder")
-            if order != b"little":
-                raise ValueError(f"byte order {order!r}")
+        if f"{self.root}/byteorder" in archive.NameToInfo and self.read("byteorder") != b"little":
+            raise ValueError("another byte order")
+
+    def read(self, name: str) -> bytes:
+        """Return a record, which torch never compresses."""
+        record = self.archive.getinfo(f"{self.root}/{name}")
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise InkdaskError(f"{self.path} is compressed, which a checkpoint is not.")
+        return self.archive.read(record)
 
     @cached_property
     def bytes(self) -> Tensor:
-        size = self.path.stat().st_size
-        return torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+        return torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
 
-    def storage(self, pid: Any) -> Tensor:
-        """Return the storage of a reference ('storage', type, key, device, length)."""
-        kind, dtype, key, _, length = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) is not str:
-            raise ValueError(f"a reference to {kind!r}")
+    def _new(self, key: str, dtype: torch.dtype, length: int) -> Tensor:
         record = self.archive.getinfo(f"{self.root}/data/{key}")
         size = length * dtype.itemsize
-        if record.compress_type != zipfile.ZIP_STORED or not 0 <= size <= record.file_size:
-            raise ValueError(f"storage {key} is not {length} numbers")
+        if record.compress_type != zipfile.ZIP_STORED or size > record.file_size:
+            raise ValueError("a storage of another length")
         # The local header of a record has 30 bytes, a name and an extra field.
         header = self.bytes[record.header_offset : record.header_offset + 30].tolist()
         start = record.header_offset + 30
         start += header[26] + 256 * header[27] + header[28] + 256 * header[29]
         if start + size > len(self.bytes):
-            raise ValueError(f"storage {key} goes beyond the end of the file")
+            raise ValueError("a storage that goes beyond the end of the file")
         numbers = self.bytes[start : start + size]
         if start % dtype.itemsize:
             numbers = numbers.clone()
         return numbers.view(dtype)
 
 
-def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
     """Build a tensor as ``torch._utils._rebuild_tensor_v2`` does, but only within its storage."""
-    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+    if storage is ODD:
+        return ODD
+    if max(len(size), len(stride)) > MOST_PARTS:
+        raise ValueError("a tensor of too many axes")
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (offset, *size, *stride)):
         raise ValueError("a tensor without a shape")
     reach = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else 0
     if offset + reach > len(storage):
@@ -152,27 +208,17 @@ def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Te
     return storage.as_strided(size, stride, storage.storage_offset() + offset)
 
 
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    """Return the tensor of a parameter."""
-    return data
-
-
-def _mapping(*_: Any) -> dict[str, Any]:
-    """Return an empty mapping, which later opcodes fill."""
-    return {}
-
-
 _BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "collections.OrderedDict": _mapping,
-    "collections.defaultdict": _mapping,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "collections.OrderedDict": lambda *_: {},  # which later opcodes fill
+    "collections.defaultdict": lambda *_: {},
 }
 
 _PLAIN = (
-    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK,
+    pickle.PROTO, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK,
     pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
     pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.LONG4, pickle.BINFLOAT,
     pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8,
@@ -185,6 +231,20 @@ _PLAIN = (
 )  # fmt: skip
 
 
+class _Counted:
+    """A file that ends after `MOST_READS`."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self.file, self.path, self.readline = file, path, file.readline
+        self.size, self.left = path.stat().st_size, MOST_READS
+
+    def read(self, size: int) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise InkdaskError(f"{self.path} is not loaded: it holds too many values.")
+        return self.file.read(min(size, self.size))  # because a file gets memory for all of it
+
+
 class _Unpickler(pickle._Unpickler):
     """Python's unpickler with opcodes of `_PLAIN`, and harmless ones in place of those that act."""
 
@@ -192,16 +252,18 @@ class _Unpickler(pickle._Unpickler):
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, file: IO[bytes], path: Path, records: _Records | None = None) -> None:
-        super().__init__(file, encoding="bytes")
-        self.path, self.records = path, records
+    def __init__(self, file: IO[bytes], path: Path, storages: _Storages) -> None:
+        super().__init__(_Counted(file, path), encoding="bytes")
+        self.path, self.storages = path, storages
 
     def persistent_load(self, pid: Any) -> Any:
         """Return the storage that the pickle refers to."""
-        return self.records.storage(pid) if self.records else INERT
+        return self.storages.storage(pid)
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the value that stands for a global name, without importing it."""
+        if len(module) + len(name) > 1000:
+            raise ValueError("a name without end, which may come often")
         # Translated, because protocol 2, which torch.save uses, has the names of Python 2.
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
@@ -211,44 +273,26 @@ class _Unpickler(pickle._Unpickler):
                 f"{self.path} is not loaded: it names {module}.{name}, so opening it as a "
                 "checkpoint is meant to run code on this machine; none of it was run."
             )
-        if self.records is None:
-            return INERT
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        return _BUILDERS.get(f"{module}.{name}", INERT)
+        if top == "torch" and last.endswith("Storage"):
+            return _DTYPES.get(name, ODD)
+        other = ODD if top == "torch" and last.startswith("_rebuild_") else INERT
+        return _BUILDERS.get(f"{module}.{name}", other)
 
     def _reduce(self) -> None:  # function, arguments -> value
         arguments, function = self.stack.pop(), self.stack.pop()
         built = any(function is builder for builder in _BUILDERS.values())
-        self.append(function(*arguments) if built else INERT)
+        if built and len(arguments) <= MOST_PARTS:
+            self.append(function(*arguments))
+        else:
+            self.append(ODD if function is ODD else INERT)
 
-    def _new(self) -> None:  # class, arguments -> object
-        del self.stack[-2:]
+    def _forget(self, count: int) -> None:  # values -> object
+        del self.stack[len(self.stack) - count :]
         self.append(INERT)
-
-    def _new_with_keywords(self) -> None:  # class, arguments, keywords -> object
-        del self.stack[-3:]
-        self.append(INERT)
-
-    def _build(self) -> None:  # object, state -> object
-        self.stack.pop()
-
-    def _append(self) -> None:  # list, item -> list
-        self._extend([self.stack.pop()])
-
-    def _appends(self) -> None:  # list, mark, items -> list
-        self._extend(self.pop_mark())
 
     def _extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is list:
             self.stack[-1].extend(items)
-
-    def _setitem(self) -> None:  # mapping, key, value -> mapping
-        value, key = self.stack.pop(), self.stack.pop()
-        self._update([key, value])
-
-    def _setitems(self) -> None:  # mapping, mark, keys and values -> mapping
-        self._update(self.pop_mark())
 
     def _update(self, items: list[Any]) -> None:
         # Keys that are no names are dropped, so that no object of the file is hashed.
@@ -256,27 +300,19 @@ class _Unpickler(pickle._Unpickler):
             pairs = zip(items[::2], items[1::2], strict=True)
             self.stack[-1].update((key, value) for key, value in pairs if type(key) is str)
 
-    def _additems(self) -> None:  # set, mark, items -> set
-        self.pop_mark()
-
-    def _empty_set(self) -> None:
-        self.append(INERT)
-
-    def _frozenset(self) -> None:  # mark, items -> frozenset
-        self.pop_mark()
-        self.append(INERT)
-
-    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+    # Frames are ignored, so that all reads are counted.
+    dispatch: ClassVar[dict[int, Callable[..., Any]]] = {
         **{opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _PLAIN},
+        pickle.FRAME[0]: lambda self: self.read(8),
         pickle.REDUCE[0]: _reduce,
-        pickle.NEWOBJ[0]: _new,
-        pickle.NEWOBJ_EX[0]: _new_with_keywords,
-        pickle.BUILD[0]: _build,
-        pickle.APPEND[0]: _append,
-        pickle.APPENDS[0]: _appends,
-        pickle.SETITEM[0]: _setitem,
-        pickle.SETITEMS[0]: _setitems,
-        pickle.EMPTY_SET[0]: _empty_set,
-        pickle.ADDITEMS[0]: _additems,
-        pickle.FROZENSET[0]: _frozenset,
+        pickle.NEWOBJ[0]: lambda self: self._forget(2),  # class, arguments
+        pickle.NEWOBJ_EX[0]: lambda self: self._forget(3),  # class, arguments, keywords
+        pickle.BUILD[0]: lambda self: self.stack.pop(),  # object, state -> object
+        pickle.APPEND[0]: lambda self: self._extend([self.stack.pop()]),
+        pickle.APPENDS[0]: lambda self: self._extend(self.pop_mark()),
+        pickle.SETITEM[0]: lambda self: self._update([self.stack.pop(), self.stack.pop()][::-1]),
+        pickle.SETITEMS[0]: lambda self: self._update(self.pop_mark()),
+        pickle.EMPTY_SET[0]: lambda self: self._forget(0),
+        pickle.ADDITEMS[0]: lambda self: self.pop_mark(),
+        pickle.FROZENSET[0]: lambda self: (self.pop_mark(), self._forget(0)),
     }

@@ -48,13 +48,25 @@ def load(network: Network) -> nn.Module:
             f"{sha256(path)[:12]}, not {network.digest[:12]}."
         )
     checkpoint = read(path)
-    trained = _layers(checkpoint.facts)
-    if trained not in (None, network.layers):
-        raise InkdaskError(
-            f"Channel mismatch: the weights {path} are for {trained} layers (in_chans), not for "
-            f"{network.layers}."
-        )
+    _check_shape(network, checkpoint)
     return fit(build(network, checkpoint), checkpoint, network.model.architecture)
+
+
+def _check_shape(network: Network, checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint does not speak of other numbers of layers or logits."""
+    trained, asked, k = _layers(checkpoint.facts), network.layers, network.k
+    if trained not in (None, asked):
+        raise InkdaskError(
+            f"Channel mismatch: the checkpoint {checkpoint.path} says {trained} layers (in_chans), "
+            f"and {registry.who_says_layers(network)} says {asked}; set MODEL_IN_CHANS={trained}."
+        )
+    logits = _by_bare_name(checkpoint).get("to_out.1.bias")
+    given = k * k if logits is None else logits.numel()
+    if given != k * k and network.model.architecture == "ink_timesformer":
+        raise InkdaskError(
+            f"The checkpoint {checkpoint.path} gives {given} logits a tile, not {k} x {k}: give "
+            "tile and pixels_per_logit of its training, in an inkdask.toml beside it."
+        )
 
 
 def _layers(facts: dict[str, Any]) -> int | None:
@@ -85,6 +97,8 @@ class _ParametersOnMeta(TorchFunctionMode):
 def build(network: Network, checkpoint: Checkpoint) -> nn.Module:
     """Build the network of a checkpoint, with parameters on the meta device."""
     options: dict[str, Any] = {"layers": network.layers, "tile": network.tile}
+    if network.model.architecture in BUILDERS:
+        options["k"] = network.k
     if any(_bare(name).startswith("normalization.") for name in checkpoint.tensors):
         options["normalization"] = True
     architecture = network.model.architecture
@@ -147,9 +161,8 @@ def fit(module: nn.Module, checkpoint: Checkpoint, architecture: str) -> nn.Modu
 def _bare(name: str) -> str:
     """Return the name of a weight without the prefixes of wrappers."""
     parts = [part for part in name.split(".") if part != "_orig_mod"]
-    while len(parts) > 1 and parts[0] in _PREFIXES:
-        del parts[0]
-    return ".".join(parts)
+    first = next((i for i, part in enumerate(parts) if part not in _PREFIXES), len(parts))
+    return ".".join(parts[min(first, len(parts) - 1) :])
 
 
 def _by_bare_name(checkpoint: Checkpoint) -> dict[str, Tensor]:

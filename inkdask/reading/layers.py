@@ -116,7 +116,8 @@ def choose_layers(
         count = count or len(numbers)
         if count > len(numbers):
             raise InkdaskError(
-                f"Channel mismatch: {count} layers are wanted of {where}, but {held}."
+                f"Channel mismatch: {count} layers are wanted of {where}, but {held}; "
+                "MODEL_IN_CHANS sets how many a network reads."
             )
         first = (len(numbers) - count) // 2
         chosen = slice(first, first + count)
