@@ -48,7 +48,7 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     )
     tile, stride = settings.tile or TILE, settings.stride or STRIDE
     tiling = Tiling.of(segment.shape[1:], tile, stride, settings.chunk_size)
-    pieces = samples(segment)
+    pieces = samples(segment, share=2)
     warn_of_small_values(segment, pieces)
     return dict(of_segment(segment, tiling, empty_share(pieces)))
 

@@ -115,21 +115,22 @@ def warn_of_small_values(segment: Segment | None, pieces: Sequence[np.ndarray] =
             )
 
 
-def samples(segment: Segment) -> list[np.ndarray]:
-    """Read up to 16 pieces of the middle layer, as stored (1, y, x).
+def samples(segment: Segment, share: int = 16) -> list[np.ndarray]:
+    """Read up to 16 pieces of the middle layer, as stored (1, y, x), of ``share`` one each way.
 
     Reads nothing where that would decode whole layers.
     """
     if not segment.source.can_be_sampled:
         return []
-    layers, height, width = segment.source.shape
+    layers, height, width = segment.shape
     middle: Any = segment.source.take(slice(layers // 2, layers // 2 + 1))
     rows, columns = min(middle.unit[0], height), min(middle.unit[1], width)
     most = 16 if columns == width else 4
-    down = spread(height, rows, max(1, min(most, height // rows // 2)))
-    across = spread(width, columns, max(1, min(4, width // columns // 2)))
-    pieces = itertools.product(down, across)
-    return for_each(lambda piece: middle.block(*piece).read(segment.dtype), pieces)
+    down = spread(height, rows, max(1, min(most, height // rows // share)))
+    across = spread(width, columns, max(1, min(4, width // columns // share)))
+    corner = segment.box.corner if segment.box else (0, 0)
+    boxes = [Box.of(*piece).shift(*corner) for piece in itertools.product(down, across)]
+    return for_each(lambda box: middle.block(*box.slices).read(segment.dtype), boxes)
 
 
 def check_room_for_picture(region: Box, target: str) -> None:

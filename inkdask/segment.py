@@ -279,7 +279,7 @@ def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) ->
 
 
 def find_mask(uri: str, listing: Sequence[storage.Entry] | None = None) -> str | None:
-    """Return the mask of papyrus in a segment, or None; other ``*_mask.png`` are of other things."""
+    """Return the mask in a segment, or None; other ``*_mask.png`` are no masks of papyrus."""
     there = {entry.name for entry in listing or storage.list_folder(uri)}
     own = [name for name in (f"{name_of(uri)}_mask.png", "mask.png") if name in there]
     return storage.join(uri, own[0]) if own else None
@@ -287,10 +287,8 @@ def find_mask(uri: str, listing: Sequence[storage.Entry] | None = None) -> str |
 
 def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
     file = LayerFile(0, uri, storage.entry(uri))
-    image = _read_header(file)
-    image = images.ImageFile(
-        uri, image.shape, image.dtype, image.channels, is_mask=True, etag=image.etag
-    )
+    it = _read_header(file)
+    image = images.ImageFile(uri, it.shape, it.dtype, it.channels, is_mask=True, etag=it.etag)
     if image.shape != shape:
         raise InkdaskError(
             f"The mask {uri} has {image.shape[1]} x {image.shape[0]} pixels, "

@@ -224,7 +224,7 @@ def settle(settings: Settings) -> Job:
     plan = Plan.of(str(settings.s3_path), settings)
     job = Job.of(plan, settings)
     check_prepared(job, replaces=settings.output_path is None)
-    warn_of_small_values(plan.segment)
+    warn_of_small_values(plan.inside)
     job.grid.check_place(job.recipe)
     check_places(job, settings.result_file, settings.num_parts, settings.overwrite)
     return job

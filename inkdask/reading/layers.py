@@ -40,20 +40,10 @@ class LayerFile:
 
 
 def find_layers(uri: str, listing: Sequence[storage.Entry]) -> tuple[str, list[LayerFile]]:
-    """Find the folder of layers in a segment, and all layers in it.
+    """Return the folder of layers in a segment of this listing, and its layers by number.
 
-    Parameters
-    ----------
-    uri, listing
-        The segment, and its listing.
-
-    Returns
-    -------
-    str
-        ``layers``, ``surface_volume`` or the only folder ending in ``.tifs`` in the segment, or the
-        segment itself.
-    list of LayerFile
-        Layers, sorted by number, or the only TIFF, which may hold a stack; may be empty.
+    The folder is ``layers``, ``surface_volume``, the only one ending in ``.tifs``, or the segment.
+    Instead of layers there may be one TIFF that may hold a stack, or nothing.
     """
     folders = [entry.name for entry in listing if entry.is_folder]
     inner = [name for name in _FOLDERS if name in folders]
@@ -62,14 +52,14 @@ def find_layers(uri: str, listing: Sequence[storage.Entry]) -> tuple[str, list[L
     folder = storage.join(uri, inner[0]) if inner else uri.rstrip("/")
     entries = storage.list_folder(folder) if inner else listing
     places = [(storage.join(folder, entry.name), entry) for entry in entries if not entry.is_folder]
-    found = [(m, *place) for place in places if (m := _LAYER.fullmatch(place[1].name))]
+    found = [(m, place) for place in places if (m := _LAYER.fullmatch(place[1].name))]
     # Names without an ID come first; files of several IDs are no layers of one segment. JPEGs
     # beside another file of the same layer are previews.
-    ids = {match[1] for match, *_ in found}
-    others = {int(match[2]) for match, *_ in found if not match[4]}
+    ids = {match[1] for match, _ in found}
+    others = {int(match[2]) for match, _ in found if not match[4]}
     files = [
         LayerFile(int(match[2]), *place)
-        for match, *place in found
+        for match, place in found
         if (not match[1] or len(ids) == 1) and not (match[4] and int(match[2]) in others)
     ]
     if not entries and storage.exists(uri):
@@ -92,16 +82,12 @@ def no_layers(uri: str, folder: str, layers: tuple[int, int] | None) -> InkdaskE
         some = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
         what = f"it holds {some}; name a folder of 00.tif or ID_00.tif, a TIFF stack or a zarr"
     elif storage.exists(uri):
-        is_folder = storage.entry(folder).is_folder
-        what = "it is empty" if is_folder else "it is a file, and no stack of layers"
+        what = "it is empty" if storage.entry(folder).is_folder else "it is a file, and no stack"
     return InkdaskError(f"No layers found in {folder}{asked_for(layers)}: {what}.")
 
 
 def choose_layers(
-    numbers: Sequence[int],
-    where: str,
-    layers: tuple[int, int] | None,
-    count: int | None,
+    numbers: Sequence[int], where: str, layers: tuple[int, int] | None, count: int | None
 ) -> slice:
     """Choose the layers that a job reads.
 

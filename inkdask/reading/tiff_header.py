@@ -54,8 +54,7 @@ def read_stack(uri: str, size: int, etag: str = "") -> list[TiffImage]:
         raise InkdaskError(
             f"{uri} is truncated: its pixels reach to byte {max(ends)}, the file has {size} bytes."
         )
-    is_stack = len(images) > 1
-    return [replace(it, etag=etag, page=page * is_stack) for page, it in enumerate(images, 1)]
+    return [replace(it, etag=etag, page=i * (len(images) > 1)) for i, it in enumerate(images, 1)]
 
 
 def _describe_all(uri: str, size: int, page: Any, series: Any) -> Iterator[TiffImage]:

@@ -214,8 +214,8 @@ def check_size(name: str, shape: tuple[int, int, int]) -> None:
         raise InkdaskError(f"{name} has no pixels.")
     if max(shape) > LONGEST or shape[1] * shape[2] > LARGEST:
         raise InkdaskError(
-            f"{name} has layers of {shape[1]:,} x {shape[2]:,} pixels, {shape[0]:,} of them, and a "
-            f"layer can have {LARGEST:,}: name a coarser level or a part of it."
+            f"{name} has {shape[0]:,} layers of {shape[1]:,} x {shape[2]:,} pixels, and at most "
+            f"{LARGEST:,} a layer and {LONGEST:,} a side are read: name a coarser level or a part."
         )
 
 
