@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from inkdask import storage
+from inkdask.errors import InkdaskError
 from inkdask.identity import Origin, Provenance, Recipe
 from inkdask.memory import expected_memory
-from inkdask.pictures.overlay import spread
 from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
 from inkdask.plan import span
+from inkdask.preflight import samples, warn_of_small_values
 from inkdask.progress import amount
-from inkdask.reading.volume import Source
+from inkdask.reading.tiff_header import read_stack
 from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
 from inkdask.store import GridStore
@@ -36,7 +38,7 @@ def describe(path: str, **options: Any) -> dict[str, str]:
         ``layers``, ``ome_zarr_level``, ``mask_path``, ``tile``, ``stride`` and ``chunk_size`` of
         `inkdask.settings.Settings`.
     """
-    if is_picture_file(path) or is_picture(path):
+    if is_picture(path) or (is_picture_file(path) and not _is_stack(path)):
         return dict(_of_picture(path, read_facts(path)))
     if GridStore.label(path):
         return dict(_of_grid(path))
@@ -46,7 +48,17 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     )
     tile, stride = settings.tile or TILE, settings.stride or STRIDE
     tiling = Tiling.of(segment.shape[1:], tile, stride, settings.chunk_size or CHUNK)
-    return dict(of_segment(segment, tiling, empty_share(segment.source)))
+    pieces = samples(segment, share=2)
+    warn_of_small_values(segment, pieces)
+    return dict(of_segment(segment, tiling, empty_share(pieces)))
+
+
+def _is_stack(path: str) -> bool:
+    """Whether a file is a TIFF of several layers."""
+    with suppress(InkdaskError):
+        entry = storage.entry(path)
+        return len(read_stack(path, entry.size, entry.etag)) > 1
+    return False
 
 
 def of_segment(
@@ -74,25 +86,10 @@ def of_segment(
     yield "memory", f"about {amount(expected_memory(segment.volume, tiling))} at most"
 
 
-def empty_share(source: Source) -> float | None:
-    """Share of zero pixels in the middle layer, from up to 16 pieces of it.
-
-    None where nothing can be read without decoding whole layers.
-    """
-    if not source.can_be_sampled:
-        return None
-    layers, height, width = source.shape
-    middle = source.take(slice(layers // 2, layers // 2 + 1))
-    rows, columns = min(source.unit[0], height), min(source.unit[1], width)
-    pieces = itertools.product(
-        _some(height, rows, 16 if columns == width else 4), _some(width, columns, 4)
-    )
-    return float(np.mean([(middle.block(*piece).read() == 0).mean() for piece in pieces]))
-
-
-def _some(length: int, piece: int, most: int) -> list[slice]:
-    """Spread up to ``most`` pieces over a length; half of the pieces at most."""
-    return spread(length, piece, max(1, min(most, length // piece // 2)))
+def empty_share(pieces: Sequence[np.ndarray]) -> float | None:
+    """Share of pixels that are read as zero, in pieces as stored; None without pieces."""
+    shares = [np.mean(piece >> 8 * (piece.itemsize - 1) == 0) for piece in pieces]
+    return float(np.mean(shares)) if shares else None
 
 
 def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:

@@ -5,14 +5,16 @@ The figures are estimates. Those of disks are low, because compression is not kn
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +23,14 @@ from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.job import Job
 from inkdask.memory import expected_memory, memory_limit
+from inkdask.pictures.overlay import spread
 from inkdask.plan import Plan
 from inkdask.progress import amount
 from inkdask.provenance import absolute
 from inkdask.reading.volume import Source
 from inkdask.segment import Segment, identify, name_of
 from inkdask.storage import outputs
+from inkdask.storage.parallel import for_each
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
 
@@ -92,6 +96,41 @@ def check_prepared(job: Job, replaces: bool) -> None:
             f"SURFACE_VOLUME_ZARR {place} was prepared before the layers of {source} were changed: "
             "run inkdask prepare again, or leave it out."
         )
+
+
+def warn_of_small_values(segment: Segment | None, pieces: Sequence[np.ndarray] = ()) -> None:
+    """Warn of uint16 values below a sixteenth of the range, because their high bytes are read.
+
+    ``pieces`` are those of `samples`, where they are read already.
+    """
+    if segment is None or segment.dtype.itemsize < 2:
+        return
+    with suppress(InkdaskError):  # A job names what it cannot read.
+        largest = max((int(piece.max()) for piece in pieces or samples(segment)), default=0)
+        if 0 < largest < 1 << 12:
+            bits = max(8, largest.bit_length())
+            log.warning(
+                f"{segment.uri}: the largest value sampled is {largest:,} of 65,535: these look "
+                f"like {bits}-bit values kept in uint16, whose high bytes are read; rescale them"
+            )
+
+
+def samples(segment: Segment, share: int = 16) -> list[np.ndarray]:
+    """Read up to 16 pieces of the middle layer, as stored (1, y, x), of ``share`` one each way.
+
+    Reads nothing where that would decode whole layers.
+    """
+    if not segment.source.can_be_sampled:
+        return []
+    layers, height, width = segment.shape
+    middle: Any = segment.source.take(slice(layers // 2, layers // 2 + 1))
+    rows, columns = min(middle.unit[0], height), min(middle.unit[1], width)
+    most = 16 if columns == width else 4
+    down = spread(height, rows, max(1, min(most, height // rows // share)))
+    across = spread(width, columns, max(1, min(4, width // columns // share)))
+    corner = segment.box.corner if segment.box else (0, 0)
+    boxes = [Box.of(*piece).shift(*corner) for piece in itertools.product(down, across)]
+    return for_each(lambda box: middle.block(*box.slices).read(segment.dtype), boxes)
 
 
 def check_room_for_picture(region: Box, target: str) -> None:

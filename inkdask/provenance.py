@@ -64,7 +64,7 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
         segment=plan.name,
         source=absolute(plan.source),
         volume=absolute(segment.uri) if segment else None,
-        ome_zarr_level=settings.ome_zarr_level,
+        ome_zarr_level=segment.level if segment else settings.ome_zarr_level,
         mask=absolute(segment.mask_uri) if segment else None,
         layer_range=plan.layer_range,
         opened=plan.opened,
@@ -76,7 +76,10 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
     origin = without_secrets(origin)
     if plan.network.function is not None:
         return origin
-    words = (*_command(plan, origin, settings.model), *_options(OF_GRIDS, dict(settings)))
+    words = (
+        *_command(plan, origin, settings.model),
+        *_options(OF_GRIDS, {**dict(settings), "ome_zarr_level": origin.ome_zarr_level}),
+    )
     return replace(origin, command=tuple(map(str, words)))
 
 

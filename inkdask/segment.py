@@ -10,6 +10,7 @@ import collections
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from inkdask import showing, storage
 from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.reading import images, tiff_header
-from inkdask.reading.layers import LayerFile, asked_for, check_unique, choose_layers, find_layers
+from inkdask.reading.layers import LayerFile, check_unique, choose_layers, find_layers, no_layers
 from inkdask.reading.tiff import TiffImage
 from inkdask.reading.volume import DecodedStack, Reading, Source, TiffStack, lazy, read_block
 from inkdask.reading.zarr_volume import open_zarr
@@ -62,6 +63,8 @@ class Segment:
         Digest of the mask, as `identity`; None without a mask.
     box
         Pixels of the files that are kept (see `crop`); None for all.
+    level
+        Level of an OME-Zarr group that was asked for.
     """
 
     uri: str
@@ -75,6 +78,7 @@ class Segment:
     mask_source: Source | None = None
     mask_identity: str | None = None
     box: Box | None = None
+    level: str = "0"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -142,14 +146,14 @@ def open_segment(
     ----------
     uri
         Local path or ``s3://`` URI: a folder that holds ``layers`` or ``surface_volume``, a folder
-        of layers (``<id>.tifs``), a zarr array, or an OME-Zarr group.
+        of layers (``<id>.tifs``), a TIFF of all layers, a zarr array, or an OME-Zarr group.
     layers
         Numbers of the first layer (inclusive) and the last (exclusive), or ``"0:26"``.
     count
         Without ``layers``: number of layers around the middle. Default: all.
     mask
-        Picture that is not 0 on papyrus, or ``none``. Default: ``<id>_mask.png`` in the folder
-        ``<id>``, where there is one.
+        Picture that is not 0 on papyrus, or ``none``. Default: ``<id>_mask.png`` or ``mask.png`` in
+        the folder ``<id>``, where there is one.
     level
         Level of an OME-Zarr group.
     """
@@ -159,22 +163,29 @@ def open_segment(
             layers = layer_range(layers)
         except ValueError as error:
             raise SettingsError(f"{error}.") from None
+    for path in (uri, os.fspath(mask or "")):
+        if path.encode(errors="replace").decode() != path:
+            raise InkdaskError(f"{path!r} is not UTF-8: give the folder or file another name.")
     listing = storage.list_folder(uri)
     name = name_of(uri)
     if _ZARR_FILES & {entry.name for entry in listing}:
         source, numbers, dtype, identity = _open_array(uri, layers, count, level)
         stored = 0
     else:
-        if not listing:
-            raise InkdaskError(f"No layers found in {uri}{asked_for(layers)}: {_what_is_at(uri)}.")
         folder, files = find_layers(uri, listing)
         check_unique(files, layers)
-        files = files[choose_layers([file.number for file in files], folder, layers, count)]
-        source, dtype, identity = _open_files(files)
-        numbers = tuple(file.number for file in files)
-        stored = sum(file.size for file in files)
-    mask_uri = os.fspath(mask) if mask else _find_mask(uri, name, listing)
-    segment = Segment(uri, name, numbers, dtype, identity, source, stored, mask_uri)
+        only = files[0] if len(files) == 1 and files[0].is_tiff else None
+        stack = tiff_header.read_stack(only.uri, only.entry.size, only.entry.etag) if only else []
+        numbers = tuple(range(len(stack)) if len(stack) > 1 else (file.number for file in files))
+        if not numbers or numbers[0] < 0:
+            raise no_layers(uri, folder, layers)
+        chosen = choose_layers(numbers, folder, layers, count)
+        numbers = numbers[chosen]
+        files = files if only else files[chosen]
+        source, dtype, identity = _open_files(files, stack[chosen])
+        stored = sum(file.entry.size for file in files)
+    mask_uri = os.fspath(mask) if mask else find_mask(uri, listing)
+    segment = Segment(uri, name, numbers, dtype, identity, source, stored, mask_uri, level=level)
     if mask_uri and mask_uri != NO_MASK:
         mask_source = _open_mask(mask_uri, source.shape[1:])
         segment = replace(segment, mask_source=mask_source, mask_identity=mask_source.identity)
@@ -191,32 +202,39 @@ def identify(
         identity = open_zarr(uri, level).identity
     else:
         start, end = layers
-        files = [it for it in find_layers(uri, listing)[1] if start <= it.number < end]
+        files = find_layers(uri, listing)[1]
+        if len(files) > 1:  # else it may hold a stack of layers of other numbers
+            files = [file for file in files if start <= file.number < end]
         if not files:
-            raise InkdaskError(f"No layers found in {uri}{asked_for(layers)}.")
+            raise no_layers(uri, uri, layers)
         identity = _digest(for_each(_traits, files))
     if mask is None or mask == NO_MASK:
         return identity, None
-    return identity, _digest([_traits(LayerFile.of(0, mask, storage.entry(mask)))])
+    return identity, _digest([_traits(LayerFile(0, mask, storage.entry(mask)))])
 
 
 def _open_array(
     uri: str, layers: tuple[int, int] | None, count: int | None, level: str
 ) -> tuple[Source, tuple[int, ...], np.dtype[Any], str]:
     """Open a zarr array, and choose its layers."""
-    source = open_zarr(uri, level)
+    source = open_zarr(uri, level, layers[1] - layers[0] if layers else count or 0)
     numbers = source.numbers
+    if source.oddity:
+        log.warning("%s has %s", source.name, source.oddity)
     # Arrays of the reference tool, (y, x, z), hold one range of layers without their numbers.
-    is_of_one_range = not (source.path or source.is_numbered) and source.depth == 2
+    is_of_one_range = not (source.path or source.is_numbered) and source.axes[0] == 2
     if layers and is_of_one_range and layers[1] - layers[0] == len(numbers):
         numbers = tuple(range(*layers))
     chosen = choose_layers(numbers, uri, layers, count)
     return source.take(chosen), numbers[chosen], source.dtype, source.identity
 
 
-def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]:
-    """Read the headers of all layers, and check that they agree."""
-    headers, traits = for_each(_read_header, files), for_each(_traits, files)
+def _open_files(
+    files: Sequence[LayerFile], stack: Sequence[TiffImage]
+) -> tuple[Source, np.dtype[Any], str]:
+    """Read the headers of all layers but of a stack, whose are read, and check that they agree."""
+    traits = for_each(_traits, files)
+    headers: Sequence[Any] = stack or for_each(_read_header, files)
     for image in headers:
         if isinstance(image, images.ImageFile) and image.is_palette:
             raise InkdaskError(f"{image.uri} has colours of a palette: save it in grey.")
@@ -241,13 +259,13 @@ def _open_files(files: Sequence[LayerFile]) -> tuple[Source, np.dtype[Any], str]
 
 def _read_header(file: LayerFile) -> TiffImage | images.ImageFile:
     read = tiff_header.read_header if file.is_tiff else images.read_header
-    return read(file.uri, file.size, file.etag)
+    return read(file.uri, file.entry.size, file.entry.etag)
 
 
 def _traits(file: LayerFile) -> tuple[Any, ...]:
     """Return what tells a file from others; an ETag is a digest, and spares the look inside."""
-    middle = b"" if file.etag else storage.read_middle(file.uri, file.size)
-    return storage.absolute(file.uri), file.size, file.mark, middle
+    middle = b"" if file.entry.etag else storage.read_middle(file.uri, file.entry.size)
+    return storage.absolute(file.uri), file.entry.size, file.entry.mark, middle
 
 
 def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) -> None:
@@ -260,31 +278,17 @@ def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) ->
             )
 
 
-def _what_is_at(uri: str) -> str:
-    """Say why a listing is empty."""
-    if not storage.exists(uri):
-        return "it does not exist"
-    return "it is a file" if not storage.entry(uri).is_folder else "it is empty"
-
-
-def find_mask(uri: str) -> str | None:
-    """Return the mask in the segment at ``uri``, or None."""
-    return _find_mask(uri, name_of(uri), storage.list_folder(uri))
-
-
-def _find_mask(uri: str, name: str, listing: Sequence[storage.Entry]) -> str | None:
+def find_mask(uri: str, listing: Sequence[storage.Entry] | None = None) -> str | None:
     """Return the mask in a segment, or None; other ``*_mask.png`` are no masks of papyrus."""
-    own = f"{name}_mask.png"
-    return storage.join(uri, own) if own in {entry.name for entry in listing} else None
+    there = {entry.name for entry in listing or storage.list_folder(uri)}
+    own = [name for name in (f"{name_of(uri)}_mask.png", "mask.png") if name in there]
+    return storage.join(uri, own[0]) if own else None
 
 
 def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
-    file = LayerFile.of(0, uri, storage.entry(uri))
-    image = _read_header(file)
-    if isinstance(image, images.ImageFile):
-        image = replace(image, is_mask=True)
-    elif image.dtype != np.uint8:  # Only high bytes are read, and they may all be 0.
-        raise InkdaskError(f"The mask {uri} has {image.dtype.name} values, and a TIFF needs uint8.")
+    file = LayerFile(0, uri, storage.entry(uri))
+    it = _read_header(file)
+    image = images.ImageFile(uri, it.shape, it.dtype, it.channels, is_mask=True, etag=it.etag)
     if image.shape != shape:
         raise InkdaskError(
             f"The mask {uri} has {image.shape[1]} x {image.shape[0]} pixels, "
@@ -301,4 +305,4 @@ def name_of(uri: str) -> str:
     """Name a segment by its folder: ``20240301`` for ``scroll5/20240301/layers/``."""
     path = storage.absolute(uri) if storage.is_local(uri) else uri  # resolves "."
     parts = [part for part in path.split("/") if part not in ("", "layers", "surface_volume")]
-    return parts[-1].removesuffix(".tifs").removesuffix(".zarr") if parts else "segment"
+    return re.sub(r"\.(tifs?|tiff|zarr)$", "", parts[-1]) if parts else "segment"

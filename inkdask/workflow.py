@@ -19,7 +19,7 @@ from inkdask.inkmap import InkMap
 from inkdask.job import Job
 from inkdask.parts import agreed_work, assign
 from inkdask.plan import Given, Plan
-from inkdask.preflight import check_memory, check_places, check_prepared
+from inkdask.preflight import check_memory, check_places, check_prepared, warn_of_small_values
 from inkdask.preparation import Preparation
 from inkdask.reduction import picture, preview
 from inkdask.segment import open_segment
@@ -204,6 +204,7 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
         settings.zarr_output_dir,
         settings.use_zarr_compression,
     )
+    warn_of_small_values(segment)
     array.begin(settings.overwrite)
     if array.is_finished:
         log.info("%s is there already, made of the same files", array.uri)
@@ -223,6 +224,7 @@ def settle(settings: Settings) -> Job:
     plan = Plan.of(str(settings.s3_path), settings)
     job = Job.of(plan, settings)
     check_prepared(job, replaces=settings.output_path is None)
+    warn_of_small_values(plan.inside)
     job.grid.check_place(job.recipe)
     check_places(job, settings.result_file, settings.num_parts, settings.overwrite)
     return job

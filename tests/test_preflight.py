@@ -6,13 +6,15 @@ from collections import namedtuple
 import imagecodecs
 import numpy as np
 import pytest
+import tifffile
+import zarr
 from PIL import Image
 
 import inkdask
-from inkdask import memory, preflight
+from inkdask import cli, memory, preflight
 from inkdask.errors import InkdaskError
 from inkdask.reading import volume
-from tests.files import write_segment
+from tests.files import write_layers, write_segment
 from tests.oracle import depth_slope, papyrus
 
 pytestmark = pytest.mark.usefixtures("own_environment")
@@ -163,3 +165,55 @@ def test_part_needs_room_for_its_share_only(segment, monkeypatch, tmp_path):
             segment, model=depth_slope, num_parts=parts, zarr_output_dir=tmp_path / str(parts)
         )
     assert seen[4] == pytest.approx(seen[1] / 4)
+
+
+# Values of few bits in files of sixteen.
+
+
+def write_values(folder, bits, kind="tif"):
+    """Write layers of uint16 whose values have ``bits`` bits."""
+    layers = papyrus((6, 230, 301)).astype(np.uint16) << (bits - 8)
+    if kind == "zarr":
+        zarr.create_array(str(folder), data=layers, chunks=(6, 64, 64))
+        return folder
+    write_layers(folder / "layers", layers, rowsperstrip=16)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tif", "zarr"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_values_of_few_bits_in_uint16_are_told(tmp_path, caplog, capsys, kind, bits):
+    place = write_values(tmp_path / "seg", bits, kind)
+    options = {"model": depth_slope, "output_path": str(tmp_path / "out")}
+    works = (
+        lambda: cli.main(["info", str(place)]),
+        lambda: inkdask.check(place, **options),
+        lambda: inkdask.run(place, **options),
+        lambda: inkdask.prepare(place),
+    )
+    for work in works:
+        caplog.clear()
+        work()
+        told = [message for message in caplog.messages if "the largest value sampled" in message]
+        assert len(told) == (bits < 16)
+        for message in told:
+            largest = int(message.split("sampled is ")[1].split(" of 65,535")[0].replace(",", ""))
+            assert 0 < largest < 2**bits
+            assert message.startswith(f"{place}: ")
+            assert f"look like {max(8, largest.bit_length())}-bit values kept in uint16" in message
+            assert max(8, largest.bit_length()) == bits
+
+
+def test_empty_or_damaged_samples_are_not_told(tmp_path, caplog):
+    write_layers(tmp_path / "empty" / "layers", np.zeros((6, 230, 301), np.uint16))
+    inkdask.check(tmp_path / "empty", model=depth_slope)
+    damaged = tmp_path / "damaged" / "layers"
+    write_layers(damaged, papyrus((6, 230, 301)).astype(np.uint16), compression="lzw")
+    for file in damaged.iterdir():
+        with tifffile.TiffFile(file) as tif:
+            start = tif.pages.first.dataoffsets[0]
+        data = bytearray(file.read_bytes())
+        data[start : start + 2] = b"\x80\x40"
+        file.write_bytes(data)
+    inkdask.check(tmp_path / "damaged", model=depth_slope)  # the job names the chunks that fail
+    assert "largest value" not in caplog.text

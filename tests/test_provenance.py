@@ -8,16 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from PIL import Image
 
 import inkdask
 from inkdask import cli, storage
 from inkdask.demo import synthetic
+from inkdask.job import changed_input
 from inkdask.models.registry import known
 from inkdask.plan import Plan
 from inkdask.provenance import OF_GRIDS, OF_PICTURES, origin_of, recipe_of, without_secrets
 from inkdask.settings import Settings
-from tests.oracle import depth_slope
+from tests.files import ome
+from tests.oracle import depth_slope, papyrus
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
@@ -231,3 +234,21 @@ def test_environment_does_not_label_what_a_notebook_predicts(segment, monkeypatc
     assert "another" not in " ".join(origin.command)
     array = origin_of(Plan.of(np.ones((26, 70, 70), np.uint8), settings), settings)
     assert (array.source, array.layer_range) == (None, (0, 26))
+
+
+def test_origin_names_the_level_that_was_opened(tmp_path, monkeypatch):
+    monkeypatch.setenv("OME_ZARR_LEVEL", "0")
+    pixels = papyrus((26, 70, 90))
+    group = zarr.create_group(str(tmp_path / "seg.zarr"), attributes=ome("0.5"))
+    for level in "01":
+        group.create_array(level, data=pixels, chunks=(26, 64, 64))
+    settings = Settings.of(model="demo")
+    plan = Plan.of(inkdask.open_segment(tmp_path / "seg.zarr", level="1"), settings)
+    origin = origin_of(plan, settings)
+    assert origin.ome_zarr_level == "1"
+    assert "--ome-zarr-level 1" in " ".join(origin.command)
+    monkeypatch.setenv("OME_ZARR_LEVEL", "1")
+    settings = Settings.of(model="demo")
+    plan = Plan.of(inkdask.open_segment(tmp_path / "seg.zarr"), settings)
+    assert origin_of(plan, settings).ome_zarr_level == "0"
+    assert changed_input(recipe_of(plan), origin_of(plan, settings)) == ""

@@ -3,6 +3,8 @@
 import logging
 import os
 import pickle
+import struct
+import tracemalloc
 
 import imagecodecs
 import numpy as np
@@ -13,8 +15,9 @@ from PIL import Image
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.information import empty_share
+from inkdask.preflight import samples
 from inkdask.reading import volume
-from inkdask.segment import name_of, open_segment
+from inkdask.segment import identify, name_of, open_segment
 from inkdask.storage import s3 as s3_module
 from tests.files import SHAPE, assert_reads, encode, random_volume, write_layers
 
@@ -102,7 +105,7 @@ def test_colour_layers_are_read_with_one_warning(tmp_path, caplog, pixels):
 
 def test_jpeg_with_late_frame_header_is_opened(tmp_path, pixels):
     """After a preview or a profile of hundreds of kilobytes."""
-    data = imagecodecs.jpeg_encode(pixels[0] >> 8 if pixels.dtype == np.uint16 else pixels[0])
+    data = imagecodecs.jpeg_encode((pixels[0] >> 8).astype(np.uint8))
     segment = b"\xff\xe2" + (65535).to_bytes(2, "big") + bytes(65533)
     (tmp_path / "00.jpg").write_bytes(data[:2] + 3 * segment + data[2:])
     assert open_segment(str(tmp_path)).shape == (1, *pixels.shape[1:])
@@ -114,6 +117,65 @@ def test_sixteen_bit_png_is_read_as_its_high_bytes(tmp_path, pixels):
     segment = open_segment(str(tmp_path))
     assert segment.dtype == np.uint16
     assert_reads(segment, pixels >> 8)
+
+
+@pytest.mark.parametrize("home", ["local", "s3"], indirect=True)
+def test_layers_named_by_the_segment_and_a_number_are_read(home, pixels):
+    for number, layer in enumerate(pixels):
+        name = f"20231122120123_{number:02d}.tif"
+        storage.write_bytes(storage.join(home, "layers", name), encode(layer))
+    segment = open_segment(home, (1, 5))
+    assert segment.layers == (1, 2, 3, 4)
+    assert_reads(segment, pixels[1:5] >> 8)
+    assert identify(home, (1, 5), None, "0") == (segment.identity, None)
+    write_layers(storage.join(home, "layers"), pixels[::-1])
+    assert_reads(open_segment(home), pixels[::-1] >> 8)
+
+
+def test_layers_of_two_segments_in_one_folder_are_refused(tmp_path, pixels):
+    for name in ("a_00.tif", "b_01.tif"):
+        (tmp_path / name).write_bytes(encode(pixels[0]))
+    with pytest.raises(
+        InkdaskError, match=r"^No layers found in .*: it holds a_00\.tif, b_01\.tif;"
+    ):
+        open_segment(tmp_path)
+
+
+@pytest.mark.parametrize("home", ["local", "s3"], indirect=True)
+def test_surface_volumes_of_a_segment_are_named(home, pixels):
+    for name in ("1.zarr/0/.zarray", "2.tifs/00.tif", "3.tifs/00.tif"):
+        storage.write_bytes(storage.join(home, "surface-volumes", name), encode(pixels[0]))
+    storage.write_bytes(storage.join(home, "mesh", "x.tif"), b"")
+    for uri, inner in ((home, "surface-volumes/"), (storage.join(home, "surface-volumes"), "")):
+        names = ", ".join(f"{inner}{name}" for name in ("1.zarr", "2.tifs", "3.tifs"))
+        with pytest.raises(
+            InkdaskError, match=f"^No layers found in {uri}: it holds {names}; name"
+        ):
+            open_segment(uri)
+
+
+def test_what_is_there_instead_of_layers_is_named(tmp_path, pixels):
+    write_layers(tmp_path / "odd" / "layers", pixels)
+    for file in (tmp_path / "odd" / "layers").iterdir():
+        file.rename(file.with_name(f"slice-{file.name}"))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "layers").symlink_to(tmp_path / "gone")
+    for name in ("a", "b", "c"):
+        (tmp_path / "linked" / name).mkdir()
+    (tmp_path / "one.tif").write_bytes(encode(pixels[0]))
+    for name, says in (
+        (
+            "odd",
+            r"odd/layers: it holds slice-00\.tif, slice-01\.tif, slice-02\.tif and 3 more; name",
+        ),
+        (
+            "linked",
+            r"linked: it holds layers \(a link to nothing\), a, b and 1 more; name a folder",
+        ),
+        ("one.tif", r"one\.tif: it is a file, and no stack"),
+    ):
+        with pytest.raises(InkdaskError, match=f"^No layers found in .*{says}"):
+            open_segment(tmp_path / name)
 
 
 # Which layers are read.
@@ -209,6 +271,25 @@ def test_missing_folder_is_named_with_the_range(home):
             open_segment(uri, (0, 26))
 
 
+@pytest.mark.parametrize("layers", [(0, 999_999_999), (4, 10**30)])
+def test_endless_range_of_layers_is_refused_at_once(tmp_path, pixels, layers):
+    write_layers(tmp_path, pixels)
+    tracemalloc.start()
+    with pytest.raises(InkdaskError, match=rf"^Layers 06, .* and {layers[1] - 14} more missing in"):
+        open_segment(tmp_path, layers)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
+def test_picture_named_by_the_id_is_no_endless_gap(tmp_path, pixels):
+    write_layers(tmp_path, pixels)
+    (tmp_path / "20231122120123.tif").write_bytes(encode(pixels[0]))
+    with pytest.raises(InkdaskError, match="^Layers 06, .* and 20231122120109 more missing in"):
+        open_segment(tmp_path)
+    assert open_segment(tmp_path, (0, 6)).layers == tuple(range(6))
+
+
 def test_gap_in_the_range_is_named(tmp_path, pixels):
     write_layers(tmp_path, pixels)
     (tmp_path / "03.tif").unlink()
@@ -222,9 +303,21 @@ def test_gap_in_the_range_is_named(tmp_path, pixels):
 def test_layer_in_two_files_is_refused(tmp_path, double, pixels):
     write_layers(tmp_path, pixels)
     (tmp_path / double).write_bytes(b"whatever")
-    with pytest.raises(InkdaskError, match=r"Layer 03 is there twice: .*03\.\w+ and .*03\.\w+\."):
+    with pytest.raises(
+        InkdaskError, match=r"Layer 03 is there twice: .*03\.\w+ and .*03\.\w+; remove"
+    ):
         open_segment(str(tmp_path))
     assert open_segment(str(tmp_path), (0, 3)).layers == (0, 1, 2)
+
+
+def test_jpeg_beside_a_tiff_of_the_layer_is_a_preview(tmp_path, pixels):
+    write_layers(tmp_path, pixels)
+    for number in (0, 3):
+        preview = np.zeros((10, 13), np.uint8)
+        (tmp_path / f"{number:02d}.jpg").write_bytes(imagecodecs.jpeg_encode(preview))
+    before = open_segment(tmp_path).identity
+    assert_reads(open_segment(tmp_path), pixels >> 8)
+    assert identify(str(tmp_path), (0, 6), None, "0") == (before, None)
 
 
 # What is refused.
@@ -253,6 +346,47 @@ def test_odd_layer_is_named(tmp_path, odd, message, pixels):
     with pytest.raises(InkdaskError, match=message) as caught:
         open_segment(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_path_that_is_not_utf8_is_one_sentence(tmp_path, pixels):
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/seg\xff")
+    write_layers(place, pixels)
+    with pytest.raises(InkdaskError, match=r"seg\\udcff' is not UTF-8"):
+        open_segment(place)
+    write_layers(tmp_path / "seg", pixels)
+    with pytest.raises(InkdaskError, match=r"seg\\udcff/00\.tif' is not UTF-8"):
+        open_segment(tmp_path / "seg", mask=f"{place}/00.tif")
+    (tmp_path / "seg" / os.fsdecode(b"\xfe.tif")).write_bytes(b"no layer")
+    assert_reads(open_segment(tmp_path / "seg"), pixels >> 8)
+
+
+def test_picture_of_endless_size_is_refused_at_once(tmp_path, pixels):
+    data = bytearray(imagecodecs.png_encode(pixels[0]))
+    data[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
+    (tmp_path / "00.png").write_bytes(data)
+    with pytest.raises(
+        InkdaskError, match=r"00\.png has 1 layers of 2,147,483,647 x 2,147,483,647"
+    ):
+        open_segment(tmp_path)
+
+
+def test_jpeg_of_twelve_bits_is_refused(tmp_path, pixels):
+    """Its values reach 4,095, and their high byte is next to nothing."""
+    (tmp_path / "00.jpg").write_bytes(imagecodecs.jpeg_encode(pixels[0] >> 4, bitspersample=12))
+    with pytest.raises(InkdaskError, match=r"00\.jpg has 12-bit values: save it as uint8, or"):
+        open_segment(tmp_path)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_jpeg_that_is_turned_is_refused(tmp_path, pixels, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray((pixels[0] >> 8).astype(np.uint8)).save(tmp_path / "00.jpg", exif=exif)
+    if orientation == 1:
+        assert open_segment(tmp_path).shape == (1, *SHAPE[1:])
+        return
+    with pytest.raises(InkdaskError, match=r"00\.jpg has Orientation 6, .*: save it upright"):
+        open_segment(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -405,11 +539,37 @@ def test_mask_by_path_is_read(tmp_path, pixels, mask):
     np.testing.assert_array_equal(segment.mask.compute(), mask)
 
 
-def test_mask_of_uint16_tiff_is_refused(tmp_path, pixels, mask):
+@pytest.mark.parametrize("codec", [None, "lzw"])
+@pytest.mark.parametrize("kind", ["uint16", "rgb", "rgba", "planes", "red"])
+def test_mask_of_any_tiff_counts_every_colour_and_no_alpha(tmp_path, pixels, mask, kind, codec):
     write_layers(tmp_path / "layers", pixels)
-    tifffile.imwrite(tmp_path / "mask.tif", mask.astype(np.uint16))
-    with pytest.raises(InkdaskError, match=r"mask\.tif has uint16 values, and a TIFF needs uint8"):
-        open_segment(str(tmp_path), mask=str(tmp_path / "mask.tif"))
+    colours = np.zeros((*mask.shape, 4), np.uint8)
+    colours[..., 0 if kind == "red" else 2] = mask
+    colours[..., 3] = 255
+    data, options = {
+        "uint16": (mask.astype(np.uint16), {}),
+        "rgba": (colours, {"photometric": "rgb", "extrasamples": ["unassalpha"]}),
+        "planes": (
+            np.moveaxis(colours[..., :3], 2, 0),
+            {"photometric": "rgb", "planarconfig": "separate"},
+        ),
+    }.get(kind, (colours[..., :3], {"photometric": "rgb"}))
+    tifffile.imwrite(tmp_path / "m.tif", data, compression=codec, **options)
+    segment = open_segment(str(tmp_path), mask=str(tmp_path / "m.tif"))
+    np.testing.assert_array_equal(segment.mask.compute(), mask)
+
+
+@pytest.mark.parametrize("folder", ["surface_volume", "layers"])
+def test_mask_beside_the_layers_is_that_of_the_segment(home, pixels, mask, folder):
+    uri = storage.join(home, "fragment")
+    write_layers(storage.join(uri, folder), pixels)
+    write_mask(storage.join(uri, "mask.png"), mask)
+    write_mask(storage.join(uri, "ir.png"), mask)
+    segment = open_segment(uri)
+    assert segment.mask_uri == storage.join(uri, "mask.png")
+    np.testing.assert_array_equal(segment.mask.compute(), mask)
+    write_mask(storage.join(uri, "fragment_mask.png"), ~mask)
+    np.testing.assert_array_equal(open_segment(uri).mask.compute(), ~mask)
 
 
 def test_mask_of_another_size_or_missing_is_refused(tmp_path, pixels, mask):
@@ -439,7 +599,7 @@ def test_description_reads_little_of_a_segment(tmp_path, options, layout):
     write_layers(tmp_path / "layers", random_volume((6, 1000, 1000)), **options)
     segment = open_segment(str(tmp_path), (1, 4))
     before = storage.counters()
-    empty = empty_share(segment.source)
+    empty = empty_share(samples(segment, share=2))
     assert (storage.counters() - before).bytes_read <= 0.5 * segment.stored_bytes
     assert segment.source.words == layout
     assert segment.shape == (3, 1000, 1000)
@@ -457,7 +617,7 @@ def test_description_of_pictures_reads_nothing(tmp_path, pixels):
     segment = open_segment(str(tmp_path))
     before = storage.counters()
     assert segment.source.words == "PNG"
-    assert empty_share(segment.source) is None
+    assert empty_share(samples(segment, share=2)) is None
     assert storage.counters() == before
 
 

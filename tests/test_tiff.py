@@ -3,6 +3,7 @@
 import io
 import itertools
 import pickle
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -193,6 +194,38 @@ def test_tiff_of_several_pages_decodes_to_the_first(tmp_path):
     image = open_image(file.getvalue(), tmp_path)
     assert image.oddity == "several pages, of which the first is read"
     np.testing.assert_array_equal(image.decode(), pages[0] >> 8)
+
+
+@pytest.mark.parametrize(
+    ("tag", "value", "says"),
+    [
+        *(
+            (274, value, f"has Orientation {value}, and only 1 can be read")
+            for value in range(2, 9)
+        ),
+        (266, 2, "has FillOrder 2, and only 1 can be read"),
+        (274, 1, ""),
+    ],
+)
+def test_tiff_that_is_not_stored_as_it_is_seen_is_refused(tmp_path, tag, value, says):
+    pixels = random_volume(SHAPE, "|u1")[0]
+    data = encode(pixels, extratags=[(274, 3, 1, value, True)])
+    data = data.replace(struct.pack("<HHI", 274, 3, 1), struct.pack("<HHI", tag, 3, 1))
+    if not says:
+        np.testing.assert_array_equal(open_image(data, tmp_path).decode(), pixels)
+        return
+    with pytest.raises(InkdaskError, match=rf"image\.tif {says}: save it upright and plain"):
+        open_image(data, tmp_path)
+
+
+def test_packed_values_of_twelve_bits_are_refused(tmp_path):
+    """As cameras save them; tifffile reads them as uint16 up to 4,095."""
+    data = encode(np.full((16, 32), 1000, np.uint16))
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
+        start = tif.pages.first.tags["BitsPerSample"].valueoffset
+    data = data[:start] + b"\x0c" + data[start + 1 :]
+    with pytest.raises(InkdaskError, match=r"no TIFF of uint8 or uint16, but 12-bit values: save"):
+        open_image(data, tmp_path)
 
 
 @pytest.mark.parametrize(

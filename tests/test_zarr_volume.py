@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import time
+import tracemalloc
 
 import numcodecs
 import numpy as np
@@ -138,6 +139,76 @@ def test_named_axes_decide_over_lengths(tmp_path):
     assert_reads(open_segment(str(tmp_path / "a.zarr")), data)
 
 
+@pytest.mark.parametrize("order", ["xyz", "zxy", "yxz", "xzy", "yzx", "zyx"])
+def test_axes_in_any_order_are_read_by_their_names(tmp_path, order):
+    data = random_volume((40, 30, 20), "<u2")
+    stored = np.transpose(data, ["zyx".index(axis) for axis in order])
+    chunks = {"z": 40, "y": 8, "x": 16}
+    sizes = tuple(chunks[axis] for axis in order)
+    create(tmp_path / "3.zarr", stored, chunks=sizes, dimension_names=tuple(order.upper()))
+    named = {"_ARRAY_DIMENSIONS": list(order)}
+    create(tmp_path / "2.zarr", stored, chunks=sizes, zarr_format=2, attributes=named)
+    group = zarr.create_group(str(tmp_path / "ome.zarr"), attributes=ome("0.5", order))
+    group.create_array("0", data=stored, chunks=sizes)
+    for name in ("3.zarr", "2.zarr", "ome.zarr"):
+        segment = open_segment(str(tmp_path / name), (3, 9))
+        assert segment.source.unit == (8, 16)
+        assert_reads(segment, data[3:9] >> 8)
+        crop = segment.take(slice(None, None, -1)).crop(slice(7, 25), slice(3, 19))
+        assert_reads(crop, data[8:2:-1, 7:25, 3:19] >> 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "layers", "says"),
+    [
+        ((26, 90, 20), {}, 26, "first, of 26"),
+        ((26, 90, 20), {"layers": (0, 18)}, 18, "first, of 26"),
+        ((26, 90, 10), {}, 10, "last, of 10"),
+        ((26, 90, 10), {"count": 26}, 26, "first, of 26"),
+        ((26, 90, 10), {"layers": (0, 20)}, 20, "first, of 26"),
+        ((90, 30, 40), {}, 40, "last, of 40"),
+        ((26, 90, 300), {}, 26, ""),
+        ((300, 30, 20), {}, 20, ""),
+    ],
+)
+def test_axis_of_layers_without_a_name_is_guessed_and_told(
+    tmp_path, caplog, shape, options, layers, says
+):
+    create(tmp_path / "x.zarr", random_volume(shape, "|u1"), chunks=shape, zarr_format=2)
+    segment = open_segment(tmp_path / "x.zarr", **options)
+    plane = shape[:2] if shape[2] in (layers, segment.source.numbers[-1] + 1) else shape[1:]
+    assert segment.shape == (layers, *plane)
+    told = f"x.zarr has axes without names: the {says}, is taken for the layers"
+    assert [told in message for message in caplog.messages] == [True] * bool(says)
+
+
+def test_rows_are_not_taken_for_layers_that_are_missing(tmp_path):
+    create(tmp_path / "x.zarr", random_volume((300, 90, 20), "|u1"), chunks=(64, 64, 20))
+    with pytest.raises(InkdaskError, match="26 layers are wanted of .*, but it has 20"):
+        open_segment(tmp_path / "x.zarr", count=26)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ((26, 10**6, 10**6), "has 26 layers of 1,000,000 x 1,000,000 pixels, and .* coarser level"),
+        ((26, 1, 10**12), "has 26 layers of 1 x 1,000,000,000,000 pixels"),
+        ((10**12, 10**12, 10**12), "has 1,000,000,000,000 layers"),
+        ((26, 0, 100), "has no pixels"),
+        ((0, 90, 100), "has no pixels"),
+    ],
+)
+def test_array_of_no_or_endless_size_is_refused_at_once(tmp_path, shape, says):
+    uri = str(tmp_path / "x.zarr")
+    zarr.create_array(uri, shape=shape, chunks=(1, 64, 64), dtype="u1")
+    tracemalloc.start()
+    with pytest.raises(InkdaskError, match=rf"x\.zarr {says}"):
+        open_segment(uri)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
 def test_prepared_array_keeps_its_layer_numbers(tmp_path):
     data = random_volume((4, 30, 20), "|u1")
     named = str(tmp_path / "named.zarr")
@@ -192,6 +263,22 @@ def test_levels_of_ome_zarr_are_read(home, version, zarr_format):
     assert_reads(open_segment(storage.join(uri, "1")), data[::2, ::2, ::2])
     with pytest.raises(InkdaskError, match=r"segment\.zarr has no level '7'; it has 0, 1"):
         open_segment(uri, level="7")
+
+
+def test_level_zero_is_the_first_that_is_listed(tmp_path):
+    data = random_volume((10, 60, 70), "|u1")
+    attributes = ome("0.5")
+    attributes["ome"]["multiscales"][0]["datasets"] = [{"path": "s0"}, {"path": "images/s1"}]
+    uri = str(tmp_path / "x.zarr")
+    group = zarr.create_group(uri, attributes=attributes)
+    group.create_array("s0", data=data, chunks=(10, 32, 32))
+    group.create_array("images/s1", data=data[:, ::2, ::2], chunks=(10, 32, 32))
+    for level in ("0", "s0"):
+        assert_reads(open_segment(uri, level=level), data)
+        assert open_segment(uri, level=level).level == level
+    assert_reads(open_segment(uri, level="1"), data[:, ::2, ::2])
+    with pytest.raises(InkdaskError, match=r"has no level '2'; it has s0, images/s1"):
+        open_segment(uri, level="2")
 
 
 def test_axes_of_length_one_are_ignored(tmp_path):

@@ -13,11 +13,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import imagecodecs
 import numpy as np
+import PIL.Image
 import zarr
 from tifffile.tifffile import jpeg_shape
 
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 CHUNK = 1024  # pixels: side of a chunk of the scratch zarr
 DECODING_BYTES = 2 << 30  # limit of the layers that are decoded side by side
 PALETTE = 3  # colour type of a PNG
+PLAIN = "save it upright and plain, with 1"
 _HEADER_READ, _LONG_HEADER_READ = 1 << 16, 1 << 24
 
 
@@ -44,12 +47,14 @@ class Image(Protocol):
     def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
     @property
     def channels(self) -> int: ...  # noqa: D102
+    @property
+    def page(self) -> int: ...  # noqa: D102
     def decode(self) -> np.ndarray: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """PNG or JPEG file.
+    """PNG or JPEG file, or a mask that is a TIFF.
 
     Attributes
     ----------
@@ -76,6 +81,7 @@ class ImageFile:
     is_palette: bool = False
     is_mask: bool = False
     etag: str = ""
+    page = 0
 
     @property
     def oddity(self) -> str:
@@ -91,12 +97,14 @@ class ImageFile:
         """Read the first channel of the whole picture, uint8 (y, x)."""
         try:
             data = storage.read_bytes(self.uri, self.etag)
-            pixels = imagecodecs.imread(data, codec=["png", "jpeg"])
+            pixels = imagecodecs.imread(data, codec=["png", "jpeg", "tiff"])
         except InkdaskError:
             raise
         except Exception as error:
             raise InkdaskError(f"{self.uri} is truncated or corrupt: {error}.") from error
         if self.is_mask:  # All colours count, however dark; alpha does not.
+            if pixels.shape[:2] != self.shape:  # A TIFF may hold one colour after the other.
+                pixels = np.moveaxis(pixels, 0, -1)
             colours = pixels.reshape(*pixels.shape[:2], -1)
             opaque = colours[..., :-1] if colours.shape[2] in (2, 4) else colours
             return np.asarray(opaque.any(axis=2)).view(np.uint8)
@@ -132,6 +140,13 @@ def _parse(uri: str, head: bytes) -> ImageFile:
         raise InkdaskError(f"{uri} cannot be read as a PNG or JPEG: {error}.") from error
     if not height * width:
         raise InkdaskError(f"{uri} has no pixels.")
+    if 8 < bits < 16:
+        raise InkdaskError(f"{uri} has {bits}-bit values: save it as uint8, or as a PNG of uint16.")
+    exif = PIL.Image.Exif()
+    with suppress(Exception):  # Damaged Exif data do not concern the pixels.
+        exif.load(head.partition(b"Exif\0\0")[2])
+    if exif.get(274, 1) != 1:
+        raise InkdaskError(f"{uri} has Orientation {exif[274]}, and only 1 can be read: {PLAIN}.")
     dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)
     return ImageFile(uri, (height, width), dtype, channels, colours == PALETTE)
 
@@ -169,7 +184,7 @@ class _Scratch:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="inkdask-scratch-", dir=_local_folder())
         self._lock = threading.Lock()
-        self._layers: dict[tuple[str, str], _Once] = {}
+        self._layers: dict[tuple[str, str, int], _Once] = {}
         self._turns: dict[str, threading.Semaphore] = {}
 
     def layer(self, image: Image, identity: str) -> zarr.Array:
@@ -180,7 +195,7 @@ class _Scratch:
                 identity, threading.Semaphore(max(1, DECODING_BYTES // size))
             )
             path = f"{self._folder.name}/{len(self._layers)}.zarr"
-            once = self._layers.setdefault((identity, image.uri), _Once(path))
+            once = self._layers.setdefault((identity, image.uri, image.page), _Once(path))
         return once.get(lambda path: self._decode(image, turns, path))
 
     def _decode(self, image: Image, turns: threading.Semaphore, path: str) -> zarr.Array:

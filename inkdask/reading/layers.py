@@ -10,38 +10,28 @@ from dataclasses import dataclass
 from inkdask import storage
 from inkdask.errors import InkdaskError
 
-_LAYER = re.compile(r"(\d+)\.(tiff?|png|jpe?g)", re.IGNORECASE)
+_LAYER = re.compile(r"([^_]+_)?(\d+)\.(tiff?|png|(jpe?g))", re.IGNORECASE)  # 00.tif, ID_00.tif
 _FOLDERS = ("layers", "surface_volume")
+_VOLUMES = "surface-volumes"  # folder of several in the open bucket
 
 
 @dataclass(frozen=True)
 class LayerFile:
-    """File whose name is that of a layer.
+    """File whose name is that of a layer, or a TIFF that may hold a stack of layers.
 
     Attributes
     ----------
     number
-        Number in the name.
+        Number in the name; -1 without a number.
     uri
         Path or URI.
-    size
-        Bytes.
-    mark
-        ETag or modification time, which changes with the file.
-    etag
-        ETag on S3, elsewhere empty.
+    entry
+        Size, ETag and time.
     """
 
     number: int
     uri: str
-    size: int
-    mark: str
-    etag: str
-
-    @classmethod
-    def of(cls, number: int, uri: str, entry: storage.Entry) -> LayerFile:
-        """Layer ``number`` from an entry of a listing."""
-        return cls(number, uri, entry.size, entry.mark, entry.etag)
+    entry: storage.Entry
 
     @property
     def is_tiff(self) -> bool:
@@ -50,38 +40,54 @@ class LayerFile:
 
 
 def find_layers(uri: str, listing: Sequence[storage.Entry]) -> tuple[str, list[LayerFile]]:
-    """Find the folder of layers in a segment, and all layers in it.
+    """Return the folder of layers in a segment of this listing, and its layers by number.
 
-    Parameters
-    ----------
-    uri, listing
-        The segment, and its listing.
-
-    Returns
-    -------
-    str
-        ``layers``, ``surface_volume`` or a folder ending in ``.tifs`` in the segment, or the
-        segment itself.
-    list of LayerFile
-        Layers, sorted by number; may be empty.
+    The folder is ``layers``, ``surface_volume``, the only one ending in ``.tifs``, or the segment.
+    Instead of layers there may be one TIFF that may hold a stack, or nothing.
     """
     folders = [entry.name for entry in listing if entry.is_folder]
     inner = [name for name in _FOLDERS if name in folders]
-    inner += [name for name in folders if name.endswith(".tifs")]
+    stacks = [name for name in folders if name.endswith(".tifs")]
+    inner += stacks if len(stacks) == 1 else []
     folder = storage.join(uri, inner[0]) if inner else uri.rstrip("/")
+    entries = storage.list_folder(folder) if inner else listing
+    places = [(storage.join(folder, entry.name), entry) for entry in entries if not entry.is_folder]
+    found = [(m, place) for place in places if (m := _LAYER.fullmatch(place[1].name))]
+    # Names without an ID come first; files of several IDs are no layers of one segment. JPEGs
+    # beside another file of the same layer are previews.
+    ids = {match[1] for match, _ in found}
+    others = {int(match[2]) for match, _ in found if not match[4]}
     files = [
-        LayerFile.of(int(match[1]), storage.join(folder, entry.name), entry)
-        for entry in (storage.list_folder(folder) if inner else listing)
-        if not entry.is_folder and (match := _LAYER.fullmatch(entry.name))
+        LayerFile(int(match[2]), *place)
+        for match, place in found
+        if (not match[1] or len(ids) == 1) and not (match[4] and int(match[2]) in others)
     ]
+    if not entries and storage.exists(uri):
+        places = [(uri, storage.entry(uri))]
+    tiffs = [file for place in places if (file := LayerFile(-1, *place)).is_tiff]
+    files = files or (tiffs if len(tiffs) == 1 else [])
     return folder, sorted(files, key=lambda file: (file.number, file.uri))
 
 
+def no_layers(uri: str, folder: str, layers: tuple[int, int] | None) -> InkdaskError:
+    """Say what is in a segment, or in its folder of layers, instead of layers."""
+    what = "it does not exist"
+    if names := [entry.name for entry in storage.list_folder(folder)]:
+        inner = storage.list_folder(storage.join(folder, _VOLUMES))
+        names = [storage.join(_VOLUMES, entry.name) for entry in inner] or names
+        names.sort(key=lambda name: name not in _FOLDERS)
+        for at, name in enumerate(names[:3]):
+            if not storage.exists(storage.join(folder, name)):
+                names[at] += " (a link to nothing)"
+        some = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+        what = f"it holds {some}; name a folder of 00.tif or ID_00.tif, a TIFF stack or a zarr"
+    elif storage.exists(uri):
+        what = "it is empty" if storage.entry(folder).is_folder else "it is a file, and no stack"
+    return InkdaskError(f"No layers found in {folder}{asked_for(layers)}: {what}.")
+
+
 def choose_layers(
-    numbers: Sequence[int],
-    where: str,
-    layers: tuple[int, int] | None,
-    count: int | None,
+    numbers: Sequence[int], where: str, layers: tuple[int, int] | None, count: int | None
 ) -> slice:
     """Choose the layers that a job reads.
 
@@ -101,32 +107,28 @@ def choose_layers(
     slice
         Positions in ``numbers``.
     """
-    asked = asked_for(layers)
-    if not numbers:
-        raise InkdaskError(f"No layers found in {where}{asked}.")
-    held = f"it has {len(numbers)}, {numbers[0]:02d} to {numbers[-1]:02d}"
-    if gaps := sorted(set(range(numbers[0], numbers[-1])) - set(numbers)):
-        held += f" without {_some(gaps)}"
+    asked, held = asked_for(layers), set(numbers)
+    has = f"it has {len(numbers)}, {numbers[0]:02d} to {numbers[-1]:02d}"
+    if gaps := _missing(held, numbers[0], numbers[-1]):
+        has += f" without {gaps}"
     if layers:
         inside = [i for i, number in enumerate(numbers) if layers[0] <= number < layers[1]]
         if not inside:
-            raise InkdaskError(f"No layers found in {where}{asked}: {held}.")
-        chosen, wanted = slice(inside[0], inside[-1] + 1), range(*layers)
+            raise InkdaskError(f"No layers found in {where}{asked}: {has}.")
+        chosen, (start, end) = slice(inside[0], inside[-1] + 1), layers
     else:
         count = count or len(numbers)
         if count > len(numbers):
             raise InkdaskError(
-                f"Channel mismatch: {count} layers are wanted of {where}, but {held}; "
+                f"Channel mismatch: {count} layers are wanted of {where}, but {has}; "
                 "MODEL_IN_CHANS sets how many a network reads."
             )
         first = (len(numbers) - count) // 2
         chosen = slice(first, first + count)
-        wanted = range(numbers[first], numbers[first + count - 1] + 1)
-    missing = sorted(set(wanted) - set(numbers[chosen]))
-    if missing:
+        start, end = numbers[first], numbers[first + count - 1] + 1
+    if missing := _missing(held, start, end):
         raise InkdaskError(
-            f"{'Layer' if len(missing) == 1 else 'Layers'} {_some(missing)} missing in "
-            f"{where}{asked}."
+            f"{'Layers' if ' ' in missing else 'Layer'} {missing} missing in {where}{asked}."
         )
     return chosen
 
@@ -136,9 +138,12 @@ def asked_for(layers: tuple[int, int] | None) -> str:
     return f" for START_LAYER={layers[0]}, END_LAYER={layers[1]}" if layers else ""
 
 
-def _some(numbers: Sequence[int]) -> str:
-    names = ", ".join(f"{number:02d}" for number in numbers[:8])
-    return names + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+def _missing(held: set[int], start: int, end: int) -> str:
+    """Name the numbers of a range that are not held, without making the range; empty for none."""
+    missing = end - start - sum(start <= number < end for number in held)
+    first = itertools.islice((n for n in itertools.count(start) if n not in held), min(missing, 8))
+    names = ", ".join(f"{number:02d}" for number in first)
+    return names + (f" and {missing - 8} more" if missing > 8 else "")
 
 
 def check_unique(files: Sequence[LayerFile], layers: tuple[int, int] | None) -> None:
@@ -146,4 +151,6 @@ def check_unique(files: Sequence[LayerFile], layers: tuple[int, int] | None) -> 
     for one, other in itertools.pairwise(files):
         is_read = layers is None or layers[0] <= one.number < layers[1]
         if one.number == other.number and is_read:
-            raise InkdaskError(f"Layer {one.number:02d} is there twice: {one.uri} and {other.uri}.")
+            raise InkdaskError(
+                f"Layer {one.number:02d} is there twice: {one.uri} and {other.uri}; remove one."
+            )

@@ -123,6 +123,8 @@ class TiffImage:
         Unread contents, for a warning; mostly empty.
     etag
         ETag on S3, elsewhere empty.
+    page
+        Number of the image in a stack, from 1; 0 without a stack.
     """
 
     uri: str
@@ -131,6 +133,7 @@ class TiffImage:
     counts: np.ndarray
     oddity: str = ""
     etag: str = ""
+    page: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,7 +143,7 @@ class TiffImage:
     @property
     def words(self) -> str:
         """Human-readable layout."""
-        return self.layout.words
+        return self.layout.words + ", pages of a stack" * bool(self.page)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -208,10 +211,10 @@ class TiffBlock:
             self.columns.stop - self.columns.start,
         )
 
-    def read(self) -> np.ndarray:
-        """Fetch and decode the block, uint8 (z, y, x)."""
+    def read(self, dtype: Any = np.uint8) -> np.ndarray:
+        """Fetch and decode the block, ``dtype`` (z, y, x): high bytes, or values as stored."""
         map_large_blocks()
-        out = np.zeros(self.shape, np.uint8)
+        out = np.zeros(self.shape, dtype)
         for_each(lambda run: run.read_into(out), self._runs())
         return out
 
@@ -264,7 +267,7 @@ class _Run:
     counts: np.ndarray
 
     def read_into(self, out: np.ndarray) -> None:
-        """Fetch the pieces, and decode them into the block ``out``, uint8 (z, y, x)."""
+        """Fetch the pieces, and decode them into the block ``out`` (z, y, x)."""
         uri, etag = self.block.uris[self.z], self.block.etags[self.z]
         start, stop = int(self.offsets[0]), int(self.offsets[-1] + self.counts[-1])
         data = memoryview(storage.read_range(uri, start, stop, etag) if stop > start else b"")
@@ -288,8 +291,10 @@ class _Run:
 
 
 def _narrow(values: np.ndarray, out: np.ndarray) -> None:
-    """Copy uint8 values, or the high bytes of uint16 values, to ``out`` in one pass."""
-    if values.dtype.itemsize == 2 and values.dtype.isnative:
+    """Copy values, or the high bytes of uint16 values for uint8, to ``out`` in one pass."""
+    if values.dtype.itemsize == out.dtype.itemsize:
+        np.copyto(out, values)
+    elif values.dtype.isnative:
         np.right_shift(values, 8, out=out, casting="unsafe")
     else:  # The high byte of a value in the other byte order is the low byte in this one.
         np.copyto(out, values.view(values.dtype.newbyteorder("=")), casting="unsafe")

@@ -6,6 +6,7 @@ The terms are those of the TIFF 6.0 specification (Adobe, 1992).
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import IO, Any, cast
 
@@ -14,44 +15,74 @@ import tifffile
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
+from inkdask.reading.images import PLAIN
 from inkdask.reading.tiff import Layout, TiffImage
 
 HEADER_READ = 4096  # bytes, which hold the tags of most files
 CUT_BYTES, CUT_ROWS = 1 << 20, 64  # limits of a piece where pieces can be chosen
 
 _JPEG = (7, 33007)
+_SEVERAL = "several pages, of which the first is read"
 _MEANINGS = {0: "of white that is 0, upside down; save it as MinIsBlack", 3: "colours of a palette"}
 _BYTES = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, zstd
 
 
 def read_header(uri: str, size: int, etag: str = "") -> TiffImage:
-    """Parse the header of a TIFF of ``size`` bytes, and check that its pixels can be read."""
+    """Parse the header of the first image of a TIFF; see `read_stack`."""
+    image, *others = read_stack(uri, size, etag)
+    return replace(image, oddity=_SEVERAL) if others else image
+
+
+def read_stack(uri: str, size: int, etag: str = "") -> list[TiffImage]:
+    """Parse the headers of a TIFF of ``size`` bytes, and check that its pixels can be read.
+
+    Returns the images of a stack, or else the first image alone.
+    """
     file = cast("IO[bytes]", _RangeFile(uri, size, etag))
     try:
         with tifffile.TiffFile(file, _multifile=False) as tif:
-            page = tif.pages.first
-            more_pages = tif.pages.is_multipage
-            image = _describe(uri, page)
+            images = list(_describe_all(uri, size, tif.pages.first, tif.series[0]))
+            if len(images) == 1 and (tif.pages.is_multipage or tif.series[0].ndim > 3):
+                images = [replace(images[0], oddity=_SEVERAL)]
     except InkdaskError:
         raise
     except Exception as error:
         raise InkdaskError(f"{uri} cannot be read as a TIFF: {error}.") from error
     # Ignore pieces of no bytes, because their offsets mean nothing.
-    end = int((image.offsets + image.counts).max(initial=0, where=image.counts > 0))
-    if end > size:
+    ends = [(it.offsets + it.counts).max(initial=0, where=it.counts > 0) for it in images]
+    if max(ends) > size:
         raise InkdaskError(
-            f"{uri} is truncated: its pixels reach to byte {end}, the file has {size} bytes."
+            f"{uri} is truncated: its pixels reach to byte {max(ends)}, the file has {size} bytes."
         )
-    if more_pages:
-        image = replace(image, oddity="several pages, of which the first is read")
-    return replace(image, etag=etag)
+    return [replace(it, etag=etag, page=i * (len(images) > 1)) for i, it in enumerate(images, 1)]
 
 
-def _describe(uri: str, page: Any) -> TiffImage:
-    """Describe a page of tifffile as a `TiffImage`."""
+def _describe_all(uri: str, size: int, page: Any, series: Any) -> Iterator[TiffImage]:
+    """Describe the images along the one axis of a stack; where there are more axes, the first."""
+    first = _describe(uri, page, page.dataoffsets, page.databytecounts)
+    count = series.size // page.size
+    if count < 2 or series.ndim - ("S" in series.axes) > 3:
+        yield first
+    elif series.dataoffset is None:
+        for it in (it for it in series if it is not None):  # others lie in other files
+            yield _describe(uri, page, it.dataoffsets, it.databytecounts)
+    else:  # One page may describe all. The first beyond the end of the file will be an error.
+        for shift in range(0, min(count * page.nbytes, size + 1), page.nbytes):
+            yield replace(first, offsets=first.offsets + shift)
+
+
+def _describe(uri: str, page: Any, starts: Sequence[int], counts: Sequence[int]) -> TiffImage:
+    """Describe an image like a page of tifffile, whose pieces have these first bytes and sizes."""
     bits, kind = page.bitspersample, page.sampleformat
-    if kind != 1 or bits not in (8, 16) or page.fillorder != 1 or page.imagedepth != 1:
-        raise InkdaskError(f"{uri} is no TIFF of uint8 or uint16, but {page.dtype or bits}.")
+    if kind != 1 or bits not in (8, 16):
+        what = page.dtype if kind != 1 or bits == 1 else f"{bits}-bit values"
+        raise InkdaskError(
+            f"{uri} is no TIFF of uint8 or uint16, but {what or bits}: save it as one of these, "
+            "over the whole range of values."
+        )
+    for tag in ("FillOrder", "ImageDepth", "Orientation"):
+        if (value := page.tags.valueof(tag, 1)) != 1:
+            raise InkdaskError(f"{uri} has {tag} {int(value)}, and only 1 can be read: {PLAIN}.")
     if page.compression not in (*_BYTES, *_JPEG):
         raise InkdaskError(f"{uri} is compressed by {page.compression!r}, which cannot be read.")
     if page.photometric in _MEANINGS:
@@ -71,12 +102,12 @@ def _describe(uri: str, page: Any) -> TiffImage:
     samples = 1 if separate else page.samplesperpixel
     dtype = np.dtype(f"{page.parent.byteorder}u{bits // 8}")
     # The tables begin with the pieces of the first plane.
-    offsets = np.array(page.dataoffsets[: grid[0] * grid[1]], np.int64).reshape(grid)
-    counts = np.array(page.databytecounts[: grid[0] * grid[1]], np.int64).reshape(grid)
+    offsets = np.array(starts[: grid[0] * grid[1]], np.int64).reshape(grid)
+    sizes = np.array(counts[: grid[0] * grid[1]], np.int64).reshape(grid)
     words = _words(page, piece, grid)
     if not page.is_tiled and page.compression == 1 and page.predictor == 1:
         row_bytes = width * samples * dtype.itemsize
-        piece, offsets, counts = _recut(height, row_bytes, piece, offsets, counts)
+        piece, offsets, sizes = _recut(height, row_bytes, piece, offsets, sizes)
     jpeg = None
     if page.compression in _JPEG:
         colours = tifffile.tifffile.jpeg_decode_colorspace(
@@ -95,7 +126,7 @@ def _describe(uri: str, page: Any) -> TiffImage:
         words=words,
     )
     channels = f"{page.samplesperpixel} channels, of which the first is read"
-    return TiffImage(uri, layout, offsets, counts, channels if page.samplesperpixel > 1 else "")
+    return TiffImage(uri, layout, offsets, sizes, channels if page.samplesperpixel > 1 else "")
 
 
 def _recut(

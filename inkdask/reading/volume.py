@@ -19,6 +19,7 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from inkdask.box import Box
+from inkdask.errors import InkdaskError
 from inkdask.reading.images import CHUNK, DECODING_BYTES, DecodedBlock, Image, decoded_bytes
 from inkdask.reading.tiff import TiffBlock, TiffImage
 
@@ -26,6 +27,7 @@ from inkdask.reading.tiff import TiffBlock, TiffImage
 BLOCK_BYTES = 32 << 20
 WHOLE_BYTES = 64 << 20  # limit of a piece that is read whole because cutting it costs more
 BLOCK_SIDE = 1024  # pixels: upper bound of a block's height, about that of a chunk
+LARGEST, LONGEST = 10**11, 1 << 20  # pixels of a layer, and of a side: 100,000 blocks in a graph
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,6 @@ class Block(Protocol):
 
     def read(self) -> np.ndarray:
         """Read the box, uint8 (z, y, x), or bool (y, x) from a mask."""
-        ...
 
 
 Reading = Callable[[Block], Any]
@@ -73,59 +74,47 @@ class Source(Protocol):
     @property
     def shape(self) -> tuple[int, int, int]:
         """Layers, height and width."""
-        ...
 
     @property
     def unit(self) -> tuple[int, int]:
         """Height and width of the largest piece that must be read whole."""
-        ...
 
     @property
     def words(self) -> str:
         """Human-readable layout."""
-        ...
 
     @property
     def can_be_sampled(self) -> bool:
         """Whether a piece can be read without decoding whole layers."""
-        ...
 
     @property
     def reads_all_layers(self) -> bool:
         """Whether reading one layer fetches the others too."""
-        ...
 
     @property
     def decoding_bytes(self) -> float:
         """Bytes held in memory while whole layers are decoded; 0 where pieces can be read."""
-        ...
 
     @property
     def scratch_bytes(self) -> float:
         """Bytes of layers that a process decodes to its own disk, before compression."""
-        ...
 
     @property
     def occupancy(self) -> Occupied | None:
         """Where data are, when the files say so."""
-        ...
 
     @property
     def made_of(self) -> MadeOf | None:
         """Segment that a prepared array was made from; None for other sources."""
-        ...
 
     def cost(self, rows: slice, columns: slice) -> float:
         """Bytes that reading those rows and columns of all layers fetches; reads nothing."""
-        ...
 
     def block(self, rows: slice, columns: slice) -> Block:
         """Cut out rows and columns; reads nothing."""
-        ...
 
     def take(self, layers: slice) -> Source:
         """Keep some layers, in the order of the slice."""
-        ...
 
 
 class _Files:
@@ -134,6 +123,9 @@ class _Files:
     reads_all_layers = False
     occupancy: Occupied | None = None
     made_of: MadeOf | None = None
+
+    def __post_init__(self: Any) -> None:
+        check_size(self.images[0].uri, self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +148,7 @@ class TiffStack(_Files):
 
     @property
     def words(self) -> str:  # noqa: D102
-        return " and ".join(dict.fromkeys(image.layout.words for image in self.images))
+        return " and ".join(dict.fromkeys(image.words for image in self.images))
 
     @property
     def can_be_cut(self) -> bool:
@@ -214,6 +206,17 @@ class DecodedStack(_Files):
 
     def take(self, layers: slice) -> DecodedStack:  # noqa: D102
         return DecodedStack(self.images[layers], self.identity, self.words)
+
+
+def check_size(name: str, shape: tuple[int, int, int]) -> None:
+    """Check that a volume of layers, height and width has pixels, and not too many for a graph."""
+    if 0 in shape:
+        raise InkdaskError(f"{name} has no pixels.")
+    if max(shape) > LONGEST or shape[1] * shape[2] > LARGEST:
+        raise InkdaskError(
+            f"{name} has {shape[0]:,} layers of {shape[1]:,} x {shape[2]:,} pixels, and at most "
+            f"{LARGEST:,} a layer and {LONGEST:,} a side are read: name a coarser level or a part."
+        )
 
 
 def whole_units(

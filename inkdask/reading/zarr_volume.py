@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -20,13 +21,16 @@ import zarr
 from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.memory import map_large_blocks
-from inkdask.reading.volume import WHOLE_BYTES, MadeOf, Occupied, whole_units
+from inkdask.reading.volume import WHOLE_BYTES, MadeOf, Occupied, check_size, whole_units
 
 # Attributes of a prepared array.
 LAYERS_ATTRIBUTE = "layers"  # numbers of the layers
 PREPARED_ATTRIBUTE = "prepared_from"  # see `MadeOf`
 OCCUPIED_ATTRIBUTE = "occupied"  # see `Occupied`
 FINISHED_ATTRIBUTE = "finished"  # False until the last block is written
+
+_DEPTHS = ("z", "depth", "layer", "c", "channel")  # names of the axis of the layers
+MOST_LAYERS = 256  # where axes have no names: a longer axis is rows or columns
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class ZarrSource:
         Index of the first layer that is read.
     stride
         1, or -1 for layers in reverse.
-    depth
-        Axis of the layers among the last three.
+    axes
+        Axes of layers, rows and columns among the last three.
     unit, thickness
         Height and width, and layers, of the chunks or shards that are read whole.
     numbers
@@ -61,6 +65,8 @@ class ZarrSource:
         Where data are, when the array says so.
     made_of
         Segment that the array was prepared from, when it says so.
+    oddity
+        What was guessed, for a warning; mostly empty.
     """
 
     uri: str
@@ -70,7 +76,7 @@ class ZarrSource:
     dtype: np.dtype[Any]
     first: int
     stride: int
-    depth: int
+    axes: tuple[int, int, int]
     unit: tuple[int, int]
     thickness: int
     numbers: tuple[int, ...]
@@ -78,6 +84,7 @@ class ZarrSource:
     words: str
     occupancy: Occupied | None = None
     made_of: MadeOf | None = None
+    oddity: str = ""
 
     can_be_sampled = True
     decoding_bytes = scratch_bytes = 0.0
@@ -130,13 +137,12 @@ class ZarrBlock:
     rows: slice
     columns: slice
 
-    def read(self) -> np.ndarray:
-        """Read the block, uint8 (z, y, x)."""
+    def read(self, dtype: Any = np.uint8) -> np.ndarray:
+        """Read the block, ``dtype`` (z, y, x): high bytes, or values as stored."""
         source = self.source
         array = _array(os.getpid(), source.uri, source.path, source.identity)
-        spans = [self.rows, self.columns]
-        spans.insert(source.depth, source.span)
-        index = (0,) * (array.ndim - 3) + tuple(spans)
+        spans = dict(zip(source.axes, (source.span, self.rows, self.columns), strict=True))
+        index = (0,) * (array.ndim - 3) + tuple(spans[axis] for axis in range(3))
         try:
             pixels = np.asarray(array[index])
         except Exception as error:
@@ -145,19 +151,23 @@ class ZarrBlock:
                 f"{self.rows.start} to {self.rows.stop}, columns {self.columns.start} to "
                 f"{self.columns.stop}: {error}."
             ) from error
-        pixels = np.moveaxis(pixels, source.depth, 0)[:: source.stride]
-        if pixels.dtype.itemsize == 2:
-            return (pixels >> 8).astype(np.uint8)
-        return np.ascontiguousarray(pixels)
+        pixels = np.transpose(pixels, source.axes)[:: source.stride]
+        if pixels.dtype.itemsize > np.dtype(dtype).itemsize:
+            pixels = pixels >> 8
+        return np.ascontiguousarray(pixels, dtype)
 
 
-def open_zarr(uri: str, level: str = "0") -> ZarrSource:
-    """Describe the array at ``uri``, or the level ``level`` of an OME-Zarr group."""
+def open_zarr(uri: str, level: str = "0", wanted: int = 0) -> ZarrSource:
+    """Describe the array at ``uri``, or the level ``level`` of an OME-Zarr group.
+
+    Axes without names are guessed such that there are ``wanted`` layers.
+    """
     node: Any = storage.zarr_node(uri)
-    name, path, axes = uri, "", None
+    names: Any = None
+    name, path = uri, ""
     if isinstance(node, zarr.Group):
         with storage.decoded(uri):
-            path, axes = _level(node, uri, level)
+            path, names = _level(node, uri, level)
         name = storage.join(uri, path)
         node = storage.zarr_array(name)
     if node.attrs.get(FINISHED_ATTRIBUTE) is False:
@@ -167,33 +177,34 @@ def open_zarr(uri: str, level: str = "0") -> ZarrSource:
         raise InkdaskError(f"{name} is no volume: its shape is {node.shape}.")
     if node.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise InkdaskError(f"{name} is no array of uint8 or uint16, but {node.dtype}.")
-    axes = axes or getattr(node.metadata, "dimension_names", None)
-    depth = _depth(shape, axes)
+    names = names or getattr(node.metadata, "dimension_names", None)
+    axes, oddity = _axes(shape, names or node.attrs.get("_ARRAY_DIMENSIONS") or (), wanted)
+    depth, height, width = (shape[axis] for axis in axes)
+    check_size(name, (depth, height, width))
     pieces = (node.shards or node.chunks)[-3:]
-    if shape[depth] * math.prod(pieces) // pieces[depth] > WHOLE_BYTES:
+    if depth * math.prod(pieces) // pieces[axes[0]] > WHOLE_BYTES:
         pieces = node.chunks[-3:]
-    unit = [length for axis, length in enumerate(pieces) if axis != depth]
     kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
-    numbers = kept or range(shape[depth])
-    plane = [length for axis, length in enumerate(shape) if axis != depth]
+    numbers = kept or range(depth)
     chunks = " x ".join(str(length) for length in node.chunks)
     return ZarrSource(
         uri=uri,
         path=path,
         identity=_identity(name, node),
-        shape=(shape[depth], plane[0], plane[1]),
+        shape=(depth, height, width),
         dtype=np.dtype(node.dtype).newbyteorder("="),
         first=0,
         stride=1,
-        depth=depth,
-        unit=(unit[0], unit[1]),
-        thickness=min(pieces[depth], shape[depth]),
+        axes=axes,
+        unit=(pieces[axes[1]], pieces[axes[2]]),
+        thickness=min(pieces[axes[0]], depth),
         numbers=tuple(int(number) for number in numbers),
         is_numbered=bool(kept),
         words=f"zarr {node.metadata.zarr_format}, {chunks} chunks"
         + (" in shards" if node.shards else ""),
         occupancy=_occupied(node.attrs.get(OCCUPIED_ATTRIBUTE)),
         made_of=_made_of(node.attrs.get(PREPARED_ATTRIBUTE)),
+        oddity=oddity,
     )
 
 
@@ -218,19 +229,31 @@ def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, tuple[str, ...
             return level, None
         raise InkdaskError(f"{uri} is a zarr group without an array {level!r}.")
     levels = [dataset["path"] for dataset in images[0]["datasets"]]
+    if level not in levels and level.isdecimal() and int(level) < len(levels):
+        level = levels[int(level)]  # The finest comes first, whatever its name.
     if level not in levels:
         raise InkdaskError(f"{uri} has no level {level!r}; it has {', '.join(levels)}.")
     axes = [axis["name"] if isinstance(axis, dict) else axis for axis in images[0].get("axes", [])]
     return level, tuple(axes) or None
 
 
-def _depth(shape: tuple[int, ...], axes: tuple[str | None, ...] | None) -> int:
-    """Find the axis of the layers: by name, or as the shorter of the first and last axis."""
-    names = [str(name).lower() for name in axes or ()][-3:]
-    for name in ("z", "depth", "layer", "c", "channel"):
-        if name in names:
-            return names.index(name)
-    return 2 if shape[2] < shape[0] else 0
+def _axes(shape: Sequence[int], names: Any, wanted: int) -> tuple[tuple[int, int, int], str]:
+    """Find the axes of layers, rows and columns by their names, or guess, and say what in words."""
+    places, oddity = {str(name).lower(): axis for axis, name in enumerate(names[-3:])}, ""
+    depth = next((places[name] for name in _DEPTHS if name in places), None)
+    y, x = places.get("y", 1), places.get("x", 2)
+    if depth is None and {"y", "x"} <= places.keys():
+        depth = 3 - y - x
+    if depth is None:  # the first axis; the last of arrays (y, x, z)
+        first, last = shape[0], shape[2]
+        depth, other = (2, 0) if 3 * last < 2 * first else (0, 2)
+        if shape[depth] < wanted <= shape[other] <= MOST_LAYERS:
+            depth = other
+        if max(first, last) <= MOST_LAYERS:
+            place = "last" if depth else "first"
+            oddity = f"axes without names: the {place}, of {shape[depth]}, is taken for the layers"
+    rows, columns = (axis for axis in range(3) if axis != depth)
+    return (depth, columns, rows) if x < y else (depth, rows, columns), oddity
 
 
 def _identity(name: str, array: zarr.Array) -> str:
