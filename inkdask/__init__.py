@@ -9,12 +9,22 @@ inkdask.run("s3://bucket/segment", model="timesformer-scroll5", layers=(0, 26))
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inkdask import view
 
 __version__ = "0.1.0"
+
+try:
+    Path.home()
+except RuntimeError:  # in a container, for example; bokeh and others raise it from their imports
+    from inkdask.storage.scratch import Scratch
+
+    _scratch = Scratch()
+    os.environ["HOME"] = _scratch.path
 
 if TYPE_CHECKING:
     from inkdask.errors import InkdaskError

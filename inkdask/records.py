@@ -19,8 +19,12 @@ SHOWN = 3  # jobs that a sentence names
 
 def keep(folder: str, said: Said, grid: str) -> None:
     """Write the record of a job; one of the same words is replaced."""
-    place = storage.join(folder, "jobs", f"{said.digest[:16]}.json")
-    storage.write_bytes(place, json.dumps({"said": said.to_json(), "grid": grid}).encode())
+    storage.write_bytes(place_of(folder, said), json.dumps({"said": said.to_json(), "grid": grid}).encode())
+
+
+def place_of(folder: str, said: Said) -> str:
+    """URI of the record of a job."""
+    return storage.join(folder, "jobs", f"{said.digest[:16]}.json")
 
 
 def find(folder: str, asked: Mapping[str, Any], first: str) -> str:

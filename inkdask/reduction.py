@@ -12,6 +12,7 @@ from dataclasses import replace
 import dask.array as da
 import numpy as np
 
+from inkdask import storage
 from inkdask.blending import blend
 from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance, differences
@@ -30,13 +31,14 @@ PREVIEW = "_preview"  # ends the name of an unfinished picture
 
 def picture(job: Job, num_parts: int) -> str:
     """Blend a stored grid, write the picture, and return its URI."""
-    outputs.check_writable(f"{job.target}.png")
+    with outputs.moved_by("OUTPUT_PATH"):
+        outputs.check_writable(f"{job.target}.png")
     check_room_for_picture(job.region, job.target)
     check_complete(job, num_parts)
     tell_of_replaced(f"{job.target}.zarr", job.provenance)
     write(job, job.target)
     for ending in (".png", ".zarr"):
-        outputs.remove(job.target + PREVIEW + ending)
+        outputs.discard(job.target + PREVIEW + ending)
     job.grid.remove_earlier()
     return f"{job.target}.png"
 
@@ -98,5 +100,9 @@ def write(job: Job, target: str) -> None:
     ink = blend(grid.grid(), grid.valid(), grid.tiling, how.blend_mode, how.gaussian_sigma)
     grey = da.map_blocks(to_uint8, ink[region.slices], dtype=np.uint8)
     corner = region.shift(*job.recipe.corner).corner
-    write_pyramid(grey, f"{target}.zarr", job.provenance, how.pixel_um, corner)
-    exporting.write(open_picture(f"{target}.zarr"), f"{target}.png", how.look)
+    with storage.writing(f"{target}.png") as png:  # appears after the pyramid
+
+        def draw(place: str) -> None:
+            exporting.draw(open_picture(place), "png", png, how.look)
+
+        write_pyramid(grey, f"{target}.zarr", job.provenance, how.pixel_um, corner, draw)

@@ -11,7 +11,7 @@ of a pixel is known, else in pixels, and are counted from the corner of the segm
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import uuid4
 
@@ -45,8 +45,12 @@ def write_pyramid(
     provenance: Provenance | None,
     pixel_um: float | None = None,
     corner: tuple[int, int] = (0, 0),
+    draw: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Write a picture as an OME-Zarr pyramid: whole or not at all.
+
+    It is written beside its place and then moved. Where S3 does not let objects be removed, it is
+    written in its place, and is no picture before its last object.
 
     Parameters
     ----------
@@ -60,22 +64,33 @@ def write_pyramid(
         Side of a pixel, in micrometers.
     corner
         Row and column of the segment where the picture begins.
+    draw
+        Called with the place of the whole pyramid before it is moved, when no other job replaces it.
     """
     unfinished = f"{uri}.{uuid4().hex[:8]}.unfinished"  # no two runs share a place
+    place = unfinished if outputs.may_remove(unfinished) else uri
     levels = len(level_shapes(picture.shape))
+    attributes = {"ome": ome(_name(uri), levels, pixel_um, corner)}
+    if provenance:
+        attributes[ORIGIN] = provenance.to_json()
     try:
-        attributes = {"ome": ome(_name(uri), levels, pixel_um, corner)}
-        if provenance:
-            attributes[ORIGIN] = provenance.to_json()
-        with storage.explained(unfinished):
-            zarr.create_group(storage.zarr_store(unfinished), zarr_format=3, attributes=attributes)
-        steps = list(_writes(picture, unfinished))
+        with storage.explained(place):
+            group = zarr.open_group(storage.zarr_store(place), mode="a", zarr_format=3)
+            group.attrs.put({})  # of an earlier picture
+        steps = list(_writes(picture, place))
         with Meter("picture", sum(map(len, steps)), "chunks") as meter:
             for step in steps:  # each level is made of the stored one before
                 engine.compute_each(step, lambda _: meter.add(1)).check()
-        outputs.replace_tree(unfinished, uri)
+        if not storage.exists(storage.join(place, "zarr.json")):  # `outputs.sweep`
+            raise InkdaskError(f"{place} was removed: give the same command again.")
+        with storage.explained(place):
+            group.attrs.put(attributes)
+        draw(place)
+        if place != uri:
+            outputs.replace_tree(place, uri)
     except BaseException:
-        _discard(unfinished)
+        if place != uri:
+            _discard(place)
         raise
 
 
@@ -181,8 +196,9 @@ def _discard(uri: str) -> bool:
 
 def _create(uri: str, shape: tuple[int, ...], side: tuple[int, ...]) -> StoredArray:
     with storage.explained(uri):
-        array = zarr.create_array(
+        array = zarr.open_array(
             storage.zarr_store(uri),
+            mode="a",
             shape=shape,
             chunks=tuple(map(min, side, shape)),
             dtype="uint8",

@@ -10,10 +10,10 @@ import logging
 import os
 import struct
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import imagecodecs
@@ -24,11 +24,13 @@ from tifffile.tifffile import jpeg_shape
 from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.storage.parallel import for_each
+from inkdask.storage.scratch import Scratch
 
 log = logging.getLogger(__name__)
 
 CHUNK = 1024  # pixels: side of a chunk of the scratch zarr
 DECODING_BYTES = 2 << 30  # limit of the layers that are decoded side by side
+KEPT = 4  # identities whose layers stay decoded: two segments and their masks
 PALETTE = 3  # colour type of a PNG
 _HEADER_READ, _LONG_HEADER_READ = 1 << 16, 1 << 24
 
@@ -155,32 +157,33 @@ class DecodedBlock:
 
     def read(self) -> np.ndarray:
         """Read the block, uint8 (z, y, x); decode layers that this process has not decoded yet."""
-        scratch = _scratch()
+        layers = _decoded(os.getpid(), self.identity, _local_folder())
 
         def cut(image: Image) -> np.ndarray:
-            return np.asarray(scratch.layer(image, self.identity)[self.rows, self.columns])
+            return np.asarray(layers.layer(image)[self.rows, self.columns])
 
-        return np.stack(for_each(cut, self.images))
+        block = np.stack(for_each(cut, self.images))
+        if not layers.scratch.is_there:
+            raise InkdaskError("The job was interrupted.")
+        return block
 
 
-class _Scratch:
-    """Decoded layers of this process, on disk until the process ends."""
+class _Layers:
+    """Decoded layers of one identity, on disk."""
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="inkdask-scratch-", dir=_local_folder())
+    def __init__(self, folder: str | None) -> None:
+        self.scratch = Scratch(folder)
         self._lock = threading.Lock()
-        self._layers: dict[tuple[str, str], _Once] = {}
-        self._turns: dict[str, threading.Semaphore] = {}
+        self._layers: dict[str, _Once] = {}
+        self._turns: threading.Semaphore | None = None
 
-    def layer(self, image: Image, identity: str) -> zarr.Array:
+    def layer(self, image: Image) -> zarr.Array:
         """Return the decoded layer, uint8 (y, x); the first caller decodes it."""
-        size = decoded_bytes(image)
         with self._lock:
-            turns = self._turns.setdefault(
-                identity, threading.Semaphore(max(1, DECODING_BYTES // size))
-            )
-            path = f"{self._folder.name}/{len(self._layers)}.zarr"
-            once = self._layers.setdefault((identity, image.uri), _Once(path))
+            if self._turns is None:
+                self._turns = threading.Semaphore(max(1, DECODING_BYTES // decoded_bytes(image)))
+            turns, path = self._turns, f"{self.scratch.path}/{len(self._layers)}.zarr"
+            once = self._layers.setdefault(image.uri, _Once(path))
         return once.get(lambda path: self._decode(image, turns, path))
 
     def _decode(self, image: Image, turns: threading.Semaphore, path: str) -> zarr.Array:
@@ -211,16 +214,19 @@ class _Once:
             return self._array
 
 
-_scratches: dict[int, _Scratch] = {}
 _lock = threading.Lock()
 
 
-def _scratch() -> _Scratch:
-    """Return the scratch of this process; call it in the task's own thread (`_local_folder`)."""
+def _decoded(process: int, identity: str, folder: str | None) -> _Layers:
+    """Return the layers of an identity; ask in the task's own thread (`_local_folder`)."""
     with _lock:
-        if os.getpid() not in _scratches:
-            _scratches[os.getpid()] = _Scratch()
-        return _scratches[os.getpid()]
+        return _latest(process, identity, folder)
+
+
+@lru_cache(maxsize=KEPT)
+def _latest(process: int, identity: str, folder: str | None) -> _Layers:
+    # Layers that are dropped stay on disk until their readers are done.
+    return _Layers(folder)
 
 
 def _local_folder() -> str | None:

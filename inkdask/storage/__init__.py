@@ -4,6 +4,7 @@ from inkdask.storage.counting import Counters, counters
 from inkdask.storage.files import (
     Entry,
     absolute,
+    code_of,
     decoded,
     entry,
     exists,
@@ -31,6 +32,7 @@ __all__ = [
     "Counters",
     "Entry",
     "absolute",
+    "code_of",
     "counters",
     "decoded",
     "entry",

@@ -2,73 +2,123 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import re
 import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
+from inkdask.storage.parallel import for_each
 
-PROBE = ".test"  # ending of the file that `check_writable` writes
+log = logging.getLogger("inkdask")
+
+# Conditions of an upload that S3 looks at after the right to upload, and its answers.
+NEVER = {"IfMatch": f'"{"0" * 32}"', "ContentMD5": "AAAAAAAAAAAAAAAAAAAAAA=="}
+UNMET = ("NoSuchKey", "404", "PreconditionFailed", "412", "BadDigest")
+
+REST = 24 * 3600  # seconds; whoever writes a picture never rests that long
+
+
+@contextmanager
+def moved_by(variable: str) -> Iterator[None]:
+    """Let an error in the block end with the variable that moves the output elsewhere."""
+    try:
+        yield
+    except InkdaskError as error:
+        sentence = f"{str(error).rstrip('.')}: set {variable} to another place."
+        raise type(error)(sentence) from error
 
 
 def check_writable(uri: str) -> None:
-    """Check that the file ``uri`` can be written and replaced."""
+    """Check that the file ``uri`` can be written and replaced; leaves nothing there."""
+    fs, place = storage.filesystem(uri)
     if not storage.is_local(uri):
-        probe = f"{uri}.{uuid4().hex[:8]}{PROBE}"
-        storage.write_bytes(probe, b"")
-        fs, key = storage.filesystem(probe)
+        bucket, _, key = f"{place}.{uuid4().hex[:8]}.part".partition("/")
         with storage.explained(uri):
             try:
-                fs.rm_file(key)  # not `rm`, which hides a refusal
-            except PermissionError as error:
-                raise InkdaskError(
-                    f"Access to {uri} is denied: files can be written there but not removed "
-                    f"(s3:DeleteObject), so {probe} is left."
-                ) from error
+                fs.call_s3("put_object", Bucket=bucket, Key=key, Body=b"", **NEVER)
+                fs.rm_file(f"{bucket}/{key}")  # of a server that knows no conditions
+            except OSError as error:
+                if storage.code_of(error) not in UNMET:
+                    raise
         return
-    path = Path(storage.filesystem(uri)[1])
+    path = Path(place)
     with storage.explained(uri):
         if path.is_dir():
             raise InkdaskError(f"{uri} cannot be written: it is a folder.")
         folder = path.parent
         while not folder.exists():
             folder = folder.parent
+        owners = {item.lstat().st_uid for item in (folder, path) if os.path.lexists(item)}
+        is_shared = folder.stat().st_mode & stat.S_ISVTX  # as /tmp: only owners replace files
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise InkdaskError(f"{uri} cannot be written: {folder} is not a writable folder.")
+    if is_shared and path.exists() and os.geteuid() not in {0, *owners}:
+        raise InkdaskError(f"{uri} cannot be written: it is another user's.")
+
+
+def may_remove(uri: str) -> bool:
+    """Whether a group that is to be written at ``uri`` can be removed; S3 may not allow it."""
+    fs, metadata = storage.filesystem(storage.join(uri, "zarr.json"))
+    with storage.explained(uri), suppress(FileNotFoundError):
+        try:
+            fs.rm_file(metadata)  # is not there yet
+        except PermissionError:
+            return False
+    return True
 
 
 def remove(uri: str) -> None:
     """Remove a file, a link, or a folder with all below it; ignore a missing one.
 
-    Every ``zarr.json`` is removed before the rest, the topmost first, so that nobody takes a
-    half-removed array for a whole one.
+    Nobody takes a half-removed array for a whole one: a local one is renamed first. On S3 every
+    ``zarr.json`` is removed before the rest, the topmost first.
     """
     fs, path = storage.filesystem(uri)
     with storage.explained(uri):
-        if storage.is_local(uri) and Path(path).is_symlink():  # The target stays.
-            Path(path).unlink()
+        if not storage.is_local(uri):
+            metadata, rest = _files(fs, path)
+            for file in metadata:
+                fs.rm_file(file)
+            for_each(fs.rm_file, rest)  # `fs.rm` takes the name [a] for a pattern
             return
-        metadata, rest = _files(fs, path)
-        for file in metadata:
-            fs.rm_file(file)
-        if storage.is_local(uri) and Path(path).is_dir():
-            shutil.rmtree(path)
-        elif rest:
-            fs.rm(rest)
+        with suppress(FileNotFoundError):  # another process may have removed it since
+            away = Path(path).rename(f"{path}.{uuid4().hex[:8]}.unfinished")
+            if away.is_dir() and not away.is_symlink():  # the target of a link stays
+                shutil.rmtree(away)
+            else:
+                away.unlink()
+
+
+def discard(uri: str) -> None:
+    """Remove what is of no more use; a failure is only logged."""
+    try:
+        remove(uri)
+    except InkdaskError as error:
+        log.warning("%s is left: %s", uri, error)
 
 
 def remove_file(uri: str) -> None:
-    """Remove a single file; ignore a missing one."""
+    """Remove a single file; ignore a missing one. An object that S3 keeps is emptied."""
     fs, path = storage.filesystem(uri)
     with storage.explained(uri):
         if storage.is_local(uri):
             if Path(path).is_file():
                 Path(path).unlink(missing_ok=True)  # Another process may have removed it since.
-        else:
-            fs.rm_file(path)
+        elif fs.exists(path):
+            try:
+                fs.rm_file(path)
+            except PermissionError:
+                fs.pipe_file(path, b"")
 
 
 def replace_tree(source: str, target: str) -> None:
@@ -79,15 +129,42 @@ def replace_tree(source: str, target: str) -> None:
     """
     fs, path = storage.filesystem(source)
     _, final = storage.filesystem(target)
+
+    def copy(file: str) -> None:
+        fs.cp_file(file, final + file[len(path) :])
+
     with storage.explained(target):
         remove(target)
-        if storage.is_local(target):
-            Path(path).replace(final)
-            return
+        while storage.is_local(target):
+            try:
+                Path(path).replace(final)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            remove(target)  # another process has put its own there
         metadata, rest = _files(fs, path)
-        for files in (rest, *([file] for file in reversed(metadata))):
-            fs.copy(files, [final + file[len(path) :] for file in files])
+        for_each(copy, rest)
+        for file in reversed(metadata):
+            copy(file)
         remove(source)
+
+
+def sweep(uri: str) -> None:
+    """Remove what killed processes left beside files whose names begin like ``uri``.
+
+    Such files were last written a day ago, because their writers may be on any machine.
+    """
+    folder, name = storage.absolute(uri).rsplit("/", 1)
+    left = re.compile(rf"\.?{re.escape(name)}.*\.[0-9a-f]{{8}}\.(part|unfinished)")
+    with suppress(InkdaskError):
+        for place in (it.name for it in storage.list_folder(folder) if left.fullmatch(it.name)):
+            fs, path = storage.filesystem(storage.join(folder, place))
+            with storage.explained(path):
+                files = fs.find(path, detail=True).values()
+            times = (it.get("mtime") or it["LastModified"].timestamp() for it in files)
+            if max(times, default=time.time()) < time.time() - REST:
+                discard(storage.join(folder, place))
 
 
 def _files(fs: Any, path: str) -> tuple[list[str], list[str]]:

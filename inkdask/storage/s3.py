@@ -17,6 +17,8 @@ from typing import Any
 
 import botocore.session  # type: ignore[import-untyped]
 import s3fs
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
 from aiohttp import ClientError as HttpError
 from botocore import exceptions as boto
 from tenacity import (
@@ -26,7 +28,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from inkdask.errors import SettingsError
+from inkdask.errors import InkdaskError, SettingsError, UnavailableError
 from inkdask.storage.counting import count
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,11 @@ TRIES_IN_SILENCE = 3  # 3 x 15 s, so that a silent server is an error within a m
 _SILENCE = (TimeoutError, boto.ConnectTimeoutError, boto.ReadTimeoutError)
 _PASSING = (*_SILENCE, ConnectionError, boto.ConnectionError, boto.HTTPClientError, HttpError)
 _LASTING = (boto.SSLError, boto.ProxyConnectionError)
+
+_RIGHTS = {  # that operations need; all others upload or copy
+    "ListObjectsV2": "s3:ListBucket", "HeadBucket": "s3:ListBucket",
+    "GetObject": "s3:GetObject", "HeadObject": "s3:GetObject", "DeleteObject": "s3:DeleteObject",
+}  # fmt: skip
 
 
 class TruncatedError(ConnectionError):
@@ -133,21 +140,32 @@ def connect(asynchronous: bool) -> S3FileSystem:
 
     ``AWS_REQUEST_PAYER=requester`` reads requester-pays buckets.
     """
+    role, token = (os.environ.get(f"AWS_{it}") for it in ("ROLE_ARN", "WEB_IDENTITY_TOKEN_FILE"))
     try:
         anonymous = botocore.session.get_session().get_credentials() is None
     except boto.BotoCoreError as error:
-        log.debug("credentials: %s", error)
-        raise PermissionError(f"AWS credentials: {error}") from error
+        reason = "AWS_ROLE_ARN is not set" if token and not role else str(error).rstrip(".")
+        raise SettingsError(f"The AWS credentials cannot be used: {reason}.") from error
+    if anonymous and role:
+        raise SettingsError("AWS_ROLE_ARN is set, and AWS_WEB_IDENTITY_TOKEN_FILE is not.")
+    # botocore would log the traceback of an error that is reported as a sentence.
+    logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)
+    session = AioSession()
+    session.set_default_client_config(  # also of the client that asks STS for credentials
+        AioConfig(
+            connect_timeout=CONNECT_TIMEOUT,
+            read_timeout=READ_TIMEOUT,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+        )
+    )
     return S3FileSystem(
         anon=anonymous,
         asynchronous=asynchronous,
+        session=session,
         requester_pays=os.environ.get("AWS_REQUEST_PAYER") == "requester",
         use_listings_cache=False,
         skip_instance_cache=True,
         config_kwargs={
-            "connect_timeout": CONNECT_TIMEOUT,
-            "read_timeout": READ_TIMEOUT,
-            "retries": {"total_max_attempts": 1, "mode": "standard"},
             "max_pool_connections": 128,
             # S3-compatible servers refuse the newer checksum headers.
             "request_checksum_calculation": "when_required",
@@ -156,10 +174,42 @@ def connect(asynchronous: bool) -> S3FileSystem:
     )
 
 
-def endpoint_variable() -> str | None:
-    """Name of the environment variable that holds the endpoint of S3, or None."""
-    variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # in the order of botocore
+def endpoint_variable(service: str = "S3") -> str | None:
+    """Name of the environment variable that holds the endpoint of a service, or None."""
+    variables = (f"AWS_ENDPOINT_URL_{service}", "AWS_ENDPOINT_URL")  # in the order of botocore
     return next((variable for variable in variables if os.environ.get(variable)), None)
+
+
+def refusal(error: BaseException, is_anonymous: bool) -> str:
+    """End a sentence with the right that S3 refuses, and with its reason."""
+    refused = error.__cause__
+    if not isinstance(refused, boto.ClientError):
+        return f": {error}"
+    code, reason = (str(refused.response["Error"].get(key) or "") for key in ("Code", "Message"))
+    if is_anonymous:
+        reason = "no AWS credentials were found, and it is not open to all"
+    if code not in ("AccessDenied", "403"):  # wrong or expired keys
+        return f": {code}, {reason}".rstrip("., ")
+    return f" ({_RIGHTS.get(refused.operation_name, 's3:PutObject')}): {reason or code}".rstrip(".")
+
+
+def _of_credentials(error: Exception) -> InkdaskError | None:
+    """Return the sentence for a failure to get credentials; None for a failure of S3."""
+    variable, refused = endpoint_variable("STS"), error.__cause__
+    sts = f"STS at {os.environ[variable]} ({variable})" if variable else "STS"
+    # s3fs raises the KeyError where another server refuses what only STS knows.
+    if isinstance(error, KeyError) or getattr(refused, "operation_name", "").startswith("Assume"):
+        reason = str(refused or "it is no STS").rstrip(".")
+        return InkdaskError(f"{sts} refuses the role of AWS_ROLE_ARN: {reason}.")
+    url = getattr(error, "kwargs", {}).get("endpoint_url") or ""
+    if url.startswith(os.environ.get("AWS_ENDPOINT_URL_STS") or "https://sts."):
+        return UnavailableError(f"STS at {url}, which AWS_ROLE_ARN needs, cannot be reached.")
+    is_empty = isinstance(error, boto.ParamValidationError) and "WebIdentityToken" in str(error)
+    if is_empty or (isinstance(error, OSError) and error.filename):  # errors of S3 have no file
+        reason = getattr(error, "strerror", "it holds no token")
+        name = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
+        return SettingsError(f"AWS_WEB_IDENTITY_TOKEN_FILE {name} cannot be read: {reason}.")
+    return None
 
 
 async def _persist(call: Callable[[], Awaitable[Any]], method: str, request: dict[str, Any]) -> Any:
@@ -169,13 +219,18 @@ async def _persist(call: Callable[[], Awaitable[Any]], method: str, request: dic
         count(retries=1)
         log.debug("%s %s again: %r", method, request.get("Key", ""), state.outcome.exception())  # type: ignore[union-attr]
 
-    return await AsyncRetrying(
-        retry=retry_if_exception(_is_passing),
-        stop=_enough,
-        wait=wait_random_exponential(multiplier=0.2, max=5),
-        before_sleep=again,
-        reraise=True,
-    )(call)
+    try:
+        return await AsyncRetrying(
+            retry=retry_if_exception(_is_passing),
+            stop=_enough,
+            wait=wait_random_exponential(multiplier=0.2, max=5),
+            before_sleep=again,
+            reraise=True,
+        )(call)
+    except Exception as error:  # before s3fs takes a missing token for a missing object
+        if (of_credentials := _of_credentials(error)) is None:
+            raise
+        raise of_credentials from error
 
 
 def _enough(state: RetryCallState) -> bool:
