@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from inkdask import view
@@ -20,11 +21,9 @@ __version__ = "0.1.0"
 
 try:
     Path.home()
-except RuntimeError:  # in a container, for example; bokeh and others raise it from their imports
-    from inkdask.storage.scratch import Scratch
-
-    _scratch = Scratch()
-    os.environ["HOME"] = _scratch.path
+except RuntimeError:  # without HOME, for an unknown user; bokeh, for one, cannot be imported
+    _home = TemporaryDirectory(prefix="inkdask-home-")
+    os.environ["HOME"] = _home.name
 
 if TYPE_CHECKING:
     from inkdask.errors import InkdaskError

@@ -52,8 +52,7 @@ def check_places(job: Job, result_file: str, num_parts: int, overwrite: bool) ->
     variable = "ZARR_OUTPUT_DIR" if job.folder else "GRID"
     places = [("OUTPUT_PATH", f"{job.target}.png"), ("RESULT_FILE", result_file)]
     places += [(variable, storage.join(job.grid.uri, "zarr.json"))]
-    if job.folder and job.said:
-        places += [(variable, records.place_of(job.folder, job.said))]
+    places += [(variable, storage.join(job.folder, records.FOLDER, "a"))] if job.folder else []
     for setting, file in places:
         with outputs.moved_by(setting):
             outputs.check_writable(file)

@@ -12,7 +12,6 @@ from dataclasses import replace
 import dask.array as da
 import numpy as np
 
-from inkdask import storage
 from inkdask.blending import blend
 from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance, differences
@@ -95,14 +94,13 @@ def tell_of_replaced(uri: str, made_of: Provenance) -> None:
 
 
 def write(job: Job, target: str) -> None:
-    """Write the picture as ``<target>.zarr`` and ``<target>.png``, each whole or not at all."""
+    """Write the picture as ``<target>.png`` and ``<target>.zarr``, each whole or not at all."""
     region, grid, how = job.region, job.grid, job.rendering
     ink = blend(grid.grid(), grid.valid(), grid.tiling, how.blend_mode, how.gaussian_sigma)
     grey = da.map_blocks(to_uint8, ink[region.slices], dtype=np.uint8)
     corner = region.shift(*job.recipe.corner).corner
-    with storage.writing(f"{target}.png") as png:  # appears after the pyramid
 
-        def draw(place: str) -> None:
-            exporting.draw(open_picture(place), "png", png, how.look)
+    def draw(place: str) -> None:
+        exporting.write(open_picture(place), f"{target}.png", how.look)
 
-        write_pyramid(grey, f"{target}.zarr", job.provenance, how.pixel_um, corner, draw)
+    write_pyramid(grey, f"{target}.zarr", job.provenance, how.pixel_um, corner, draw)

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import dask.array as da
@@ -166,24 +165,17 @@ def write(picture: Picture, target: str, look: Look, ground: Ground | None = Non
             picture.levels[0], target, picture.provenance, picture.pixel_um, picture.corner
         )
         return
-    with storage.writing(target) as path:
-        draw(picture, kind, path, look, ground)
-
-
-def draw(
-    picture: Picture, kind: Kind, path: Path, look: Look, ground: Ground | None = None
-) -> None:
-    """Write a picture to a local PNG, TIFF or JPEG."""
     level = _level(picture.shape, look.max_side or (OVERVIEW if kind == "jpeg" else None))
     pixel_um = picture.pixel_um and picture.pixel_um * 2**level
     canvas = render(picture, level, look, ground)
     said = "" if picture.provenance is None else json.dumps(picture.provenance.to_json())
-    if kind == "png":
-        write_png(canvas, path, {ORIGIN: said} if said else {}, pixel_um)
-    elif kind == "tiff":
-        write_tiff(canvas, path, said, pixel_um, look.compression)
-    else:
-        write_jpeg(canvas, path, said, pixel_um)
+    with storage.writing(target) as path:
+        if kind == "png":
+            write_png(canvas, path, {ORIGIN: said} if said else {}, pixel_um)
+        elif kind == "tiff":
+            write_tiff(canvas, path, said, pixel_um, look.compression)
+        else:
+            write_jpeg(canvas, path, said, pixel_um)
 
 
 def render(picture: Picture, level: int, look: Look, ground: Ground | None) -> da.Array:

@@ -49,8 +49,8 @@ def write_pyramid(
 ) -> None:
     """Write a picture as an OME-Zarr pyramid: whole or not at all.
 
-    It is written beside its place and then moved. Where S3 does not let objects be removed, it is
-    written in its place, and is no picture before its last object.
+    It is written beside its place and moved. Where S3 lets nothing be removed, it is written in its
+    place, and is no picture before the last object.
 
     Parameters
     ----------
@@ -65,12 +65,12 @@ def write_pyramid(
     corner
         Row and column of the segment where the picture begins.
     draw
-        Called with the place of the whole pyramid before it is moved, when no other job replaces it.
+        Called with the place of the whole pyramid before it is moved: no other job replaces it yet.
     """
     unfinished = f"{uri}.{uuid4().hex[:8]}.unfinished"  # no two runs share a place
     place = unfinished if outputs.may_remove(unfinished) else uri
     levels = len(level_shapes(picture.shape))
-    attributes = {"ome": ome(_name(uri), levels, pixel_um, corner)}
+    attributes: Any = {"ome": ome(_name(uri), levels, pixel_um, corner)}
     if provenance:
         attributes[ORIGIN] = provenance.to_json()
     try:

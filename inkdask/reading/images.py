@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import struct
 import sys
+import tempfile
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import imagecodecs
@@ -24,7 +27,6 @@ from tifffile.tifffile import jpeg_shape
 from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.storage.parallel import for_each
-from inkdask.storage.scratch import Scratch
 
 log = logging.getLogger(__name__)
 
@@ -157,22 +159,23 @@ class DecodedBlock:
 
     def read(self) -> np.ndarray:
         """Read the block, uint8 (z, y, x); decode layers that this process has not decoded yet."""
-        layers = _decoded(os.getpid(), self.identity, _local_folder())
+        layers = _decoded(self.identity)
 
         def cut(image: Image) -> np.ndarray:
             return np.asarray(layers.layer(image)[self.rows, self.columns])
 
         block = np.stack(for_each(cut, self.images))
-        if not layers.scratch.is_there:
+        if not layers.is_there:
             raise InkdaskError("The job was interrupted.")
         return block
 
 
 class _Layers:
-    """Decoded layers of one identity, on disk."""
+    """Decoded layers of one identity, on disk until nobody reads them any more."""
 
     def __init__(self, folder: str | None) -> None:
-        self.scratch = Scratch(folder)
+        self.path, self.is_there = tempfile.mkdtemp(prefix="inkdask-scratch-", dir=folder), True
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self._lock = threading.Lock()
         self._layers: dict[str, _Once] = {}
         self._turns: threading.Semaphore | None = None
@@ -182,7 +185,7 @@ class _Layers:
         with self._lock:
             if self._turns is None:
                 self._turns = threading.Semaphore(max(1, DECODING_BYTES // decoded_bytes(image)))
-            turns, path = self._turns, f"{self.scratch.path}/{len(self._layers)}.zarr"
+            turns, path = self._turns, f"{self.path}/{len(self._layers)}.zarr"
             once = self._layers.setdefault(image.uri, _Once(path))
         return once.get(lambda path: self._decode(image, turns, path))
 
@@ -214,19 +217,27 @@ class _Once:
             return self._array
 
 
+_kept: dict[tuple[int, str, str | None], _Layers] = {}
 _lock = threading.Lock()
 
 
-def _decoded(process: int, identity: str, folder: str | None) -> _Layers:
-    """Return the layers of an identity; ask in the task's own thread (`_local_folder`)."""
+def _decoded(identity: str) -> _Layers:
+    """Return the layers of an identity; call it in the task's own thread (`_local_folder`)."""
+    key = os.getpid(), identity, _local_folder()
     with _lock:
-        return _latest(process, identity, folder)
+        layers = _kept.pop(key) if key in _kept else _Layers(key[2])
+        _kept[key] = layers
+        for oldest in [*_kept][:-KEPT]:
+            del _kept[oldest]
+    return layers
 
 
-@lru_cache(maxsize=KEPT)
-def _latest(process: int, identity: str, folder: str | None) -> _Layers:
-    # Layers that are dropped stay on disk until their readers are done.
-    return _Layers(folder)
+def forget() -> None:
+    """Remove all decoded layers, in a process that ends; who reads them fails."""
+    for layers in _kept.values():
+        layers.is_there = False  # because zarr reads missing chunks as zeros
+        while Path(layers.path).exists():  # threads may still write there
+            shutil.rmtree(layers.path, ignore_errors=True)
 
 
 def _local_folder() -> str | None:

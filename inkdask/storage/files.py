@@ -190,24 +190,14 @@ def read_middle(uri: str, size: int, etag: str = "") -> bytes:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file atomically; missing folders are created."""
-    fs, path = filesystem(uri)
-    with explained(uri):
-        if is_local(uri):
-            with _replacing(path) as part:
-                part.write_bytes(data)
-        else:
-            fs.pipe_file(path, data)
+    with writing(uri) as part:
+        part.write_bytes(data)
 
 
 def put_file(local: str | Path, uri: str) -> None:
     """Copy a local file to ``uri`` atomically."""
-    fs, path = filesystem(uri)
-    with explained(uri):
-        if is_local(uri):
-            with _replacing(path) as part:
-                shutil.copyfile(local, part)
-        else:
-            fs.put_file(str(local), path)
+    with writing(uri) as part:
+        shutil.copyfile(local, part)
 
 
 @contextmanager
@@ -215,14 +205,20 @@ def writing(uri: str) -> Iterator[Path]:
     """Yield a local path to write to; the file is moved to ``uri`` when the block succeeds."""
     fs, path = filesystem(uri)
     with explained(uri):
-        if is_local(uri):
-            with _replacing(path) as part:
-                yield part
-        else:
+        if not is_local(uri):
             with tempfile.TemporaryDirectory(prefix="inkdask-") as scratch:
-                local = Path(scratch) / "file"
-                yield local
-                fs.put_file(str(local), path)
+                part = Path(scratch) / "file"
+                yield part
+                fs.put_file(str(part), path)
+            return
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        part = final.with_name(f".{final.name}.{uuid4().hex[:8]}.part")
+        try:
+            yield part
+            part.replace(final)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def zarr_store(uri: str, read_only: bool = False) -> Store:
@@ -334,19 +330,6 @@ def _read_local(path: str, start: int, stop: int) -> bytes:
         data = file.read(stop - start)
     count(requests=1, bytes_read=len(data))
     return data
-
-
-@contextmanager
-def _replacing(path: str) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; rename the file when the block succeeds."""
-    final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    part = final.with_name(f".{final.name}.{uuid4().hex[:8]}.part")
-    try:
-        yield part
-        part.replace(final)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def code_of(error: BaseException) -> str:

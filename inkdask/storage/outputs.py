@@ -21,11 +21,10 @@ from inkdask.storage.parallel import for_each
 
 log = logging.getLogger("inkdask")
 
-# Conditions of an upload that S3 looks at after the right to upload, and its answers.
+# Conditions that S3 looks at after the right to upload, and its answers where they are not met.
 NEVER = {"IfMatch": f'"{"0" * 32}"', "ContentMD5": "AAAAAAAAAAAAAAAAAAAAAA=="}
 UNMET = ("NoSuchKey", "404", "PreconditionFailed", "412", "BadDigest")
-
-REST = 24 * 3600  # seconds; whoever writes a picture never rests that long
+REST = 24 * 3600  # seconds: longer than a living process lets a half-written picture rest
 
 
 @contextmanager
@@ -41,28 +40,26 @@ def moved_by(variable: str) -> Iterator[None]:
 def check_writable(uri: str) -> None:
     """Check that the file ``uri`` can be written and replaced; leaves nothing there."""
     fs, place = storage.filesystem(uri)
-    if not storage.is_local(uri):
-        bucket, _, key = f"{place}.{uuid4().hex[:8]}.part".partition("/")
-        with storage.explained(uri):
+    path = folder = Path(place)
+    with storage.explained(uri):
+        if not storage.is_local(uri):
+            bucket, _, key = f"{place}.{uuid4().hex[:8]}.part".partition("/")
             try:
                 fs.call_s3("put_object", Bucket=bucket, Key=key, Body=b"", **NEVER)
-                fs.rm_file(f"{bucket}/{key}")  # of a server that knows no conditions
+                fs.rm_file(f"{bucket}/{key}")  # a server that knows no conditions has written it
             except OSError as error:
                 if storage.code_of(error) not in UNMET:
                     raise
-        return
-    path = Path(place)
-    with storage.explained(uri):
+            return
         if path.is_dir():
             raise InkdaskError(f"{uri} cannot be written: it is a folder.")
-        folder = path.parent
-        while not folder.exists():
+        while folder == path or not folder.exists():
             folder = folder.parent
-        owners = {item.lstat().st_uid for item in (folder, path) if os.path.lexists(item)}
+        owners = {0, folder.stat().st_uid, path.stat().st_uid if path.exists() else os.geteuid()}
         is_shared = folder.stat().st_mode & stat.S_ISVTX  # as /tmp: only owners replace files
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise InkdaskError(f"{uri} cannot be written: {folder} is not a writable folder.")
-    if is_shared and path.exists() and os.geteuid() not in {0, *owners}:
+    if is_shared and os.geteuid() not in owners:
         raise InkdaskError(f"{uri} cannot be written: it is another user's.")
 
 
@@ -108,13 +105,10 @@ def discard(uri: str) -> None:
 
 
 def remove_file(uri: str) -> None:
-    """Remove a single file; ignore a missing one. An object that S3 keeps is emptied."""
+    """Remove a single file; ignore a missing one. A file that may not be removed is emptied."""
     fs, path = storage.filesystem(uri)
-    with storage.explained(uri):
-        if storage.is_local(uri):
-            if Path(path).is_file():
-                Path(path).unlink(missing_ok=True)  # Another process may have removed it since.
-        elif fs.exists(path):
+    with storage.explained(uri), suppress(FileNotFoundError):  # another process may remove it, too
+        if fs.isfile(path):
             try:
                 fs.rm_file(path)
             except PermissionError:
@@ -142,7 +136,7 @@ def replace_tree(source: str, target: str) -> None:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-            remove(target)  # another process has put its own there
+                remove(target)  # another process has put its own there
         metadata, rest = _files(fs, path)
         for_each(copy, rest)
         for file in reversed(metadata):
@@ -153,18 +147,18 @@ def replace_tree(source: str, target: str) -> None:
 def sweep(uri: str) -> None:
     """Remove what killed processes left beside files whose names begin like ``uri``.
 
-    Such files were last written a day ago, because their writers may be on any machine.
+    It has rested for a day, because a process of any machine may write there.
     """
     folder, name = storage.absolute(uri).rsplit("/", 1)
     left = re.compile(rf"\.?{re.escape(name)}.*\.[0-9a-f]{{8}}\.(part|unfinished)")
     with suppress(InkdaskError):
-        for place in (it.name for it in storage.list_folder(folder) if left.fullmatch(it.name)):
-            fs, path = storage.filesystem(storage.join(folder, place))
-            with storage.explained(path):
+        for place in (storage.join(folder, entry.name) for entry in storage.list_folder(folder)):
+            if left.fullmatch(place, len(folder) + 1):
+                fs, path = storage.filesystem(place)
                 files = fs.find(path, detail=True).values()
-            times = (it.get("mtime") or it["LastModified"].timestamp() for it in files)
-            if max(times, default=time.time()) < time.time() - REST:
-                discard(storage.join(folder, place))
+                times = [it.get("mtime") or it["LastModified"].timestamp() for it in files]
+                if times and max(times) < time.time() - REST:
+                    discard(place)
 
 
 def _files(fs: Any, path: str) -> tuple[list[str], list[str]]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import botocore.session  # type: ignore[import-untyped]
 import s3fs
-from aiobotocore.config import AioConfig
-from aiobotocore.session import AioSession
+from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
+from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 from aiohttp import ClientError as HttpError
 from botocore import exceptions as boto
 from tenacity import (
@@ -42,10 +42,8 @@ _SILENCE = (TimeoutError, boto.ConnectTimeoutError, boto.ReadTimeoutError)
 _PASSING = (*_SILENCE, ConnectionError, boto.ConnectionError, boto.HTTPClientError, HttpError)
 _LASTING = (boto.SSLError, boto.ProxyConnectionError)
 
-_RIGHTS = {  # that operations need; all others upload or copy
-    "ListObjectsV2": "s3:ListBucket", "HeadBucket": "s3:ListBucket",
-    "GetObject": "s3:GetObject", "HeadObject": "s3:GetObject", "DeleteObject": "s3:DeleteObject",
-}  # fmt: skip
+# Rights, by the beginning of an operation's name; all others upload or copy.
+_RIGHTS = {"List": "ListBucket", "Head": "GetObject", "GetO": "GetObject", "Dele": "DeleteObject"}
 
 
 class TruncatedError(ConnectionError):
@@ -150,14 +148,17 @@ def connect(asynchronous: bool) -> S3FileSystem:
         raise SettingsError("AWS_ROLE_ARN is set, and AWS_WEB_IDENTITY_TOKEN_FILE is not.")
     # botocore would log the traceback of an error that is reported as a sentence.
     logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)
+    config = {
+        "connect_timeout": CONNECT_TIMEOUT,
+        "read_timeout": READ_TIMEOUT,
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        "max_pool_connections": 128,
+        # S3-compatible servers refuse the newer checksum headers.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
     session = AioSession()
-    session.set_default_client_config(  # also of the client that asks STS for credentials
-        AioConfig(
-            connect_timeout=CONNECT_TIMEOUT,
-            read_timeout=READ_TIMEOUT,
-            retries={"total_max_attempts": 1, "mode": "standard"},
-        )
-    )
+    session.set_default_client_config(AioConfig(**config))  # for STS, too
     return S3FileSystem(
         anon=anonymous,
         asynchronous=asynchronous,
@@ -165,12 +166,7 @@ def connect(asynchronous: bool) -> S3FileSystem:
         requester_pays=os.environ.get("AWS_REQUEST_PAYER") == "requester",
         use_listings_cache=False,
         skip_instance_cache=True,
-        config_kwargs={
-            "max_pool_connections": 128,
-            # S3-compatible servers refuse the newer checksum headers.
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-        },
+        config_kwargs=config,
     )
 
 
@@ -186,18 +182,19 @@ def refusal(error: BaseException, is_anonymous: bool) -> str:
     if not isinstance(refused, boto.ClientError):
         return f": {error}"
     code, reason = (str(refused.response["Error"].get(key) or "") for key in ("Code", "Message"))
+    if code not in ("AccessDenied", "403"):  # of wrong or expired keys
+        return f": {code} {reason}".rstrip(". ")
     if is_anonymous:
         reason = "no AWS credentials were found, and it is not open to all"
-    if code not in ("AccessDenied", "403"):  # wrong or expired keys
-        return f": {code}, {reason}".rstrip("., ")
-    return f" ({_RIGHTS.get(refused.operation_name, 's3:PutObject')}): {reason or code}".rstrip(".")
+    right = _RIGHTS.get(refused.operation_name[:4], "PutObject")
+    return f" (s3:{right}): {reason or code}".rstrip(".")
 
 
 def _of_credentials(error: Exception) -> InkdaskError | None:
     """Return the sentence for a failure to get credentials; None for a failure of S3."""
-    variable, refused = endpoint_variable("STS"), error.__cause__
-    sts = f"STS at {os.environ[variable]} ({variable})" if variable else "STS"
-    # s3fs raises the KeyError where another server refuses what only STS knows.
+    refused, name = error.__cause__, endpoint_variable("STS")
+    sts = f"STS at {os.environ[name]} ({name})" if name else "STS"
+    # s3fs raises the KeyError where a server refuses in another way than STS.
     if isinstance(error, KeyError) or getattr(refused, "operation_name", "").startswith("Assume"):
         reason = str(refused or "it is no STS").rstrip(".")
         return InkdaskError(f"{sts} refuses the role of AWS_ROLE_ARN: {reason}.")
@@ -206,9 +203,8 @@ def _of_credentials(error: Exception) -> InkdaskError | None:
         return UnavailableError(f"STS at {url}, which AWS_ROLE_ARN needs, cannot be reached.")
     is_empty = isinstance(error, boto.ParamValidationError) and "WebIdentityToken" in str(error)
     if is_empty or (isinstance(error, OSError) and error.filename):  # errors of S3 have no file
-        reason = getattr(error, "strerror", "it holds no token")
-        name = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
-        return SettingsError(f"AWS_WEB_IDENTITY_TOKEN_FILE {name} cannot be read: {reason}.")
+        token, reason = "AWS_WEB_IDENTITY_TOKEN_FILE", getattr(error, "strerror", "it is empty")
+        return SettingsError(f"{token} {os.environ.get(token)} cannot be read: {reason}.")
     return None
 
 
