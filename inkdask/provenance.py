@@ -164,7 +164,7 @@ def absolute(value: Any) -> Any:
     if isinstance(value, str) and storage.is_local(value):
         with storage.explained(value):
             if Path(value).exists():
-                return str(Path(value).absolute())
+                return storage.absolute(value)
     return value
 
 

@@ -176,9 +176,9 @@ class GridStore:
 
         Another job's grid and a folder with other files are refused.
         """
-        # Ignore files that another process is still writing.
+        # Ignore files that another process is still writing, and probes of earlier versions.
         entries = {entry.name for entry in storage.list_folder(self.uri)}
-        others = {name for name in entries if not name.endswith((".partial", ".part"))}
+        others = {name for name in entries if not name.endswith((".partial", ".part", ".test"))}
         there = self.label(self.uri)
         if there is not None:
             check_same(self.uri, there.recipe, recipe)
