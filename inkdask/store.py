@@ -181,7 +181,8 @@ class GridStore:
         others = {name for name in entries if not name.endswith((".partial", ".part", ".test"))}
         there = self.label(self.uri)
         if there is not None:
-            check_same(self.uri, there.recipe, recipe)
+            if differing := differences(there.recipe, recipe):
+                raise InkdaskError(f"The tile grid {self.uri} is another job's: {differing}.")
         elif others:
             raise InkdaskError(
                 f"{self.uri} is there, and it is no tile grid: it has {min(others)} in it."
@@ -361,9 +362,3 @@ def decode(codes: np.ndarray) -> np.ndarray:
     """
     probability = (codes.astype(np.float32) - 1) / STEPS
     return np.where(codes > 0, probability, np.float32(np.nan))
-
-
-def check_same(uri: str, there: Recipe, here: Recipe) -> None:
-    """Check that the grid at ``uri`` has this recipe; the error names the differences."""
-    if differing := differences(there, here):
-        raise InkdaskError(f"The tile grid {uri} is another job's: {differing}.")

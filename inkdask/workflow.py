@@ -103,8 +103,7 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
         with outputs.moved_by("RESULT_FILE"):
             outputs.remove_file(settings.result_file)  # of an earlier job
     job = settle(settings)
-    for place in (job.target, settings.result_file):
-        outputs.sweep(place)
+    outputs.sweep(job.target)
     if settings.overwrite and is_whole:
         job = job.restarted()
     log.info("%s", job.plan)

@@ -31,7 +31,9 @@ TETRAPHARMAKOS = (
     "ΝΟΝΕΥΕΚΚΑΡΤΕΡΗΤΟΝ",
 )
 
-MADE = b"inkdask demo"  # as metadata of the files
+MADE = b"inkdask demo"  # in the metadata of the files
+NOTE = PngInfo()
+NOTE.add_text("Software", MADE.decode())
 
 # Brightness in units of the uint8 scale that networks read; distances along depth in layers.
 _AIR = 60.0  # between the sheets
@@ -110,19 +112,12 @@ def write_segment(out: Path, **options: Any) -> tuple[NDArray[np.uint16], NDArra
             raise InkdaskError(f"{file} is not of an earlier demo: choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     volume, truth = segment(**options)
-    save(Image.fromarray(truth.astype(np.uint8) * 255), answer)
+    Image.fromarray(truth.astype(np.uint8) * 255).save(answer, pnginfo=NOTE)
     for file in earlier:
         file.unlink()
     for z, layer in enumerate(volume):
         tifffile.imwrite(folder / f"{z:02d}.tif", layer, rowsperstrip=64, software=MADE.decode())
     return volume, truth
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """Save a PNG that says of itself that it is of a demo."""
-    text = PngInfo()
-    text.add_text("Software", MADE.decode())
-    picture.save(path, pnginfo=text, optimize=True)
 
 
 def _bell(u: NDArray[np.float32]) -> NDArray[np.float32]:

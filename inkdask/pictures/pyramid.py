@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -19,13 +20,6 @@ import dask.array as da
 import numpy as np
 import zarr
 from dask.delayed import Delayed
-from tenacity import (
-    retry,
-    retry_if_exception_type,
-    retry_if_result,
-    stop_after_delay,
-    wait_fixed,
-)
 
 from inkdask import engine, storage
 from inkdask.errors import InkdaskError
@@ -69,10 +63,8 @@ def write_pyramid(
     """
     unfinished = f"{uri}.{uuid4().hex[:8]}.unfinished"  # no two runs share a place
     place = unfinished if outputs.may_remove(unfinished) else uri
-    levels = len(level_shapes(picture.shape))
-    attributes: Any = {"ome": ome(_name(uri), levels, pixel_um, corner)}
-    if provenance:
-        attributes[ORIGIN] = provenance.to_json()
+    levels = ome(_name(uri), len(level_shapes(picture.shape)), pixel_um, corner)
+    attributes: Any = {"ome": levels} | ({ORIGIN: provenance.to_json()} if provenance else {})
     try:
         with storage.explained(place):
             group = zarr.open_group(storage.zarr_store(place), mode="a", zarr_format=3)
@@ -177,21 +169,14 @@ def _side(sizes: tuple[int, ...]) -> int:
     return last if last > 2 * side else side
 
 
-@retry(
-    retry=retry_if_result(bool) | retry_if_exception_type(InkdaskError),
-    wait=wait_fixed(0.2),
-    stop=stop_after_delay(5),
-    retry_error_callback=lambda _: None,
-)
-def _discard(uri: str) -> bool:
-    """Remove the folder of a failed job, whose last writes may still be going on.
-
-    Return whether such a write has made the folder again. After some seconds the folder stays,
-    because the user must hear of the failure itself.
-    """
-    outputs.remove(uri)
-    time.sleep(0.2)
-    return storage.exists(uri)
+def _discard(uri: str) -> None:
+    """Try for some seconds to remove the folder of a failed job, which late writes make again."""
+    end, is_there = time.monotonic() + 5, True
+    while is_there and time.monotonic() < end:
+        with suppress(InkdaskError):
+            outputs.remove(uri)
+            time.sleep(0.2)
+            is_there = storage.exists(uri)
 
 
 def _create(uri: str, shape: tuple[int, ...], side: tuple[int, ...]) -> StoredArray:
@@ -206,6 +191,8 @@ def _create(uri: str, shape: tuple[int, ...], side: tuple[int, ...]) -> StoredAr
             dimension_names=("y", "x"),
             zarr_format=3,
         )
+    if (array.shape, array.chunks) != (shape, tuple(map(min, side, shape))):
+        raise InkdaskError(f"{uri} has other chunks, and is not replaced without s3:DeleteObject.")
     return StoredArray(uri, array)
 
 

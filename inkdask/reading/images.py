@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -159,7 +158,7 @@ class DecodedBlock:
 
     def read(self) -> np.ndarray:
         """Read the block, uint8 (z, y, x); decode layers that this process has not decoded yet."""
-        layers = _decoded(self.identity)
+        layers = _decoded(self.identity, decoded_bytes(self.images[0]))
 
         def cut(image: Image) -> np.ndarray:
             return np.asarray(layers.layer(image)[self.rows, self.columns])
@@ -173,24 +172,24 @@ class DecodedBlock:
 class _Layers:
     """Decoded layers of one identity, on disk until nobody reads them any more."""
 
-    def __init__(self, folder: str | None) -> None:
+    def __init__(self, folder: str | None, size: int) -> None:
         self.path, self.is_there = tempfile.mkdtemp(prefix="inkdask-scratch-", dir=folder), True
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-        self._lock = threading.Lock()
-        self._layers: dict[str, _Once] = {}
-        self._turns: threading.Semaphore | None = None
+        self._lock, self._locks = threading.Lock(), dict[str, tuple[int, threading.Lock]]()
+        self._arrays: dict[str, zarr.Array] = {}
+        self._turns = threading.Semaphore(max(1, DECODING_BYTES // size))
 
     def layer(self, image: Image) -> zarr.Array:
-        """Return the decoded layer, uint8 (y, x); the first caller decodes it."""
+        """Return the decoded layer, uint8 (y, x); the first caller decodes it, others wait."""
         with self._lock:
-            if self._turns is None:
-                self._turns = threading.Semaphore(max(1, DECODING_BYTES // decoded_bytes(image)))
-            turns, path = self._turns, f"{self.path}/{len(self._layers)}.zarr"
-            once = self._layers.setdefault(image.uri, _Once(path))
-        return once.get(lambda path: self._decode(image, turns, path))
+            number, lock = self._locks.setdefault(image.uri, (len(self._locks), threading.Lock()))
+        with lock:
+            if image.uri not in self._arrays:
+                self._arrays[image.uri] = self._decode(image, f"{self.path}/{number}.zarr")
+            return self._arrays[image.uri]
 
-    def _decode(self, image: Image, turns: threading.Semaphore, path: str) -> zarr.Array:
-        with turns:
+    def _decode(self, image: Image, path: str) -> zarr.Array:
+        with self._turns:
             pixels = image.decode()
             if pixels.shape != image.shape:
                 raise InkdaskError(f"{image.uri} is corrupt: {pixels.shape} pixels decoded.")
@@ -202,30 +201,15 @@ class _Layers:
             return array
 
 
-class _Once:
-    """Array at a path; the first caller makes it, and the others wait."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._array: zarr.Array | None = None
-
-    def get(self, make: Callable[[str], zarr.Array]) -> zarr.Array:
-        with self._lock:
-            if self._array is None:
-                self._array = make(self._path)
-            return self._array
-
-
 _kept: dict[tuple[int, str, str | None], _Layers] = {}
 _lock = threading.Lock()
 
 
-def _decoded(identity: str) -> _Layers:
+def _decoded(identity: str, size: int) -> _Layers:
     """Return the layers of an identity; call it in the task's own thread (`_local_folder`)."""
     key = os.getpid(), identity, _local_folder()
     with _lock:
-        layers = _kept.pop(key) if key in _kept else _Layers(key[2])
+        layers = _kept.pop(key) if key in _kept else _Layers(key[2], size)
         _kept[key] = layers
         for oldest in [*_kept][:-KEPT]:
             del _kept[oldest]
@@ -234,7 +218,7 @@ def _decoded(identity: str) -> _Layers:
 
 def forget() -> None:
     """Remove all decoded layers, in a process that ends; who reads them fails."""
-    for layers in _kept.values():
+    for layers in [*_kept.values()]:
         layers.is_there = False  # because zarr reads missing chunks as zeros
         while Path(layers.path).exists():  # threads may still write there
             shutil.rmtree(layers.path, ignore_errors=True)

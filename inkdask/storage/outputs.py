@@ -33,8 +33,7 @@ def moved_by(variable: str) -> Iterator[None]:
     try:
         yield
     except InkdaskError as error:
-        sentence = f"{str(error).rstrip('.')}: set {variable} to another place."
-        raise type(error)(sentence) from error
+        raise type(error)(f"{str(error)[:-1]}: set {variable} to another place.") from error
 
 
 def check_writable(uri: str) -> None:
@@ -151,14 +150,13 @@ def sweep(uri: str) -> None:
     """
     folder, name = storage.absolute(uri).rsplit("/", 1)
     left = re.compile(rf"\.?{re.escape(name)}.*\.[0-9a-f]{{8}}\.(part|unfinished)")
-    with suppress(InkdaskError):
-        for place in (storage.join(folder, entry.name) for entry in storage.list_folder(folder)):
-            if left.fullmatch(place, len(folder) + 1):
-                fs, path = storage.filesystem(place)
-                files = fs.find(path, detail=True).values()
-                times = [it.get("mtime") or it["LastModified"].timestamp() for it in files]
-                if times and max(times) < time.time() - REST:
-                    discard(place)
+    with suppress(InkdaskError), storage.explained(folder):
+        for entry in filter(lambda it: left.fullmatch(it.name), storage.list_folder(folder)):
+            fs, path = storage.filesystem(storage.join(folder, entry.name))
+            files = fs.find(path, detail=True).values()
+            times = [it.get("mtime") or it["LastModified"].timestamp() for it in files]
+            if times and max(times) < time.time() - REST:
+                discard(storage.join(folder, entry.name))
 
 
 def _files(fs: Any, path: str) -> tuple[list[str], list[str]]:

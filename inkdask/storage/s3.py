@@ -46,10 +46,6 @@ _LASTING = (boto.SSLError, boto.ProxyConnectionError)
 _RIGHTS = {"List": "ListBucket", "Head": "GetObject", "GetO": "GetObject", "Dele": "DeleteObject"}
 
 
-class TruncatedError(ConnectionError):
-    """A response was shorter than its header said."""
-
-
 class S3FileSystem(s3fs.S3FileSystem):
     """S3 file system that counts, checks and retries; made by `connect`."""
 
@@ -103,9 +99,8 @@ class S3FileSystem(s3fs.S3FileSystem):
             async with response["Body"] as body:
                 data: bytes = await body.read()
             if len(data) != response["ContentLength"]:
-                raise TruncatedError(
-                    f"s3://{path} sent {len(data)} of {response['ContentLength']} bytes"
-                )
+                size = response["ContentLength"]
+                raise ConnectionError(f"s3://{path} sent {len(data)} of {size} bytes")
             count(bytes_read=len(data))
             return data
 
@@ -181,7 +176,7 @@ def refusal(error: BaseException, is_anonymous: bool) -> str:
     refused = error.__cause__
     if not isinstance(refused, boto.ClientError):
         return f": {error}"
-    code, reason = (str(refused.response["Error"].get(key) or "") for key in ("Code", "Message"))
+    code, reason = (refused.response["Error"].get(key) or "" for key in ("Code", "Message"))
     if code not in ("AccessDenied", "403"):  # of wrong or expired keys
         return f": {code} {reason}".rstrip(". ")
     if is_anonymous:
@@ -193,18 +188,17 @@ def refusal(error: BaseException, is_anonymous: bool) -> str:
 def _of_credentials(error: Exception) -> InkdaskError | None:
     """Return the sentence for a failure to get credentials; None for a failure of S3."""
     refused, name = error.__cause__, endpoint_variable("STS")
-    sts = f"STS at {os.environ[name]} ({name})" if name else "STS"
     # s3fs raises the KeyError where a server refuses in another way than STS.
     if isinstance(error, KeyError) or getattr(refused, "operation_name", "").startswith("Assume"):
+        sts = f"STS at {os.environ[name]} ({name})" if name else "STS"
         reason = str(refused or "it is no STS").rstrip(".")
         return InkdaskError(f"{sts} refuses the role of AWS_ROLE_ARN: {reason}.")
     url = getattr(error, "kwargs", {}).get("endpoint_url") or ""
     if url.startswith(os.environ.get("AWS_ENDPOINT_URL_STS") or "https://sts."):
         return UnavailableError(f"STS at {url}, which AWS_ROLE_ARN needs, cannot be reached.")
-    is_empty = isinstance(error, boto.ParamValidationError) and "WebIdentityToken" in str(error)
-    if is_empty or (isinstance(error, OSError) and error.filename):  # errors of S3 have no file
-        token, reason = "AWS_WEB_IDENTITY_TOKEN_FILE", getattr(error, "strerror", "it is empty")
-        return SettingsError(f"{token} {os.environ.get(token)} cannot be read: {reason}.")
+    if isinstance(error, OSError) and error.filename:  # errors of S3 have none
+        name = f"AWS_WEB_IDENTITY_TOKEN_FILE {error.filename}"
+        return SettingsError(f"{name} cannot be read: {error.strerror}.")
     return None
 
 

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zarr import storage as zarr_storage
 
 from inkdask.storage.counting import count
 
 if TYPE_CHECKING:
-    from zarr.abc.store import ByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
+    from zarr.core.buffer import Buffer
 
 
 class LocalStore(zarr_storage.LocalStore):
     """Local zarr store that counts its reads."""
 
-    async def get(
-        self,
-        key: str,
-        prototype: BufferPrototype | None = None,
-        byte_range: ByteRequest | None = None,
-    ) -> Buffer | None:
+    async def get(self, key: str, *how: Any, **named: Any) -> Buffer | None:
         """Read a key; counts one request."""
-        buffer = await super().get(key, prototype, byte_range)
+        buffer = await super().get(key, *how, **named)
         count(requests=1, bytes_read=len(buffer) if buffer is not None else 0)
         return buffer
 
