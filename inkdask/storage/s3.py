@@ -21,6 +21,7 @@ from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
 from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 from aiohttp import ClientError as HttpError
 from botocore import exceptions as boto
+from fsspec.asyn import sync_wrapper
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -76,6 +77,8 @@ class S3FileSystem(s3fs.S3FileSystem):
             return await super(S3FileSystem, self)._call_s3(method, *args, **kwargs)
 
         return await _persist(call, method, kwargs)
+
+    call_s3 = sync_wrapper(_call_s3)
 
     async def _cat_file(
         self,
@@ -141,8 +144,8 @@ def connect(asynchronous: bool) -> S3FileSystem:
         raise SettingsError(f"The AWS credentials cannot be used: {reason}.") from error
     if anonymous and role:
         raise SettingsError("AWS_ROLE_ARN is set, and AWS_WEB_IDENTITY_TOKEN_FILE is not.")
-    # botocore would log the traceback of an error that is reported as a sentence.
-    logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)
+    # aiobotocore would log the traceback of an error that is reported as a sentence.
+    logging.getLogger("aiobotocore.credentials").setLevel(logging.CRITICAL)
     config = {
         "connect_timeout": CONNECT_TIMEOUT,
         "read_timeout": READ_TIMEOUT,
