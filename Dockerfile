@@ -39,10 +39,10 @@ LABEL org.opencontainers.image.title="inkdask" \
       org.opencontainers.image.licenses="MIT"
 
 # A number, because Kubernetes must see that it is not root; the root file system may be read-only.
-# Only /tmp is written. /tmp/cache is worth a volume: weights and compiled kernels are kept there.
+# Only /tmp is written, by any user. /tmp/cache is worth a volume: it keeps weights and compiled kernels.
 RUN groupadd --gid 10001 inkdask \
  && useradd --uid 10001 --gid inkdask --no-create-home --home-dir /tmp inkdask \
- && install --directory --owner=inkdask --group=inkdask /tmp/cache
+ && install --directory --mode=1777 /tmp/cache
 ENV PATH=/opt/inkdask/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \

@@ -22,8 +22,7 @@ __version__ = "0.1.0"
 try:
     Path.home()
 except RuntimeError:  # without HOME, for an unknown user; bokeh, for one, cannot be imported
-    _home = TemporaryDirectory(prefix="inkdask-home-")
-    os.environ["HOME"] = _home.name
+    os.environ["HOME"] = (_home := TemporaryDirectory(prefix="inkdask-home-")).name
 
 if TYPE_CHECKING:
     from inkdask.errors import InkdaskError

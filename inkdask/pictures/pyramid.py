@@ -43,8 +43,7 @@ def write_pyramid(
 ) -> None:
     """Write a picture as an OME-Zarr pyramid: whole or not at all.
 
-    It is written beside its place and moved. Where S3 lets nothing be removed, it is written in its
-    place, and is no picture before the last object.
+    Where S3 lets nothing be removed, it is written in its place: no picture before its last object.
 
     Parameters
     ----------

@@ -56,7 +56,7 @@ def check_writable(uri: str) -> None:
             folder = folder.parent
         owners = {0, folder.stat().st_uid, path.stat().st_uid if path.exists() else os.geteuid()}
         is_shared = folder.stat().st_mode & stat.S_ISVTX  # as /tmp: only owners replace files
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         raise InkdaskError(f"{uri} cannot be written: {folder} is not a writable folder.")
     if is_shared and os.geteuid() not in owners:
         raise InkdaskError(f"{uri} cannot be written: it is another user's.")
