@@ -9,12 +9,20 @@ inkdask.run("s3://bucket/segment", model="timesformer-scroll5", layers=(0, 26))
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from inkdask import view
 
 __version__ = "0.1.0"
+
+try:
+    Path.home()
+except RuntimeError:  # without HOME, for an unknown user; bokeh, for one, cannot be imported
+    os.environ["HOME"] = (_home := TemporaryDirectory(prefix="inkdask-home-")).name
 
 if TYPE_CHECKING:
     from inkdask.errors import InkdaskError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, stop)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: prints any path
     try:
         inkdask_.main(arguments, prog_name=name, standalone_mode=False)
     except InkdaskError as error:
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
     except (click.Abort, KeyboardInterrupt):
         words = sys.argv[1:] if arguments is None else arguments
         print(f"inkdask: {_interrupted(words)}", file=sys.stderr, flush=True)
+        if images := sys.modules.get("inkdask.reading.images"):
+            images.forget()
         # sys.exit would wait for the chunks that are running.
         os._exit(128 + (signals[0] if signals else signal.SIGINT))  # the code that shells use
 

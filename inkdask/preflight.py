@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from inkdask import engine, storage
+from inkdask import engine, records, storage
 from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.job import Job
@@ -53,10 +53,13 @@ class Need:
 
 def check_places(job: Job, result_file: str, num_parts: int, overwrite: bool) -> None:
     """Check that a job, or one part of it, can write its outputs and has disk space for them."""
-    grid = storage.join(job.grid.uri, "zarr.json")
-    for file in (f"{job.target}.png", result_file, grid):
-        outputs.check_writable(file)
     variable = "ZARR_OUTPUT_DIR" if job.folder else "GRID"
+    places = [("OUTPUT_PATH", f"{job.target}.png"), ("RESULT_FILE", result_file)]
+    places += [(variable, storage.join(job.grid.uri, "zarr.json"))]
+    places += [(variable, storage.join(job.folder, records.FOLDER, "a"))] if job.folder else []
+    for setting, file in places:
+        with outputs.moved_by(setting):
+            outputs.check_writable(file)
     missing = 1.0
     if not overwrite and GridStore.label(job.grid.uri):
         with suppress(InkdaskError):  # another part is creating it, or `run` reports the error

@@ -53,7 +53,8 @@ class Preparation:
         first, last = min(segment.layers), max(segment.layers)
         name = f"{segment.name}-{first:02d}-{last + 1:02d}-{segment.identity}.volume.zarr"
         uri = uri or storage.join(folder, name)
-        outputs.check_writable(storage.join(uri, "zarr.json"))
+        with outputs.moved_by("SURFACE_VOLUME_ZARR"):
+            outputs.check_writable(storage.join(uri, "zarr.json"))
         return cls(uri, segment, is_compressed)
 
     def begin(self, overwrite: bool) -> None:
@@ -122,7 +123,7 @@ class Preparation:
                     FINISHED_ATTRIBUTE: True,
                 }
             )
-        outputs.remove(self._marks)
+        outputs.discard(self._marks)
 
     @property
     def _marks(self) -> str:

@@ -117,9 +117,12 @@ def asked_of(settings: Settings) -> dict[str, Any]:
     asked |= {"layers": settings.layers, "s3_path": without_secrets(absolute(settings.s3_path))}
     if settings.model is not None:
         asked["model"] = _model(settings.model)
-    if settings.precision == "auto":  # it asks for that of the model
-        asked.pop("precision", None)
-    return {name: value for name, value in asked.items() if value is not None or name in UNSAID}
+    # PRECISION=auto asks for that of the model, as no PRECISION does.
+    return {
+        name: value
+        for name, value in asked.items()
+        if value != "auto" and (value is not None or name in UNSAID)
+    }
 
 
 def picture_options(settings: Settings, roi: Region | None) -> tuple[str, ...]:
@@ -169,7 +172,7 @@ def absolute(value: Any) -> Any:
     if isinstance(value, str) and storage.is_local(value):
         with storage.explained(value):
             if Path(value).exists():
-                return str(Path(value).absolute())
+                return storage.absolute(value)
     return value
 
 

@@ -14,12 +14,13 @@ from inkdask.storage.parallel import for_each
 
 log = logging.getLogger("inkdask")
 
+FOLDER = "jobs"
 SHOWN = 3  # jobs that a sentence names
 
 
 def keep(folder: str, said: Said, grid: str) -> None:
     """Write the record of a job; one of the same words is replaced."""
-    place = storage.join(folder, "jobs", f"{said.digest[:16]}.json")
+    place = storage.join(folder, FOLDER, f"{said.digest[:16]}.json")
     storage.write_bytes(place, json.dumps({"said": said.to_json(), "grid": grid}).encode())
 
 
@@ -47,7 +48,7 @@ def find(folder: str, asked: Mapping[str, Any], first: str) -> str:
 
 def _read_all(folder: str) -> list[tuple[Said, str]]:
     """Read what was said, and the grid, of every job; one that is damaged blocks no other."""
-    place, jobs = storage.join(folder, "jobs"), []
+    place, jobs = storage.join(folder, FOLDER), []
     names = (entry.name for entry in storage.list_folder(place))
     uris = [storage.join(place, name) for name in names if name.endswith(".json")]
     for uri, text in zip(uris, for_each(storage.read_bytes, uris), strict=True):

@@ -30,13 +30,14 @@ PREVIEW = "_preview"  # ends the name of an unfinished picture
 
 def picture(job: Job, num_parts: int) -> str:
     """Blend a stored grid, write the picture, and return its URI."""
-    outputs.check_writable(f"{job.target}.png")
+    with outputs.moved_by("OUTPUT_PATH"):
+        outputs.check_writable(f"{job.target}.png")
     check_room_for_picture(job.region, job.target)
     check_complete(job, num_parts)
     tell_of_replaced(f"{job.target}.zarr", job.provenance)
     write(job, job.target)
     for ending in (".png", ".zarr"):
-        outputs.remove(job.target + PREVIEW + ending)
+        outputs.discard(job.target + PREVIEW + ending)
     job.grid.remove_earlier()
     return f"{job.target}.png"
 
@@ -93,10 +94,13 @@ def tell_of_replaced(uri: str, made_of: Provenance) -> None:
 
 
 def write(job: Job, target: str) -> None:
-    """Write the picture as ``<target>.zarr`` and ``<target>.png``, each whole or not at all."""
+    """Write the picture as ``<target>.png`` and ``<target>.zarr``, each whole or not at all."""
     region, grid, how = job.region, job.grid, job.rendering
     ink = blend(grid.grid(), grid.valid(), grid.tiling, how.blend_mode, how.gaussian_sigma)
     grey = da.map_blocks(to_uint8, ink[region.slices], dtype=np.uint8)
     corner = region.shift(*job.recipe.corner).corner
-    write_pyramid(grey, f"{target}.zarr", job.provenance, how.pixel_um, corner)
-    exporting.write(open_picture(f"{target}.zarr"), f"{target}.png", how.look)
+
+    def draw(place: str) -> None:
+        exporting.write(open_picture(place), f"{target}.png", how.look)
+
+    write_pyramid(grey, f"{target}.zarr", job.provenance, how.pixel_um, corner, draw)

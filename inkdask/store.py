@@ -26,7 +26,6 @@ import os
 import socket
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import dask.array as da
@@ -177,12 +176,13 @@ class GridStore:
 
         Another job's grid and a folder with other files are refused.
         """
-        # Ignore files that another process is still writing, and probes of write access.
+        # Ignore files that another process is still writing, and probes of earlier versions.
         entries = {entry.name for entry in storage.list_folder(self.uri)}
-        others = {name for name in entries if not name.endswith((".partial", outputs.PROBE))}
+        others = {name for name in entries if not name.endswith((".partial", ".part", ".test"))}
         there = self.label(self.uri)
         if there is not None:
-            check_same(self.uri, there.recipe, recipe)
+            if differing := differences(there.recipe, recipe):
+                raise InkdaskError(f"The tile grid {self.uri} is another job's: {differing}.")
         elif others:
             raise InkdaskError(
                 f"{self.uri} is there, and it is no tile grid: it has {min(others)} in it."
@@ -210,8 +210,7 @@ class GridStore:
     def remove_earlier(self) -> None:
         """Remove the earlier generations, as far as possible."""
         for number in range(1, self.generation):
-            with suppress(InkdaskError):
-                outputs.remove(storage.join(self.uri, f"g{number}"))
+            outputs.discard(storage.join(self.uri, f"g{number}"))
 
     def work(self) -> np.ndarray | None:
         """Estimated tiles with data of each chunk, int32 (rows, columns).
@@ -318,17 +317,12 @@ class GridStore:
         return self._array(name).with_config({"write_empty_chunks": True})
 
     def _array(self, name: str) -> zarr.Array:
-        with storage.explained(storage.join(self.uri, self._path(name))):
-            return _open(self, name)
+        place = storage.join(self.uri, self._path(name))
+        with storage.explained(place):
+            return storage.open_array(place, f"{self.tiling} {self.k}")
 
     def _path(self, name: str) -> str:
         return f"g{self.generation}/{name}"
-
-
-@lru_cache(maxsize=64)
-def _open(grid: GridStore, name: str) -> zarr.Array:
-    """Open an array of a grid to read and write, once per process."""
-    return zarr.open_array(storage.zarr_store(storage.join(grid.uri, grid._path(name))), mode="r+")
 
 
 @fallible
@@ -368,9 +362,3 @@ def decode(codes: np.ndarray) -> np.ndarray:
     """
     probability = (codes.astype(np.float32) - 1) / STEPS
     return np.where(codes > 0, probability, np.float32(np.nan))
-
-
-def check_same(uri: str, there: Recipe, here: Recipe) -> None:
-    """Check that the grid at ``uri`` has this recipe; the error names the differences."""
-    if differing := differences(there, here):
-        raise InkdaskError(f"The tile grid {uri} is another job's: {differing}.")

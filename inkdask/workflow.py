@@ -100,8 +100,10 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
         return reduce(s3_path, **options)
     is_whole = settings.num_parts == 1  # else STEP=reduce makes the picture of all parts
     if is_whole:
-        outputs.remove_file(settings.result_file)  # of an earlier job
+        with outputs.moved_by("RESULT_FILE"):
+            outputs.remove_file(settings.result_file)  # of an earlier job
     job = settle(settings)
+    outputs.sweep(job.target)
     if settings.overwrite and is_whole:
         job = job.restarted()
     log.info("%s", job.plan)
@@ -113,7 +115,7 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
         uri = compute(job, mine, summary, settings)
         summary.say(uri)
     if is_whole:
-        storage.write_bytes(settings.result_file, uri.encode())  # last of all
+        storage.write_bytes(settings.result_file, os.fsencode(uri))  # last of all
     return uri
 
 
@@ -143,14 +145,15 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
         As for `run`.
     """
     settings = Settings.of(**options, **_given(s3_path=s3_path))
-    outputs.remove_file(settings.result_file)
+    with outputs.moved_by("RESULT_FILE"):
+        outputs.remove_file(settings.result_file)
+        outputs.check_writable(settings.result_file)
     if settings.add_scale_bar:
         settings.require("pixel_resolution_um")
     job = Job.found(settings)
-    outputs.check_writable(settings.result_file)
     with connect(settings), report(settings.report):
         uri = picture(job, settings.num_parts)
-    storage.write_bytes(settings.result_file, uri.encode())
+    storage.write_bytes(settings.result_file, os.fsencode(uri))
     return uri
 
 

@@ -3,8 +3,11 @@
 Every ``every``-th request whose ``METHOD path`` matches fails, by turns in each of the ways named
 in ``kinds``:
 
-``503``, ``500``, ``403``
-    The answer is that status, with the XML that S3 would send.
+``503``, ``500``, ``403``, ``expired``, ``stranger``
+    The answer is that of S3 when it is busy or broken, refuses a right, or does not accept the
+    token or the key; for a request of STS, which has the path ``/``, that of STS.
+``other``
+    The answer of S3 to a request of STS.
 ``reset``
     The connection is dropped before the answer.
 ``truncate``
@@ -23,7 +26,11 @@ import urllib.request
 import aiohttp
 from aiohttp import web
 
-CODES = {"503": "SlowDown", "500": "InternalError", "403": "AccessDenied"}
+CODES = {
+    "503": (503, "SlowDown"), "500": (500, "InternalError"), "403": (403, "AccessDenied"),
+    "expired": (400, "ExpiredToken"), "stranger": (403, "InvalidAccessKeyId"),
+    "other": (405, "MethodNotAllowed"),
+}  # fmt: skip
 HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive"}
 
 
@@ -86,8 +93,13 @@ class Proxy:
             return web.Response()
         if kind in CODES:
             await request.read()
-            body = f"<Error><Code>{CODES[kind]}</Code><Message>{CODES[kind]}</Message></Error>"
-            return web.Response(status=int(kind), text=body, content_type="application/xml")
+            status, code = CODES[kind]
+            # As Ceph, which says no more where it does not know a key.
+            words = "" if kind == "stranger" else f"<Message>{code}</Message>"
+            body = f"<Error><Code>{code}</Code>{words}</Error>"
+            if request.path == "/" and kind != "other":
+                body = f"<ErrorResponse>{body}</ErrorResponse>"
+            return web.Response(status=status, text=body, content_type="application/xml")
         return await self.forward(request, truncate=kind == "truncate")
 
     async def forward(self, request, truncate):

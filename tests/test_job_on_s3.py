@@ -1,6 +1,9 @@
 """Test whole jobs on an S3 server: bytes read, regions, and faults."""
 
 import io
+import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import tifffile
 
 import inkdask
 from inkdask import storage
+from inkdask.errors import InkdaskError
 from tests.files import read_picture
 from tests.oracle import assert_same_picture, depth_slope, naive_map, papyrus, picture
 
@@ -16,6 +20,14 @@ pytestmark = pytest.mark.usefixtures("own_environment")
 HEIGHT, WIDTH = 610, 700
 # Share of pixels off by 1: the stored grid has 16 bits, and tiles hardly overlap at stride 64.
 ROUNDED = 2e-3
+
+# Requests that a right allows, as the proxy sees them.
+REQUESTS = {
+    "s3:ListBucket": r"(GET|HEAD) /[^/]+/?(\?|$)",
+    "s3:GetObject": r"(GET|HEAD) /[^/]+/[^?]",
+    "s3:PutObject": r"PUT /[^/]+/[^?]|POST /[^/]+/[^?]+\?upload",
+    "s3:DeleteObject": r"DELETE ",
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +81,62 @@ def test_job_gives_the_same_picture_through_faults(s3, faults, volume, capsys):
     assert "retried" in capsys.readouterr().err
     got = read_picture(uri)
     assert_same_picture(got, expected, share=ROUNDED)
+
+
+def policy():
+    """Return the rights in the IAM policy of the cluster's README, by their resources."""
+    text = (Path(__file__).parents[1] / "cluster" / "README.md").read_text()
+    [found] = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    rights = {}
+    for statement in json.loads(found)["Statement"]:
+        assert statement["Effect"] == "Allow"
+        for action in statement["Action"]:
+            rights[action] = statement["Resource"]
+    return rights
+
+
+def allow(faults, rights):
+    """Answer 403 to all requests but those that the rights allow."""
+    allowed = "|".join(REQUESTS[right] for right in rights)
+    faults.inject(["403"], match=f"^(?!{allowed})")
+
+
+def test_policy_of_the_readme_suffices(s3, faults, volume):
+    rights = policy()
+    assert rights.keys() == {"s3:ListBucket", "s3:GetObject", "s3:PutObject"}
+    assert not rights["s3:ListBucket"].endswith("/*")
+    assert rights["s3:GetObject"] == rights["s3:PutObject"] == rights["s3:ListBucket"] + "/*"
+    part = volume[:, :300, :400]
+    upload(part, f"{s3}/seg", rowsperstrip=32)
+    layers = set(storage.list_files(s3))
+    job = {"model": depth_slope, "stride": 64, "zarr_output_dir": f"{s3}/partitions"}
+    job["result_file"] = f"{s3}/result.txt"
+    allow(faults, rights)
+    inkdask.check(f"{s3}/seg", **job)
+    assert set(storage.list_files(s3)) == layers
+    for _ in range(2):  # the second replaces what it may not remove
+        uri = inkdask.run(f"{s3}/seg", **job)
+    expected = picture(naive_map(part, depth_slope, stride=64))
+    assert_same_picture(read_picture(uri), expected, share=ROUNDED)
+    assert storage.read_bytes(f"{s3}/result.txt").decode() == uri
+    left = [key for key in storage.list_files(s3) if re.search(r"\.(test|part|unfinished)\b", key)]
+    assert left == []
+    assert {key.split("/")[0] for key in storage.list_files(s3)} == {
+        "seg", "partitions", "result.txt"
+    }  # fmt: skip
+    inkdask.prepare(f"{s3}/seg", surface_volume_zarr=f"{s3}/volume.zarr")
+
+
+@pytest.mark.parametrize("right", ["s3:ListBucket", "s3:GetObject", "s3:PutObject"])
+def test_job_without_one_right_names_it(s3, faults, volume, right, tmp_path):
+    upload(volume[:, :300, :400], f"{s3}/seg", rowsperstrip=32)
+    allow(faults, {"s3:DeleteObject", *policy()} - {right})
+    for job in (inkdask.check, inkdask.run):
+        with pytest.raises(
+            InkdaskError, match=rf"^Access to {s3}/seg.* is denied \({right}\): "
+        ) as it:
+            job(f"{s3}/seg", model=depth_slope, stride=64)
+        assert str(it.value).endswith("set OUTPUT_PATH to another place.") == (
+            right == "s3:PutObject"
+        )
+    assert not list(tmp_path.rglob("zarr.json"))

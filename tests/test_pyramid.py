@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import dask.array as da
 import numpy as np
@@ -264,14 +265,16 @@ def test_array_removed_halfway_is_no_array(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(InkdaskError, match="killed"):
         outputs.remove(str(place))
-    assert list(place.iterdir())
-    assert not list(place.rglob("zarr.json"))
+    assert not place.exists()
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith("picture.zarr.")
+    assert left.suffix == ".unfinished"
 
 
 def test_array_removed_halfway_on_s3_is_no_array(s3, faults):
     uri = f"{s3}/picture.zarr"
     zarr.create_group(storage.zarr_store(uri)).create_array("0", data=np.ones((3, 3)))
-    faults.inject(["403"], match=r"POST .*delete")
+    faults.inject(["403"], match=r"DELETE .*/c/")
     with pytest.raises(InkdaskError, match="denied"):
         outputs.remove(uri)
     assert [entry.name for entry in storage.list_folder(uri)] == ["0"]
@@ -319,11 +322,56 @@ def test_closed_place_is_reported(tmp_path):
             outputs.check_writable(str(place))
 
 
-def test_place_without_right_to_delete_is_reported(s3, faults):
-    faults.inject(["403"], match="DELETE ")
-    with pytest.raises(
-        InkdaskError,
-        match=rf"^Access to {s3}/b\.png is denied: .* \(s3:DeleteObject\), so .* is left",
-    ) as caught:
-        outputs.check_writable(f"{s3}/b.png")
-    assert "\n" not in str(caught.value)
+def test_writers_of_one_picture_at_once_all_succeed(tmp_path, pixels):
+    uri = str(tmp_path / "p.zarr")
+    small = pixels[:200]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: write_pyramid(lazy(small), uri, PROVENANCE), range(40)))
+    assert np.array_equal(open_picture(uri).levels[0].compute(), small)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.zarr"]
+
+
+def test_picture_is_drawn_before_another_job_can_replace_it(home, pixels):
+    uri, drawn = storage.join(home, "p.zarr"), []
+
+    def draw(place):
+        outputs.remove(uri)  # as a job of the same target does
+        drawn.append(open_picture(place).levels[0].compute())
+
+    for _ in range(2):
+        write_pyramid(lazy(pixels), uri, PROVENANCE, draw=draw)
+    assert all(np.array_equal(picture, pixels) for picture in drawn)
+    assert [entry.name for entry in storage.list_folder(home)] == ["p.zarr"]
+
+
+def test_picture_swept_by_another_job_is_not_taken_for_whole(tmp_path, pixels, monkeypatch):
+    """A writer that rested for a day is taken for dead, for example on a laptop that slept."""
+    monkeypatch.setattr(outputs, "REST", -1)
+    monkeypatch.setattr(engine, "PAUSE", 0.01)
+    uri = str(tmp_path / "p.zarr")
+
+    def slow(block):
+        outputs.sweep(uri)
+        return block
+
+    with pytest.raises(InkdaskError, match="give the same command again"):
+        write_pyramid(lazy(pixels).map_blocks(slow, dtype=np.uint8), uri, PROVENANCE)
+    assert not storage.exists(uri)
+
+
+@pytest.mark.parametrize("shape", [(1301, 91), (1100, 91)])
+def test_picture_is_written_in_place_where_nothing_may_be_removed(s3, faults, pixels, shape):
+    uri = f"{s3}/p.zarr"
+    write_pyramid(lazy(pixels), uri, None)
+    faults.inject(["403"], match="^DELETE |POST .*delete")
+    again = 255 - pixels[: shape[0]]
+    if shape == pixels.shape:
+        write_pyramid(lazy(again), uri, PROVENANCE)
+        opened = open_picture(uri)
+        assert np.array_equal(opened.levels[0].compute(), again)
+        assert opened.provenance == PROVENANCE
+    else:
+        with pytest.raises(InkdaskError, match=r"0 has other chunks, .* without s3:DeleteObject"):
+            write_pyramid(lazy(again), uri, PROVENANCE)
+        assert not is_picture(uri)
+    assert [entry.name for entry in storage.list_folder(s3)] == ["p.zarr"]

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import zarr
 
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError, UnavailableError
+from inkdask.segment import open_segment
 from inkdask.storage import outputs
 from inkdask.storage import s3 as s3_module
 
@@ -138,12 +140,101 @@ def test_bugs_keep_their_traceback(monkeypatch):
         storage.read_range("/tmp/x", 0, 1)
 
 
-def test_denied_access_is_named_without_retries(s3, faults):
-    faults.inject(["403"])
+@pytest.mark.parametrize(
+    ("right", "ask"),
+    [
+        ("s3:ListBucket", storage.list_folder),
+        ("s3:GetObject", storage.read_bytes),
+        ("s3:GetObject", storage.exists),
+        ("s3:PutObject", lambda uri: storage.write_bytes(uri, b"")),
+        ("s3:PutObject", outputs.check_writable),
+        ("s3:DeleteObject", outputs.remove),
+    ],
+)
+def test_denied_access_names_the_right_without_retries(s3, faults, right, ask):
+    storage.write_bytes(f"{s3}/layers/x", b"")
+    allowed = "GET" if right == "s3:DeleteObject" else "nothing"
+    faults.inject(["403"], match=f"^(?!{allowed})")
     before = storage.counters()
-    with pytest.raises(InkdaskError, match=rf"^Access to {s3}/layers is denied: AccessDenied\.$"):
-        storage.list_folder(f"{s3}/layers")
+    says = rf"^Access to {s3}/layers is denied \({right}\): (AccessDenied|Forbidden)\.$"
+    with pytest.raises(InkdaskError, match=says):
+        ask(f"{s3}/layers")
     assert storage.counters().retries == before.retries
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("expired", "ExpiredToken ExpiredToken"), ("stranger", "InvalidAccessKeyId")],
+)
+def test_keys_that_are_not_accepted_are_named(s3, faults, kind, reason):
+    faults.inject([kind])
+    for ask in (storage.list_folder, outputs.check_writable):
+        with pytest.raises(InkdaskError, match=f"^Access to {s3}/x is denied: {reason}\\.$"):
+            ask(f"{s3}/x")
+
+
+@pytest.fixture
+def role(s3, no_credentials, faults, monkeypatch, tmp_path):
+    """Function that sets how a pod gets its role, with STS behind the proxy."""
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setattr(s3_module, "TRIES", 2)
+    (tmp_path / "token").write_text("token-of-the-pod")
+
+    def give(**changed):
+        given = {
+            "AWS_ENDPOINT_URL_STS": faults.url,
+            "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/ink",
+            "AWS_WEB_IDENTITY_TOKEN_FILE": str(tmp_path / "token"),
+            **changed,
+        }
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+
+    return give
+
+
+def assert_all_say(sentence, place):
+    """Check that a path which is not there is never taken for missing."""
+    asks = (open_segment, storage.exists, storage.read_bytes, storage.zarr_node, storage.list_files)
+    for ask in (*asks, outputs.check_writable):
+        with pytest.raises(InkdaskError, match=sentence) as caught:
+            ask(place)
+        assert "\n" not in str(caught.value)
+
+
+def test_role_of_a_service_account_reads_and_writes(s3, role):
+    role()
+    storage.write_bytes(f"{s3}/x", b"ink")
+    assert storage.read_bytes(f"{s3}/x") == b"ink"
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (
+            {"AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere/token"},
+            r"^AWS_WEB_IDENTITY_TOKEN_FILE /nowhere/token cannot be read: No such file.*\.$",
+        ),
+        ({"AWS_WEB_IDENTITY_TOKEN_FILE": ""}, r"^AWS_ROLE_ARN is set, and AWS_WEB_IDENTITY_TOKEN_"),
+        ({"AWS_ROLE_ARN": ""}, r"^The AWS credentials cannot be used: AWS_ROLE_ARN is not set\.$"),
+        (
+            {"AWS_ENDPOINT_URL_STS": "http://127.0.0.1:9"},
+            r"^STS at http://127\.0\.0\.1:9/, which AWS_ROLE_ARN needs, cannot be reached\.$",
+        ),
+    ],
+)
+def test_incomplete_role_is_named(s3, role, changed, sentence):
+    role(**changed)
+    assert_all_say(sentence, f"{s3}/segment")
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("403", ".*AccessDenied"), ("other", "it is no STS")])
+def test_role_that_is_refused_is_named(s3, role, faults, kind, reason, caplog):
+    role()
+    faults.inject([kind], match="POST /$")
+    says = rf"^STS at {faults.url} \(AWS_ENDPOINT_URL_STS\) refuses the role of AWS_ROLE_ARN: "
+    assert_all_say(f"{says}{reason}", f"{s3}/segment")
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_public_bucket_is_read_without_credentials(s3, monkeypatch):
@@ -153,7 +244,7 @@ def test_public_bucket_is_read_without_credentials(s3, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert storage.read_bytes(f"{s3}/public") == b"public"
-    with pytest.raises(InkdaskError, match="no AWS credentials were found and it is not public"):
+    with pytest.raises(InkdaskError, match="no AWS credentials were found, and it is not open"):
         storage.read_bytes(f"{s3}/private")
 
 
@@ -338,3 +429,69 @@ def test_copy_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(InkdaskError, match="No space is left to write"):
         storage.put_file(tmp_path / "local", uri)
     assert storage.read_bytes(uri) == b"old"
+
+
+@pytest.mark.parametrize("name", ["w012[fixed]", "seg?", "seg*", "seg[A]"])
+def test_names_are_no_patterns(home, name):
+    """S3 file systems take brackets and such for patterns, and then change the files of others."""
+    others = [storage.join(home, other, "a.zarr") for other in ("segA", "segB", "w012f")]
+    place = storage.join(home, name, "a.zarr")
+    for uri in (*others, place):
+        made = zarr.create_array(storage.zarr_store(uri), shape=(4,), chunks=(2,), dtype="u1")
+        made[:] = 7
+    before = storage.list_files(others[0])
+    zarr.open_array(storage.zarr_store(place), mode="r+")[:2] = 0  # deletes an object
+    assert storage.list_files(place) == ["c/1", "zarr.json"]
+    target = storage.join(home, name, "b.zarr")
+    outputs.replace_tree(place, target)
+    assert zarr.open_array(storage.zarr_store(target), mode="r")[:].tolist() == [0, 0, 7, 7]
+    assert not storage.exists(place)
+    zarr.create_array(
+        storage.zarr_store(target), shape=(4,), chunks=(2,), dtype="u1", overwrite=True
+    )
+    assert storage.list_files(target) == ["zarr.json"]
+    outputs.remove(target)
+    assert not storage.exists(target)
+    assert [storage.list_files(other) for other in others] == [before] * 3
+
+
+def test_leftovers_of_killed_writers_are_swept(home):
+    folder = storage.join(home, "predictions")
+    target = storage.join(folder, "prediction_demo_00_26")
+    kept = [
+        "prediction_demo_00_26.zarr/zarr.json",
+        "prediction_other_00_26.zarr.0123abcd.unfinished/zarr.json",
+        "prediction_demo_00_26.of mine.unfinished/zarr.json",
+    ]
+    left = [
+        "prediction_demo_00_26.zarr.0123abcd.unfinished/0/c/0/0",
+        "prediction_demo_00_26_preview.zarr.89abcdef.unfinished/zarr.json",
+        ".prediction_demo_00_26.png.0123abcd.part",
+    ]
+    for file in kept + left:
+        storage.write_bytes(storage.join(folder, file), b"")
+    outputs.sweep(target)  # their writers may be at work
+    assert sorted(storage.list_files(folder)) == sorted(kept + left)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs.time, "time", lambda: time.monotonic() + 2**31)
+        outputs.sweep(target)
+    assert sorted(storage.list_files(folder)) == sorted(kept)
+    outputs.sweep(storage.join(home, "nothing", "x"))
+
+
+def test_result_that_may_not_be_removed_is_emptied(s3, faults):
+    storage.write_bytes(f"{s3}/result.txt", b"an earlier job")
+    faults.inject(["403"], match="DELETE ")
+    outputs.remove_file(f"{s3}/result.txt")
+    outputs.remove_file(f"{s3}/nothing.txt")
+    assert storage.list_files(s3) == ["result.txt"]
+    assert storage.read_bytes(f"{s3}/result.txt") == b""
+
+
+def test_place_is_checked_without_a_trace_where_nothing_may_be_removed(s3, faults):
+    storage.write_bytes(f"{s3}/there.png", b"ink")
+    faults.inject(["403"], match="DELETE |POST ")
+    for name in ("there.png", "a/new.png"):
+        outputs.check_writable(f"{s3}/{name}")
+    assert storage.list_files(s3) == ["there.png"]
+    assert storage.read_bytes(f"{s3}/there.png") == b"ink"

@@ -94,10 +94,17 @@ def test_write_segment_replaces_an_earlier_one(tmp_path):
     assert len(list((tmp_path / "layers").iterdir())) == 5
 
 
-def test_write_segment_refuses_layers_of_a_real_segment(tmp_path):
-    (tmp_path / "layers").mkdir()
-    scan = tmp_path / "layers" / "00.tif"
-    scan.write_bytes(b"years of work")
-    with pytest.raises(InkdaskError, match="not synthetic"):
+@pytest.mark.parametrize(
+    "name", ["layers/00.tif", "layers/99.tif", "truth.png", "side-by-side.png", "predictions/x.png"]
+)
+def test_write_segment_refuses_files_that_it_did_not_make(tmp_path, name):
+    mine = tmp_path / name
+    if name == "layers/99.tif":  # beside those of an earlier demo
+        synthetic.write_segment(tmp_path, text=TEXT, **SMALL, layers=2)
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_bytes(b"years of work")
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    with pytest.raises(InkdaskError, match=r"is not of an earlier demo: choose another folder\.$"):
         synthetic.write_segment(tmp_path, text=TEXT, **SMALL)
-    assert scan.read_bytes() == b"years of work"
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+    assert mine.read_bytes() == b"years of work"

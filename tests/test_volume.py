@@ -189,9 +189,8 @@ def test_many_layers_and_threads_decode_each_layer_once(tmp_path, monkeypatch):
     assert (storage.counters() - before).requests == THREADS + 5
 
 
-def test_scratch_lies_in_the_folder_of_the_worker(tmp_path, pixels, monkeypatch):
+def test_scratch_lies_in_the_folder_of_the_worker(tmp_path, pixels):
     distributed = pytest.importorskip("distributed")
-    monkeypatch.setattr(images, "_scratches", {})
     for number, layer in enumerate(pixels):
         (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
     segment = open_segment(str(tmp_path))

@@ -55,7 +55,7 @@ def run(out: Path, height: int = 640, width: int = 1664) -> DemoResult:
     """Make a segment, predict its ink with the bundled network, and show both side by side.
 
     Writes ``layers/``, ``truth.png``, ``predictions/`` and ``side-by-side.png`` to the folder
-    ``out``, and replaces an earlier demo there. A folder with layers of a real segment is refused.
+    ``out``, and replaces an earlier demo there. Other files of these names are refused.
     """
     out = Path(out)
     try:
@@ -85,7 +85,7 @@ def run(out: Path, height: int = 640, width: int = 1664) -> DemoResult:
         ("Prediction", result.auc, _on_papyrus(ink, papyrus)),
         ("Truth", None, _on_papyrus(truth * np.uint8(255), papyrus)),
     ]
-    side_by_side(panels).save(result.side_by_side, optimize=True)
+    side_by_side(panels).save(result.side_by_side, optimize=True, pnginfo=synthetic.NOTE)
     return result
 
 

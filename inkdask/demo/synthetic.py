@@ -17,6 +17,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from inkdask.demo import letters
 from inkdask.errors import InkdaskError
@@ -29,6 +30,10 @@ TETRAPHARMAKOS = (
     "ΜΕΝΕΥΚΤΗΤΟΝΤΟΔΕΔΕΙ",
     "ΝΟΝΕΥΕΚΚΑΡΤΕΡΗΤΟΝ",
 )
+
+MADE = b"inkdask demo"  # in the metadata of the files
+NOTE = PngInfo()
+NOTE.add_text("Software", MADE.decode())
 
 # Brightness in units of the uint8 scale that networks read; distances along depth in layers.
 _AIR = 60.0  # between the sheets
@@ -91,8 +96,8 @@ def write_segment(out: Path, **options: Any) -> tuple[NDArray[np.uint16], NDArra
     """Make a segment as `segment` does with ``options``, and write it like a scanned one.
 
     Writes ``layers/00.tif``, ``layers/01.tif``, ... (uint16, strips of 64 rows) and ``truth.png``
-    (255 where there is ink) into the folder ``out``. The layers of an earlier synthetic segment are
-    removed; layers without a ``truth.png`` beside them are of a real segment, and refused.
+    (255 where there is ink) into the folder ``out``. Those of an earlier synthetic segment are
+    removed, which say so in their metadata; all others are refused.
 
     Raises
     ------
@@ -100,16 +105,18 @@ def write_segment(out: Path, **options: Any) -> tuple[NDArray[np.uint16], NDArra
         The folder cannot be written.
     """
     folder, answer = out / "layers", out / "truth.png"
-    if folder.exists() and not answer.exists():
-        raise InkdaskError(f"{folder} holds layers that are not synthetic: choose another folder.")
-    out.mkdir(parents=True, exist_ok=True)
+    earlier = [*folder.iterdir()] if folder.exists() else []
+    others = [out / "side-by-side.png", *([] if answer.exists() else [out / "predictions"])]
+    for file in [*earlier, answer, *others]:
+        if file.exists() and not (file.is_file() and MADE in file.read_bytes()):
+            raise InkdaskError(f"{file} is not of an earlier demo: choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
     volume, truth = segment(**options)
-    Image.fromarray(truth.astype(np.uint8) * 255).save(answer)
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.tif"):
-        old.unlink()
+    Image.fromarray(truth.astype(np.uint8) * 255).save(answer, pnginfo=NOTE)
+    for file in earlier:
+        file.unlink()
     for z, layer in enumerate(volume):
-        tifffile.imwrite(folder / f"{z:02d}.tif", layer, rowsperstrip=64)
+        tifffile.imwrite(folder / f"{z:02d}.tif", layer, rowsperstrip=64, software=MADE.decode())
     return volume, truth
 
 

@@ -11,7 +11,8 @@ of a pixel is known, else in pixels, and are counted from the corner of the segm
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -19,13 +20,6 @@ import dask.array as da
 import numpy as np
 import zarr
 from dask.delayed import Delayed
-from tenacity import (
-    retry,
-    retry_if_exception_type,
-    retry_if_result,
-    stop_after_delay,
-    wait_fixed,
-)
 
 from inkdask import engine, storage
 from inkdask.errors import InkdaskError
@@ -45,8 +39,11 @@ def write_pyramid(
     provenance: Provenance | None,
     pixel_um: float | None = None,
     corner: tuple[int, int] = (0, 0),
+    draw: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Write a picture as an OME-Zarr pyramid: whole or not at all.
+
+    Where S3 lets nothing be removed, it is written in its place: no picture before its last object.
 
     Parameters
     ----------
@@ -60,22 +57,31 @@ def write_pyramid(
         Side of a pixel, in micrometers.
     corner
         Row and column of the segment where the picture begins.
+    draw
+        Called with the place of the whole pyramid before it is moved: no other job replaces it yet.
     """
     unfinished = f"{uri}.{uuid4().hex[:8]}.unfinished"  # no two runs share a place
-    levels = len(level_shapes(picture.shape))
+    place = unfinished if outputs.may_remove(unfinished) else uri
+    levels = ome(_name(uri), len(level_shapes(picture.shape)), pixel_um, corner)
+    attributes: Any = {"ome": levels} | ({ORIGIN: provenance.to_json()} if provenance else {})
     try:
-        attributes = {"ome": ome(_name(uri), levels, pixel_um, corner)}
-        if provenance:
-            attributes[ORIGIN] = provenance.to_json()
-        with storage.explained(unfinished):
-            zarr.create_group(storage.zarr_store(unfinished), zarr_format=3, attributes=attributes)
-        steps = list(_writes(picture, unfinished))
+        with storage.explained(place):
+            group = zarr.open_group(storage.zarr_store(place), mode="a", zarr_format=3)
+            group.attrs.put({})  # of an earlier picture
+        steps = list(_writes(picture, place))
         with Meter("picture", sum(map(len, steps)), "chunks") as meter:
             for step in steps:  # each level is made of the stored one before
                 engine.compute_each(step, lambda _: meter.add(1)).check()
-        outputs.replace_tree(unfinished, uri)
+        if not storage.exists(storage.join(place, "zarr.json")):  # `outputs.sweep`
+            raise InkdaskError(f"{place} was removed: give the same command again.")
+        with storage.explained(place):
+            group.attrs.put(attributes)
+        draw(place)
+        if place != uri:
+            outputs.replace_tree(place, uri)
     except BaseException:
-        _discard(unfinished)
+        if place != uri:
+            _discard(place)
         raise
 
 
@@ -162,27 +168,21 @@ def _side(sizes: tuple[int, ...]) -> int:
     return last if last > 2 * side else side
 
 
-@retry(
-    retry=retry_if_result(bool) | retry_if_exception_type(InkdaskError),
-    wait=wait_fixed(0.2),
-    stop=stop_after_delay(5),
-    retry_error_callback=lambda _: None,
-)
-def _discard(uri: str) -> bool:
-    """Remove the folder of a failed job, whose last writes may still be going on.
-
-    Return whether such a write has made the folder again. After some seconds the folder stays,
-    because the user must hear of the failure itself.
-    """
-    outputs.remove(uri)
-    time.sleep(0.2)
-    return storage.exists(uri)
+def _discard(uri: str) -> None:
+    """Try for some seconds to remove the folder of a failed job, which late writes make again."""
+    end, is_there = time.monotonic() + 5, True
+    while is_there and time.monotonic() < end:
+        with suppress(InkdaskError):
+            outputs.remove(uri)
+            time.sleep(0.2)
+            is_there = storage.exists(uri)
 
 
 def _create(uri: str, shape: tuple[int, ...], side: tuple[int, ...]) -> StoredArray:
     with storage.explained(uri):
-        array = zarr.create_array(
+        array = zarr.open_array(
             storage.zarr_store(uri),
+            mode="a",
             shape=shape,
             chunks=tuple(map(min, side, shape)),
             dtype="uint8",
@@ -190,6 +190,8 @@ def _create(uri: str, shape: tuple[int, ...], side: tuple[int, ...]) -> StoredAr
             dimension_names=("y", "x"),
             zarr_format=3,
         )
+    if (array.shape, array.chunks) != (shape, tuple(map(min, side, shape))):
+        raise InkdaskError(f"{uri} has other chunks, and is not replaced without s3:DeleteObject.")
     return StoredArray(uri, array)
 
 

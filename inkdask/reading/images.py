@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import imagecodecs
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1024  # pixels: side of a chunk of the scratch zarr
 DECODING_BYTES = 2 << 30  # limit of the layers that are decoded side by side
+KEPT = 4  # identities whose layers stay decoded: two segments and their masks
+Page = tuple[str, int]  # URI, and number of a page in it
 PALETTE = 3  # colour type of a PNG
 PLAIN = "save it upright and plain, with 1"
 _HEADER_READ, _LONG_HEADER_READ = 1 << 16, 1 << 24
@@ -170,36 +174,39 @@ class DecodedBlock:
 
     def read(self) -> np.ndarray:
         """Read the block, uint8 (z, y, x); decode layers that this process has not decoded yet."""
-        scratch = _scratch()
+        layers = _decoded(self.identity, decoded_bytes(self.images[0]))
 
         def cut(image: Image) -> np.ndarray:
-            return np.asarray(scratch.layer(image, self.identity)[self.rows, self.columns])
+            return np.asarray(layers.layer(image)[self.rows, self.columns])
 
-        return np.stack(for_each(cut, self.images))
+        block = np.stack(for_each(cut, self.images))
+        if not layers.is_there:
+            raise InkdaskError("The job was interrupted.")
+        return block
 
 
-class _Scratch:
-    """Decoded layers of this process, on disk until the process ends."""
+class _Layers:
+    """Decoded layers of one identity, on disk until nobody reads them any more."""
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="inkdask-scratch-", dir=_local_folder())
-        self._lock = threading.Lock()
-        self._layers: dict[tuple[str, str, int], _Once] = {}
-        self._turns: dict[str, threading.Semaphore] = {}
+    def __init__(self, folder: str | None, size: int) -> None:
+        self.path, self.is_there = tempfile.mkdtemp(prefix="inkdask-scratch-", dir=folder), True
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self._lock, self._locks = threading.Lock(), dict[Page, tuple[int, threading.Lock]]()
+        self._arrays: dict[Page, zarr.Array] = {}
+        self._turns = threading.Semaphore(max(1, DECODING_BYTES // size))
 
-    def layer(self, image: Image, identity: str) -> zarr.Array:
-        """Return the decoded layer, uint8 (y, x); the first caller decodes it."""
-        size = decoded_bytes(image)
+    def layer(self, image: Image) -> zarr.Array:
+        """Return the decoded layer, uint8 (y, x); the first caller decodes it, others wait."""
+        page = image.uri, image.page
         with self._lock:
-            turns = self._turns.setdefault(
-                identity, threading.Semaphore(max(1, DECODING_BYTES // size))
-            )
-            path = f"{self._folder.name}/{len(self._layers)}.zarr"
-            once = self._layers.setdefault((identity, image.uri, image.page), _Once(path))
-        return once.get(lambda path: self._decode(image, turns, path))
+            number, lock = self._locks.setdefault(page, (len(self._locks), threading.Lock()))
+        with lock:
+            if page not in self._arrays:
+                self._arrays[page] = self._decode(image, f"{self.path}/{number}.zarr")
+            return self._arrays[page]
 
-    def _decode(self, image: Image, turns: threading.Semaphore, path: str) -> zarr.Array:
-        with turns:
+    def _decode(self, image: Image, path: str) -> zarr.Array:
+        with self._turns:
             pixels = image.decode()
             if pixels.shape != image.shape:
                 raise InkdaskError(f"{image.uri} is corrupt: {pixels.shape} pixels decoded.")
@@ -211,31 +218,27 @@ class _Scratch:
             return array
 
 
-class _Once:
-    """Array at a path; the first caller makes it, and the others wait."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._array: zarr.Array | None = None
-
-    def get(self, make: Callable[[str], zarr.Array]) -> zarr.Array:
-        with self._lock:
-            if self._array is None:
-                self._array = make(self._path)
-            return self._array
-
-
-_scratches: dict[int, _Scratch] = {}
+_kept: dict[tuple[int, str, str | None], _Layers] = {}
 _lock = threading.Lock()
 
 
-def _scratch() -> _Scratch:
-    """Return the scratch of this process; call it in the task's own thread (`_local_folder`)."""
+def _decoded(identity: str, size: int) -> _Layers:
+    """Return the layers of an identity; call it in the task's own thread (`_local_folder`)."""
+    key = os.getpid(), identity, _local_folder()
     with _lock:
-        if os.getpid() not in _scratches:
-            _scratches[os.getpid()] = _Scratch()
-        return _scratches[os.getpid()]
+        layers = _kept.pop(key) if key in _kept else _Layers(key[2], size)
+        _kept[key] = layers
+        for oldest in [*_kept][:-KEPT]:
+            del _kept[oldest]
+    return layers
+
+
+def forget() -> None:
+    """Remove all decoded layers, in a process that ends; who reads them fails."""
+    for layers in [*_kept.values()]:
+        layers.is_there = False  # because zarr reads missing chunks as zeros
+        while Path(layers.path).exists():  # threads may still write there
+            shutil.rmtree(layers.path, ignore_errors=True)
 
 
 def _local_folder() -> str | None:

@@ -4,6 +4,7 @@ from inkdask.storage.counting import Counters, counters
 from inkdask.storage.files import (
     Entry,
     absolute,
+    code_of,
     decoded,
     entry,
     exists,
@@ -28,29 +29,8 @@ from inkdask.storage.files import (
 )
 
 __all__ = [
-    "Counters",
-    "Entry",
-    "absolute",
-    "counters",
-    "decoded",
-    "entry",
-    "exists",
-    "explain",
-    "explained",
-    "filesystem",
-    "is_local",
-    "join",
-    "list_files",
-    "list_folder",
-    "open_array",
-    "put_file",
-    "read_bytes",
-    "read_middle",
-    "read_range",
-    "s3_filesystem",
-    "write_bytes",
-    "writing",
-    "zarr_array",
-    "zarr_node",
-    "zarr_store",
-]
+    "Counters", "Entry", "absolute", "code_of", "counters", "decoded", "entry", "exists",
+    "explain", "explained", "filesystem", "is_local", "join", "list_files", "list_folder",
+    "open_array", "put_file", "read_bytes", "read_middle", "read_range", "s3_filesystem",
+    "write_bytes", "writing", "zarr_array", "zarr_node", "zarr_store",
+]  # fmt: skip

@@ -117,7 +117,7 @@ def list_folder(uri: str) -> list[Entry]:
         try:
             found = fs.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError) as error:
-            if _code(error) == "NoSuchBucket":
+            if code_of(error) == "NoSuchBucket":
                 raise
             return []
     # Skip what has the path itself: the listing of a file, and the marker object of an S3 folder.
@@ -190,24 +190,14 @@ def read_middle(uri: str, size: int, etag: str = "") -> bytes:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file atomically; missing folders are created."""
-    fs, path = filesystem(uri)
-    with explained(uri):
-        if is_local(uri):
-            with _replacing(path) as part:
-                part.write_bytes(data)
-        else:
-            fs.pipe_file(path, data)
+    with writing(uri) as part:
+        part.write_bytes(data)
 
 
 def put_file(local: str | Path, uri: str) -> None:
     """Copy a local file to ``uri`` atomically."""
-    fs, path = filesystem(uri)
-    with explained(uri):
-        if is_local(uri):
-            with _replacing(path) as part:
-                shutil.copyfile(local, part)
-        else:
-            fs.put_file(str(local), path)
+    with writing(uri) as part:
+        shutil.copyfile(local, part)
 
 
 @contextmanager
@@ -215,27 +205,31 @@ def writing(uri: str) -> Iterator[Path]:
     """Yield a local path to write to; the file is moved to ``uri`` when the block succeeds."""
     fs, path = filesystem(uri)
     with explained(uri):
-        if is_local(uri):
-            with _replacing(path) as part:
-                yield part
-        else:
+        if not is_local(uri):
             with tempfile.TemporaryDirectory(prefix="inkdask-") as scratch:
-                local = Path(scratch) / "file"
-                yield local
-                fs.put_file(str(local), path)
+                part = Path(scratch) / "file"
+                yield part
+                fs.put_file(str(part), path)
+            return
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        part = final.with_name(f".{final.name}.{uuid4().hex[:8]}.part")
+        try:
+            yield part
+            part.replace(final)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def zarr_store(uri: str, read_only: bool = False) -> Store:
     """Return the zarr store at ``uri``; its reads are counted, and retried on S3."""
-    from zarr.storage import FsspecStore
-
-    from inkdask.storage.zarr_stores import LocalStore
+    from inkdask.storage.zarr_stores import LocalStore, S3Store
 
     _, path = filesystem(uri)
     if is_local(uri):
         return LocalStore(path, read_only=read_only)
     with explained(uri):
-        return FsspecStore(s3_filesystem(asynchronous=True), path=path, read_only=read_only)
+        return S3Store(s3_filesystem(asynchronous=True), path=path, read_only=read_only)
 
 
 def zarr_node(uri: str) -> Array[Any] | Group:
@@ -276,14 +270,12 @@ def explain(error: BaseException, uri: str) -> InkdaskError:
     if isinstance(error, PermissionError):
         if is_local(uri):
             return InkdaskError(f"{uri}: permission denied.")
-        if "AWS credentials" in str(error):
-            return InkdaskError(f"{uri} cannot be read. {error}.")
-        anonymous = s3_filesystem().anon
-        who = "no AWS credentials were found and it is not public" if anonymous else str(error)
-        return InkdaskError(f"Access to {uri} is denied: {who.rstrip('.')}.")
-    if _code(error) == "NoSuchBucket":
+        from inkdask.storage.s3 import refusal
+
+        return InkdaskError(f"Access to {uri} is denied{refusal(error, s3_filesystem().anon)}.")
+    if code_of(error) == "NoSuchBucket":
         return InkdaskError(f"The bucket of {uri} does not exist.")
-    if _code(error) == "PreconditionFailed":
+    if code_of(error) == "PreconditionFailed":
         return InkdaskError(f"{uri} has changed since it was opened: run the job again.")
     if isinstance(error, FileNotFoundError):
         return InkdaskError(f"{uri} does not exist.")
@@ -340,20 +332,7 @@ def _read_local(path: str, start: int, stop: int) -> bytes:
     return data
 
 
-@contextmanager
-def _replacing(path: str) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; rename the file when the block succeeds."""
-    final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    part = final.with_name(f".{final.name}.{uuid4().hex[:8]}.part")
-    try:
-        yield part
-        part.replace(final)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _code(error: BaseException) -> str:
+def code_of(error: BaseException) -> str:
     """Return the error code of S3 (``NoSuchBucket``, ``AccessDenied``, ...), or ``""``."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     return str(response["Error"].get("Code", "")) if response else ""

@@ -2,73 +2,116 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import re
 import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
+from inkdask.storage.parallel import for_each
 
-PROBE = ".test"  # ending of the file that `check_writable` writes
+log = logging.getLogger("inkdask")
+
+# Conditions that S3 looks at after the right to upload, and its answers where they are not met.
+NEVER = {"IfMatch": f'"{"0" * 32}"', "ContentMD5": "AAAAAAAAAAAAAAAAAAAAAA=="}
+UNMET = ("NoSuchKey", "404", "PreconditionFailed", "412", "BadDigest")
+REST = 24 * 3600  # seconds: longer than a living process lets a half-written picture rest
+
+
+@contextmanager
+def moved_by(variable: str) -> Iterator[None]:
+    """Let an error in the block end with the variable that moves the output elsewhere."""
+    try:
+        yield
+    except InkdaskError as error:
+        raise type(error)(f"{str(error)[:-1]}: set {variable} to another place.") from error
 
 
 def check_writable(uri: str) -> None:
-    """Check that the file ``uri`` can be written and replaced."""
-    if not storage.is_local(uri):
-        probe = f"{uri}.{uuid4().hex[:8]}{PROBE}"
-        storage.write_bytes(probe, b"")
-        fs, key = storage.filesystem(probe)
-        with storage.explained(uri):
-            try:
-                fs.rm_file(key)  # not `rm`, which hides a refusal
-            except PermissionError as error:
-                raise InkdaskError(
-                    f"Access to {uri} is denied: files can be written there but not removed "
-                    f"(s3:DeleteObject), so {probe} is left."
-                ) from error
-        return
-    path = Path(storage.filesystem(uri)[1])
+    """Check that the file ``uri`` can be written and replaced; leaves nothing there."""
+    fs, place = storage.filesystem(uri)
+    path = folder = Path(place)
     with storage.explained(uri):
+        if not storage.is_local(uri):
+            bucket, _, key = f"{place}.{uuid4().hex[:8]}.part".partition("/")
+            try:
+                fs.call_s3("put_object", Bucket=bucket, Key=key, Body=b"", **NEVER)
+                fs.rm_file(f"{bucket}/{key}")  # a server that knows no conditions has written it
+            except OSError as error:
+                if storage.code_of(error) not in UNMET:
+                    raise
+            return
         if path.is_dir():
             raise InkdaskError(f"{uri} cannot be written: it is a folder.")
-        folder = path.parent
-        while not folder.exists():
+        while folder == path or not folder.exists():
             folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        owners = {0, folder.stat().st_uid, path.stat().st_uid if path.exists() else os.geteuid()}
+        is_shared = folder.stat().st_mode & stat.S_ISVTX  # as /tmp: only owners replace files
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         raise InkdaskError(f"{uri} cannot be written: {folder} is not a writable folder.")
+    if is_shared and os.geteuid() not in owners:
+        raise InkdaskError(f"{uri} cannot be written: it is another user's.")
+
+
+def may_remove(uri: str) -> bool:
+    """Whether a group that is to be written at ``uri`` can be removed; S3 may not allow it."""
+    fs, metadata = storage.filesystem(storage.join(uri, "zarr.json"))
+    with storage.explained(uri), suppress(FileNotFoundError):
+        try:
+            fs.rm_file(metadata)  # is not there yet
+        except PermissionError:
+            return False
+    return True
 
 
 def remove(uri: str) -> None:
     """Remove a file, a link, or a folder with all below it; ignore a missing one.
 
-    Every ``zarr.json`` is removed before the rest, the topmost first, so that nobody takes a
-    half-removed array for a whole one.
+    Nobody takes a half-removed array for a whole one: a local one is renamed first. On S3 every
+    ``zarr.json`` is removed before the rest, the topmost first.
     """
     fs, path = storage.filesystem(uri)
     with storage.explained(uri):
-        if storage.is_local(uri) and Path(path).is_symlink():  # The target stays.
-            Path(path).unlink()
+        if not storage.is_local(uri):
+            metadata, rest = _files(fs, path)
+            for file in metadata:
+                fs.rm_file(file)
+            for_each(fs.rm_file, rest)  # `fs.rm` takes the name [a] for a pattern
             return
-        metadata, rest = _files(fs, path)
-        for file in metadata:
-            fs.rm_file(file)
-        if storage.is_local(uri) and Path(path).is_dir():
-            shutil.rmtree(path)
-        elif rest:
-            fs.rm(rest)
+        with suppress(FileNotFoundError):  # another process may have removed it since
+            away = Path(path).rename(f"{path}.{uuid4().hex[:8]}.unfinished")
+            if away.is_dir() and not away.is_symlink():  # the target of a link stays
+                shutil.rmtree(away)
+            else:
+                away.unlink()
+
+
+def discard(uri: str) -> None:
+    """Remove what is of no more use; a failure is only logged."""
+    try:
+        remove(uri)
+    except InkdaskError as error:
+        log.warning("%s is left: %s", uri, error)
 
 
 def remove_file(uri: str) -> None:
-    """Remove a single file; ignore a missing one."""
+    """Remove a single file; ignore a missing one. A file that may not be removed is emptied."""
     fs, path = storage.filesystem(uri)
-    with storage.explained(uri):
-        if storage.is_local(uri):
-            if Path(path).is_file():
-                Path(path).unlink(missing_ok=True)  # Another process may have removed it since.
-        else:
-            fs.rm_file(path)
+    with storage.explained(uri), suppress(FileNotFoundError):  # another process may remove it, too
+        if fs.isfile(path):
+            try:
+                fs.rm_file(path)
+            except PermissionError:
+                fs.pipe_file(path, b"")
 
 
 def replace_tree(source: str, target: str) -> None:
@@ -79,15 +122,41 @@ def replace_tree(source: str, target: str) -> None:
     """
     fs, path = storage.filesystem(source)
     _, final = storage.filesystem(target)
+
+    def copy(file: str) -> None:
+        fs.cp_file(file, final + file[len(path) :])
+
     with storage.explained(target):
         remove(target)
-        if storage.is_local(target):
-            Path(path).replace(final)
-            return
+        while storage.is_local(target):
+            try:
+                Path(path).replace(final)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                remove(target)  # another process has put its own there
         metadata, rest = _files(fs, path)
-        for files in (rest, *([file] for file in reversed(metadata))):
-            fs.copy(files, [final + file[len(path) :] for file in files])
+        for_each(copy, rest)
+        for file in reversed(metadata):
+            copy(file)
         remove(source)
+
+
+def sweep(uri: str) -> None:
+    """Remove what killed processes left beside files whose names begin like ``uri``.
+
+    It has rested for a day, because a process of any machine may write there.
+    """
+    folder, name = storage.absolute(uri).rsplit("/", 1)
+    left = re.compile(rf"\.?{re.escape(name)}.*\.[0-9a-f]{{8}}\.(part|unfinished)")
+    with suppress(InkdaskError), storage.explained(folder):
+        for entry in filter(lambda it: left.fullmatch(it.name), storage.list_folder(folder)):
+            fs, path = storage.filesystem(storage.join(folder, entry.name))
+            files = fs.find(path, detail=True).values()
+            times = [it.get("mtime") or it["LastModified"].timestamp() for it in files]
+            if times and max(times) < time.time() - REST:
+                discard(storage.join(folder, entry.name))
 
 
 def _files(fs: Any, path: str) -> tuple[list[str], list[str]]:

@@ -17,8 +17,11 @@ from typing import Any
 
 import botocore.session  # type: ignore[import-untyped]
 import s3fs
+from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
+from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 from aiohttp import ClientError as HttpError
 from botocore import exceptions as boto
+from fsspec.asyn import sync_wrapper
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -26,7 +29,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from inkdask.errors import SettingsError
+from inkdask.errors import InkdaskError, SettingsError, UnavailableError
 from inkdask.storage.counting import count
 
 log = logging.getLogger(__name__)
@@ -40,9 +43,8 @@ _SILENCE = (TimeoutError, boto.ConnectTimeoutError, boto.ReadTimeoutError)
 _PASSING = (*_SILENCE, ConnectionError, boto.ConnectionError, boto.HTTPClientError, HttpError)
 _LASTING = (boto.SSLError, boto.ProxyConnectionError)
 
-
-class TruncatedError(ConnectionError):
-    """A response was shorter than its header said."""
+# Rights, by the beginning of an operation's name; all others upload or copy.
+_RIGHTS = {"List": "ListBucket", "Head": "GetObject", "GetO": "GetObject", "Dele": "DeleteObject"}
 
 
 class S3FileSystem(s3fs.S3FileSystem):
@@ -76,6 +78,8 @@ class S3FileSystem(s3fs.S3FileSystem):
 
         return await _persist(call, method, kwargs)
 
+    call_s3 = sync_wrapper(_call_s3)
+
     async def _cat_file(
         self,
         path: str,
@@ -98,9 +102,8 @@ class S3FileSystem(s3fs.S3FileSystem):
             async with response["Body"] as body:
                 data: bytes = await body.read()
             if len(data) != response["ContentLength"]:
-                raise TruncatedError(
-                    f"s3://{path} sent {len(data)} of {response['ContentLength']} bytes"
-                )
+                size = response["ContentLength"]
+                raise ConnectionError(f"s3://{path} sent {len(data)} of {size} bytes")
             count(bytes_read=len(data))
             return data
 
@@ -133,33 +136,72 @@ def connect(asynchronous: bool) -> S3FileSystem:
 
     ``AWS_REQUEST_PAYER=requester`` reads requester-pays buckets.
     """
+    role, token = (os.environ.get(f"AWS_{it}") for it in ("ROLE_ARN", "WEB_IDENTITY_TOKEN_FILE"))
     try:
         anonymous = botocore.session.get_session().get_credentials() is None
     except boto.BotoCoreError as error:
-        log.debug("credentials: %s", error)
-        raise PermissionError(f"AWS credentials: {error}") from error
+        reason = "AWS_ROLE_ARN is not set" if token and not role else str(error).rstrip(".")
+        raise SettingsError(f"The AWS credentials cannot be used: {reason}.") from error
+    if anonymous and role:
+        raise SettingsError("AWS_ROLE_ARN is set, and AWS_WEB_IDENTITY_TOKEN_FILE is not.")
+    # aiobotocore would log the traceback of an error that is reported as a sentence.
+    logging.getLogger("aiobotocore.credentials").setLevel(logging.CRITICAL)
+    config = {
+        "connect_timeout": CONNECT_TIMEOUT,
+        "read_timeout": READ_TIMEOUT,
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        "max_pool_connections": 128,
+        # S3-compatible servers refuse the newer checksum headers.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+    session = AioSession()
+    session.set_default_client_config(AioConfig(**config))  # for STS, too
     return S3FileSystem(
         anon=anonymous,
         asynchronous=asynchronous,
+        session=session,
         requester_pays=os.environ.get("AWS_REQUEST_PAYER") == "requester",
         use_listings_cache=False,
         skip_instance_cache=True,
-        config_kwargs={
-            "connect_timeout": CONNECT_TIMEOUT,
-            "read_timeout": READ_TIMEOUT,
-            "retries": {"total_max_attempts": 1, "mode": "standard"},
-            "max_pool_connections": 128,
-            # S3-compatible servers refuse the newer checksum headers.
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-        },
+        config_kwargs=config,
     )
 
 
-def endpoint_variable() -> str | None:
-    """Name of the environment variable that holds the endpoint of S3, or None."""
-    variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # in the order of botocore
+def endpoint_variable(service: str = "S3") -> str | None:
+    """Name of the environment variable that holds the endpoint of a service, or None."""
+    variables = (f"AWS_ENDPOINT_URL_{service}", "AWS_ENDPOINT_URL")  # in the order of botocore
     return next((variable for variable in variables if os.environ.get(variable)), None)
+
+
+def refusal(error: BaseException, is_anonymous: bool) -> str:
+    """End a sentence with the right that S3 refuses, and with its reason."""
+    refused = error.__cause__
+    if not isinstance(refused, boto.ClientError):
+        return f": {error}"
+    code, reason = (refused.response["Error"].get(key) or "" for key in ("Code", "Message"))
+    if code not in ("AccessDenied", "403"):  # of wrong or expired keys
+        return f": {code} {reason}".rstrip(". ")
+    nobody = "no AWS credentials were found, and it is not open to all" if is_anonymous else ""
+    right = _RIGHTS.get(refused.operation_name[:4], "PutObject")
+    return f" (s3:{right}): {nobody or reason or code}".rstrip(".")
+
+
+def _of_credentials(error: Exception) -> InkdaskError | None:
+    """Return the sentence for a failure to get credentials; None for a failure of S3."""
+    refused, name = error.__cause__, endpoint_variable("STS")
+    # s3fs raises the KeyError where a server refuses in another way than STS.
+    if isinstance(error, KeyError) or getattr(refused, "operation_name", "").startswith("Assume"):
+        sts = f"STS at {os.environ[name]} ({name})" if name else "STS"
+        reason = str(refused or "it is no STS").rstrip(".")
+        return InkdaskError(f"{sts} refuses the role of AWS_ROLE_ARN: {reason}.")
+    url = getattr(error, "kwargs", {}).get("endpoint_url") or ""
+    if url.startswith(os.environ.get("AWS_ENDPOINT_URL_STS") or "https://sts."):
+        return UnavailableError(f"STS at {url}, which AWS_ROLE_ARN needs, cannot be reached.")
+    if isinstance(error, OSError) and error.filename:  # errors of S3 have none
+        name = f"AWS_WEB_IDENTITY_TOKEN_FILE {error.filename}"
+        return SettingsError(f"{name} cannot be read: {error.strerror}.")
+    return None
 
 
 async def _persist(call: Callable[[], Awaitable[Any]], method: str, request: dict[str, Any]) -> Any:
@@ -169,13 +211,18 @@ async def _persist(call: Callable[[], Awaitable[Any]], method: str, request: dic
         count(retries=1)
         log.debug("%s %s again: %r", method, request.get("Key", ""), state.outcome.exception())  # type: ignore[union-attr]
 
-    return await AsyncRetrying(
-        retry=retry_if_exception(_is_passing),
-        stop=_enough,
-        wait=wait_random_exponential(multiplier=0.2, max=5),
-        before_sleep=again,
-        reraise=True,
-    )(call)
+    try:
+        return await AsyncRetrying(
+            retry=retry_if_exception(_is_passing),
+            stop=_enough,
+            wait=wait_random_exponential(multiplier=0.2, max=5),
+            before_sleep=again,
+            reraise=True,
+        )(call)
+    except Exception as error:  # before s3fs takes a missing token for a missing object
+        if (of_credentials := _of_credentials(error)) is None:
+            raise
+        raise of_credentials from error
 
 
 def _enough(state: RetryCallState) -> bool:

@@ -1,0 +1,196 @@
+"""Test that jobs leave nothing behind, on any machine and with any name: scratch, home, console."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+
+import inkdask
+from inkdask import storage
+from inkdask.errors import InkdaskError
+from inkdask.provenance import absolute
+from inkdask.reading import images
+from tests.files import bound_by_rights, random_volume, write_segment
+from tests.oracle import depth_slope, papyrus
+from tests.test_runs import wait_until
+
+pytestmark = pytest.mark.usefixtures("own_environment")
+
+
+def write_pngs(folder, volume):
+    """Write layers that are decoded whole, uint8 (z, y, x), and open them."""
+    folder.mkdir()
+    for number, layer in enumerate(volume):
+        (folder / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
+    return inkdask.open_segment(folder)
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """Folder of the scratch folders of this test."""
+    monkeypatch.setattr(images, "_kept", {})
+    monkeypatch.setattr(images.tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    return tmp_path / "scratch"
+
+
+def segments(tmp_path, count):
+    volumes = [random_volume((3, 50, 60), "u1", seed) for seed in range(count)]
+    opened = [write_pngs(tmp_path / str(seed), volume) for seed, volume in enumerate(volumes)]
+    return list(zip(opened, volumes, strict=True))
+
+
+def test_decoded_layers_of_the_latest_segments_are_kept(tmp_path, scratch):
+    made = segments(tmp_path, images.KEPT + 2)
+    for segment, volume in [*made, made[0]]:  # the first is decoded again
+        np.testing.assert_array_equal(segment.volume.compute(), volume)
+        assert len(list(scratch.iterdir())) <= images.KEPT
+    assert len(list(scratch.iterdir())) == images.KEPT
+
+
+def test_decoded_layers_stay_while_they_are_read(tmp_path, scratch, monkeypatch):
+    (slow, volume), *others = segments(tmp_path, images.KEPT + 1)
+    begun, go_on = threading.Event(), threading.Event()
+    decode = images.ImageFile.decode
+
+    def wait(image):
+        if "/0/02" in image.uri:
+            begun.set()
+            assert go_on.wait(60)
+        return decode(image)
+
+    monkeypatch.setattr(images.ImageFile, "decode", wait)
+    result = []
+    reader = threading.Thread(target=lambda: result.append(slow.volume.compute()))
+    reader.start()
+    assert begun.wait(60)
+    for segment, pixels in others:
+        np.testing.assert_array_equal(segment.volume.compute(), pixels)
+    assert len(list(scratch.iterdir())) == images.KEPT + 1
+    go_on.set()
+    reader.join(60)
+    np.testing.assert_array_equal(result[0], volume)
+
+
+def test_block_whose_layers_are_removed_is_an_error(tmp_path, scratch, monkeypatch):
+    """zarr reads missing chunks as zeros, and a chunk of zeros would be stored as done."""
+    [(segment, _)] = segments(tmp_path, 1)
+    layer = images._Layers.layer
+
+    def remove_then_read(layers, image):
+        array = layer(layers, image)
+        images.forget()
+        return array
+
+    monkeypatch.setattr(images._Layers, "layer", remove_then_read)
+    with pytest.raises(InkdaskError, match="interrupted"):
+        segment.volume.compute(scheduler="synchronous")
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_job_removes_its_decoded_layers(tmp_path, how):
+    write_pngs(tmp_path / "seg", papyrus((26, 900, 900), holes=False))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    words = ["run", str(tmp_path / "seg"), "--model", "demo", "--no-compile", "--stride", "4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "inkdask", *words],
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: any(scratch.glob("inkdask-scratch-*/*.zarr")), process)
+        process.send_signal(how)
+        assert process.wait(60) == 128 + how
+    finally:
+        process.kill()
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["inkdask", "inkdask.cli"])
+def test_user_without_home_gets_a_private_one(tmp_path, module):
+    """As a container with an unknown user id, from cron or systemd."""
+    code = (
+        "import pwd; pwd.getpwuid = lambda _: {}['unknown']\n"
+        f"import {module}, os, pathlib, stat\n"
+        "home = pathlib.Path.home(); print(home, stat.filemode(home.stat().st_mode))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    environment["TMPDIR"] = str(tmp_path)
+    said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    home, mode = said.split()
+    assert Path(home).parent == tmp_path
+    assert mode == "drwx------"
+    assert not Path(home).exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_any_path_is_printed_on_any_console(tmp_path, encoding):
+    for name in ("\u03c4\u03cc\u03bc\u03bf\u03c2", os.fsdecode(b"bad\344")):
+        folder = write_segment(tmp_path / name, papyrus((3, 70, 70)))
+        said = subprocess.run(
+            [sys.executable, "-m", "inkdask", "info", str(folder)],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+        )
+        assert said.returncode == 0, said.stderr
+        assert b"70 x 70" in said.stdout
+
+
+def test_result_file_holds_the_bytes_of_any_path(tmp_path):
+    folder = write_segment(tmp_path / os.fsdecode(b"bad\344"), papyrus((3, 70, 70)))
+    uri = inkdask.run(folder, model=depth_slope, stride=64)
+    assert (tmp_path / "result.txt").read_bytes() == os.fsencode(uri)
+    assert b"bad\344/predictions/" in os.fsencode(uri)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("variable", ["RESULT_FILE", "ZARR_OUTPUT_DIR", "OUTPUT_PATH"])
+def test_place_of_another_user_is_found_by_check(tmp_path, variable):
+    """Two people of one machine share the defaults in /tmp."""
+    segment = write_segment(tmp_path / "seg", papyrus((3, 70, 70)))
+    shared = tmp_path / "tmp"
+    places = {name: tmp_path / "own" / name for name in ("OUTPUT_PATH", "ZARR_OUTPUT_DIR")}
+    places["RESULT_FILE"] = tmp_path / "own" / "result"
+    places[variable] = shared / "x"
+    for folder in (shared, tmp_path / "own"):
+        folder.mkdir()
+        folder.chmod(0o1777)
+    for folder in [segment, *segment.parents][:4]:
+        folder.chmod(0o755)
+    if variable == "RESULT_FILE":
+        (shared / "x").write_text("of root")
+    elif variable == "ZARR_OUTPUT_DIR":
+        (shared / "x").mkdir()
+        (shared / "x").chmod(0o777)
+        (shared / "x" / "jobs").mkdir()  # of the first user
+    else:
+        (shared / "x").mkdir()
+    options = {name.lower(): str(place) for name, place in places.items()}
+    inkdask.check(segment, model=depth_slope)  # imports what only root may read
+    with bound_by_rights():
+        for job in (inkdask.check, inkdask.run):
+            with pytest.raises(InkdaskError, match=rf": set {variable} to another place\.$") as it:
+                job(segment, model=depth_slope, **options)
+            assert str(shared) in str(it.value)
+
+
+def test_output_that_cannot_be_made_names_its_variable(tmp_path):
+    segment = write_segment(tmp_path / "seg", papyrus((3, 70, 70)))
+    (segment / "predictions").touch()
+    for job in (inkdask.check, inkdask.run):
+        with pytest.raises(InkdaskError, match=r"cannot be written: .* set OUTPUT_PATH to another"):
+            job(segment, model=depth_slope)
+
+
+def test_path_with_dots_is_the_same_place(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert absolute(f"{tmp_path}/a/../a") == storage.absolute(f"{tmp_path}/a") == f"{tmp_path}/a"
+    assert absolute("timesformer-scroll5") == "timesformer-scroll5"
