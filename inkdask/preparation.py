@@ -52,7 +52,7 @@ class Preparation:
         """Settle where the array goes: to ``uri``, or under a folder by the segment's name."""
         first, last = min(segment.layers), max(segment.layers)
         name = f"{segment.name}-{first:02d}-{last + 1:02d}-{segment.identity}.volume.zarr"
-        uri = uri or storage.join(folder, name)
+        uri = storage.absolute(uri or storage.join(folder, name))
         with outputs.moved_by("SURFACE_VOLUME_ZARR"):
             outputs.check_writable(storage.join(uri, "zarr.json"))
         return cls(uri, segment, is_compressed)

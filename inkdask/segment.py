@@ -157,15 +157,12 @@ def open_segment(
     level
         Level of an OME-Zarr group.
     """
-    uri = os.fspath(uri)
+    uri = storage.absolute(os.fspath(uri))  # because workers may run in another folder
     if layers is not None:
         try:
             layers = layer_range(layers)
         except ValueError as error:
             raise SettingsError(f"{error}.") from None
-    for path in (uri, os.fspath(mask or "")):
-        if path.encode(errors="replace").decode() != path:
-            raise InkdaskError(f"{path!r} is not UTF-8: give the folder or file another name.")
     listing = storage.list_folder(uri)
     name = name_of(uri)
     if _ZARR_FILES & {entry.name for entry in listing}:

@@ -100,7 +100,9 @@ class GridStore:
         """Return the store of a recipe at a place, in its current generation."""
         label = cls.label(uri)
         tiling = Tiling.of(recipe.size, recipe.tile, recipe.stride, recipe.chunk)
-        return cls(uri, tiling, recipe.k, label.generation if label else 1)
+        # Absolute, because workers may run in another folder.
+        here = storage.absolute(uri)
+        return cls(here, tiling, recipe.k, label.generation if label else 1)
 
     @classmethod
     def open(cls, uri: str) -> tuple[GridStore, Label]:

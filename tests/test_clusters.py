@@ -24,7 +24,7 @@ from inkdask.settings import Settings
 from tests.conftest import free_port, start_server
 from tests.files import read_picture, write_layers
 from tests.nvml import build_nvml
-from tests.oracle import assert_same_picture, naive_map, papyrus, picture
+from tests.oracle import assert_same_picture, depth_slope, naive_map, papyrus, picture
 
 LAYERS, HEIGHT, WIDTH = 5, 150, 280
 REPOSITORY = Path(__file__).parent.parent
@@ -471,3 +471,39 @@ def test_cuda_cluster_reports_missing_gpu(segment):
         pytest.skip("there is a GPU")
     with pytest.raises(InkdaskError, match="--cluster cuda finds no GPU"):
         inkdask.run(segment, model=network, cluster="cuda")
+
+
+def test_script_without_main_guard_runs_on_local_workers(segment, tmp_path):
+    """A process that Python starts would run the script of its parent first."""
+    script = tmp_path / "script.py"
+    words = (
+        f"{str(segment)!r}, model=model, tile=64, stride=32, cluster='local', max_workers=1, "
+        f"zarr_output_dir={str(tmp_path / 'grids')!r}, output_path={str(tmp_path / 'out')!r}, "
+        f"result_file={str(tmp_path / 'result')!r}"
+    )
+    model = "def model(x):\n    return x.mean(2)[:, :, ::16, ::16]\n"
+    script.write_text(f"import inkdask\n{model}inkdask.run({words})\nprint(__file__)\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1] == str(script)
+    assert (tmp_path / "result").exists()
+
+
+def test_relative_paths_mean_those_of_the_client(segment, tmp_path, monkeypatch):
+    """Workers may have been started in another folder."""
+    from distributed import Client, LocalCluster
+
+    monkeypatch.chdir(tmp_path)
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        (tmp_path / "elsewhere").mkdir()
+        client.run(os.chdir, str(tmp_path / "elsewhere"))
+        inkdask.run(
+            "segment", model=depth_slope, tile=64, stride=32, zarr_output_dir="grids",
+            output_path="out", result_file="result",
+        )  # fmt: skip
+    assert list((tmp_path / "grids").glob("*.zarr"))
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -65,7 +65,7 @@ def test_picture_of_the_real_network_is_the_naive_one(
         precision=precision, zarr_output_dir=str(tmp_path), output_path=str(tmp_path),
         result_file=tmp_path / "result.txt",
     )  # fmt: skip
-    assert f" run in {precision}," in capsys.readouterr().err
+    assert f"CPU, {precision}, plain, batches of" in capsys.readouterr().err
     got = np.asarray(Image.open(uri)).astype(int)
     assert np.abs(got - picture(expected)).max() <= worst
 

@@ -309,7 +309,8 @@ for path in sys.argv[1:]:
         weights.read(pathlib.Path(path))
     except InkdaskError as error:
         print(error, flush=True)
-print(used().ru_maxrss)
+# Not ru_maxrss, which begins with that of the process that started this one.
+print(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])
 """
 
 

@@ -38,10 +38,27 @@ def connect(settings: Settings) -> Iterator[Client | None]:
             check_versions(client)
         yield None
         return
-    with start(address, settings) as client:
+    with script_left_out(), start(address, settings) as client:
         log.info("Dashboard of the cluster: %s", client.dashboard_link)
         check_versions(client)
         yield client
+
+
+@contextmanager
+def script_left_out() -> Iterator[None]:
+    """Keep worker processes that begin within the block from running the user's script.
+
+    A process that Python starts runs the script of its parent first. A script without the line
+    ``if __name__ == "__main__":`` would start workers there again. Workers need no script, because
+    functions of it travel by value.
+    """
+    main: Any = vars(sys.modules["__main__"])
+    hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(hidden)
 
 
 def start(address: str, settings: Settings) -> AbstractContextManager[Client]:
