@@ -180,8 +180,7 @@ class DecodedBlock:
             return np.asarray(layers.layer(image)[self.rows, self.columns])
 
         block = np.stack(for_each(cut, self.images))
-        if not layers.is_there:
-            raise InkdaskError("The job was interrupted.")
+        layers.check_there()
         return block
 
 
@@ -193,6 +192,7 @@ class _Layers:
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self._lock, self._locks = threading.Lock(), dict[Page, tuple[int, threading.Lock]]()
         self._arrays: dict[Page, zarr.Array] = {}
+        self.writers = 0
         self._turns = threading.Semaphore(max(1, DECODING_BYTES // size))
 
     def layer(self, image: Image) -> zarr.Array:
@@ -210,12 +210,24 @@ class _Layers:
             pixels = image.decode()
             if pixels.shape != image.shape:
                 raise InkdaskError(f"{image.uri} is corrupt: {pixels.shape} pixels decoded.")
-            array = zarr.create_array(
-                path, shape=image.shape, chunks=(CHUNK, CHUNK), dtype=np.uint8, overwrite=True
-            )
-            array[:] = pixels
+            with self._lock:
+                self.check_there()
+                self.writers += 1
+            try:
+                array = zarr.create_array(
+                    path, shape=image.shape, chunks=(CHUNK, CHUNK), dtype=np.uint8, overwrite=True
+                )
+                array[:] = pixels
+            finally:
+                with self._lock:
+                    self.writers -= 1
             log.debug("%s decoded into %s", image.uri, path)
             return array
+
+    def check_there(self) -> None:
+        """Refuse to go on when the layers were removed, as `forget` does."""
+        if not self.is_there:
+            raise InkdaskError("The job was interrupted.")
 
 
 _kept: dict[tuple[int, str, str | None], _Layers] = {}
@@ -237,7 +249,7 @@ def forget() -> None:
     """Remove all decoded layers, in a process that ends; who reads them fails."""
     for layers in [*_kept.values()]:
         layers.is_there = False  # because zarr reads missing chunks as zeros
-        while Path(layers.path).exists():  # threads may still write there
+        while layers.writers or Path(layers.path).exists():
             shutil.rmtree(layers.path, ignore_errors=True)
 
 
