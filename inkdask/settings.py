@@ -66,6 +66,10 @@ def _in_order(start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
+# Bounds of what a value can mean; larger ones are slips of the pen.
+MOST_LAYERS, MOST_WORKERS = 100_000, 10_000
+
+
 class Environment(EnvSettingsSource):
     """Environment variables; CUDA_VISIBLE_DEVICES is ignored when inkdask set it."""
 
@@ -104,9 +108,12 @@ class Settings(BaseSettings):
         "`layers/`. Required.",
     )
     start_layer: int | None = Field(
-        None, ge=0, description="First layer, inclusive. With END_LAYER: `--layers START:END`."
+        None,
+        ge=0,
+        le=MOST_LAYERS,
+        description="First layer, inclusive. With END_LAYER: `--layers START:END`.",
     )
-    end_layer: int | None = Field(None, ge=1, description="Last layer, exclusive.")
+    end_layer: int | None = Field(None, ge=1, le=MOST_LAYERS, description="Last layer, exclusive.")
     surface_volume_zarr: str | None = Field(
         None,
         description="Read the layers from this zarr array instead: a prepared one, or an OME-Zarr "
@@ -152,6 +159,7 @@ class Settings(BaseSettings):
     model_in_chans: int | None = Field(
         None,
         ge=1,
+        le=MOST_LAYERS,
         description="Layers that the network reads; a longer range is cropped about its centre. "
         "Default: the model's.",
     )
@@ -162,7 +170,7 @@ class Settings(BaseSettings):
         None, gt=0, le=255, description="Voxels are clipped to this value. Default: the model's."
     )
     divisor: float | None = Field(
-        None, gt=0, description="Voxels are divided by this value. Default: the model's."
+        None, gt=0, le=65535, description="Voxels are divided by this value. Default: the model's."
     )
 
     # Tiles and blending
@@ -191,6 +199,7 @@ class Settings(BaseSettings):
     gaussian_sigma: float = Field(
         0.0,
         ge=0,
+        le=4096,
         description="Standard deviation of the Gaussian window, in pixels; 0 means tile / 2.5.",
     )
 
@@ -198,6 +207,7 @@ class Settings(BaseSettings):
     batch_size: int | None = Field(
         None,
         ge=1,
+        le=1_000_000,
         description="Tiles in one forward pass. Default: chosen for the device (256 on a GPU).",
     )
     precision: Precision = Field(
@@ -217,6 +227,7 @@ class Settings(BaseSettings):
     chunk_size: int | None = Field(
         None,
         ge=1,
+        le=65536,
         description="Side of a chunk, in pixels, rounded up to a multiple of the stride and to "
         "two tiles. Default: 1024; 2048 where this process, the current Dask client or `--cluster "
         "cuda` has GPUs.",
@@ -238,11 +249,15 @@ class Settings(BaseSettings):
         description="Address of a running Dask scheduler, the same as `--cluster ADDRESS`.",
     )
     min_workers: int = Field(
-        1, ge=0, description="Workers that a Kubernetes cluster keeps even when idle."
+        1,
+        ge=0,
+        le=MOST_WORKERS,
+        description="Workers that a Kubernetes cluster keeps even when idle.",
     )
     max_workers: int | None = Field(
         None,
         ge=1,
+        le=MOST_WORKERS,
         description="Workers at most. Default: local: one for every 4 cores; cuda: the visible "
         "GPUs; kubernetes: 8.",
     )
@@ -273,7 +288,8 @@ class Settings(BaseSettings):
     )
     pixel_resolution_um: float | None = Field(
         None,
-        gt=0,
+        ge=0.01,  # a value in metres or millimetres is smaller
+        le=1000,
         description="Side of a pixel, in micrometers, for the scale bar and the resolution that "
         "the files carry.",
     )
@@ -283,6 +299,7 @@ class Settings(BaseSettings):
     scale_bar_length_um: float = Field(
         10_000.0,
         gt=0,
+        le=1e9,
         description="Length of the scale bar, in micrometers; a round, shorter length where it "
         "does not fit.",
     )
@@ -307,7 +324,7 @@ class Settings(BaseSettings):
         "one part of it; reduce makes the picture when all parts are done.",
     )
     num_parts: int = Field(
-        1, ge=1, description="Number of parts of an inference on separate machines."
+        1, ge=1, le=1_000_000, description="Number of parts of an inference on separate machines."
     )
     part_id: int = Field(
         0, ge=0, description="Part that this inference does, from 0 to NUM_PARTS - 1."
@@ -328,6 +345,13 @@ class Settings(BaseSettings):
         ``layers=(0, 26)`` or ``"0:26"`` sets start_layer and end_layer. A wrong value is a
         SettingsError that names its variable.
         """
+        # An empty value is one that was not given, as in the environment; but empty
+        # CUDA_VISIBLE_DEVICES hide all GPUs.
+        given = {
+            name: value
+            for name, value in given.items()
+            if name == "cuda_visible_devices" or not (isinstance(value, str) and value == "")
+        }
         if given.get("cluster") is not None:  # wins over an address of the environment
             given.setdefault("scheduler_address", None)
         if given.get("layers") is not None:

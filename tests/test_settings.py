@@ -256,3 +256,28 @@ def test_completer_of_jupyter_offers_parameters(typed, offered, jedi):
     with provisionalcompleter():
         found = {completion.text for completion in completer.completions(typed, len(typed))}
     assert offered <= found
+
+
+@pytest.mark.parametrize(
+    "name", ["output_path", "zarr_output_dir", "s3_path", "mask_path", "layers"]
+)
+def test_empty_value_is_one_that_was_not_given(name):
+    assert Settings.of(**{name: ""}) == Settings.of()
+
+
+def test_empty_devices_are_given():
+    assert Settings.of(cuda_visible_devices="").cuda_visible_devices == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("divisor", "inf"), ("clip", "nan"), ("gaussian_sigma", "inf"), ("chunk_size", "1e30"),
+        ("max_workers", "1000000000"), ("num_parts", "1e30"), ("end_layer", "999999999"),
+        ("pixel_resolution_um", "7.91e-6"), ("pixel_resolution_um", "inf"),
+        ("scale_bar_length_um", "inf"), ("batch_size", "10000000000"),
+    ],
+)  # fmt: skip
+def test_value_that_can_mean_nothing_is_one_sentence(name, value):
+    with pytest.raises(SettingsError, match=rf"^{env_name(name)}: [^\n]*\.$"):
+        Settings.of(**{name: value, **({"start_layer": 0} if name == "end_layer" else {})})
