@@ -66,7 +66,7 @@ def _in_order(start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
-# Bounds of what a value can mean; larger ones are slips of the pen.
+# Upper bounds; a larger value is a mistake.
 MOST_LAYERS, MOST_WORKERS = 100_000, 10_000
 
 

@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from tests.benchmarks import gpu
+from tests.benchmarks.__main__ import benchmarks
+from tests.benchmarks._common import measure, reference_network, save_checkpoint, write_noise
 
 
 def measures(given):
@@ -174,3 +176,28 @@ def test_int8_is_measured_where_a_job_runs_in_it(monkeypatch, vnni, amx):
     monkeypatch.setattr(hardware, "has_amx", lambda: amx)
     is_measured = "inkdask, int8" not in comparison.left_out(with_weights=True)
     assert is_measured == (vnni and not amx)
+
+
+def test_every_benchmark_can_be_imported():
+    names = ", ".join(f"tests.benchmarks.{name}" for name in benchmarks())
+    subprocess.run([sys.executable, "-c", f"import {names}"], check=True, timeout=100)
+
+
+def test_clocks_of_a_job_see_its_steps(tmp_path):
+    """They are set on methods by name, so a method of another name would go unseen."""
+    write_noise(tmp_path, 64, 64)
+    save_checkpoint(reference_network(), tmp_path / "random.pt")
+    said = measure("tests.benchmarks.profile_job", "--job", "stopwatch", tmp_path).said
+    assert said["tiles"] == 1
+    assert said["tiles_alone"] == said["batch"]
+    steps = ("thread", "load", "begin", "gather", "run", "alone", "fill", "store", "picture")
+    assert all(said["steps"][step] > 0 for step in steps)
+    assert said["steps"]["gather"] < said["steps"]["run"] < said["steps"]["thread"]
+
+
+def test_clocks_of_a_large_job_see_its_steps(tmp_path):
+    write_noise(tmp_path, 96, 96)
+    said = measure("tests.benchmarks.large", "--stride", 32, "--job", tmp_path).said
+    assert said["tiles"] == 4
+    assert 0 < said["thread"] < said["fill"]
+    assert said["picture"] > 0

@@ -173,13 +173,15 @@ def cores() -> int:
     return int(named) if named.isdigit() and int(named) else CPU_COUNT
 
 
-def fast_float32(device: torch.device) -> AbstractContextManager[None]:
+@contextmanager
+def fast_float32(device: torch.device) -> Iterator[None]:
     """Let a GPU compute float32 products in TF32, and try which convolutions are fastest.
 
     Compile and run a network within blocks of this kind, because torch compiles anew where the
     precision differs. See `full_float32` about threads.
     """
-    return _float32(fast=True) if device.type == "cuda" else nullcontext()
+    with _float32(fast=True) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def full_float32() -> AbstractContextManager[None]:

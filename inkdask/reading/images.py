@@ -185,7 +185,7 @@ class DecodedBlock:
 
 
 class _Layers:
-    """Decoded layers of one identity, on disk until nobody reads them any more."""
+    """Decoded layers of one identity, on disk until their last reader is gone."""
 
     def __init__(self, folder: str | None, size: int) -> None:
         self.path, self.is_there = tempfile.mkdtemp(prefix="inkdask-scratch-", dir=folder), True
@@ -246,7 +246,7 @@ def _decoded(identity: str, size: int) -> _Layers:
 
 
 def forget() -> None:
-    """Remove all decoded layers, in a process that ends; who reads them fails."""
+    """Remove all decoded layers, in a process that ends; a later read of them fails."""
     for layers in [*_kept.values()]:
         layers.is_there = False  # because zarr reads missing chunks as zeros
         while layers.writers or Path(layers.path).exists():

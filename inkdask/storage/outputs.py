@@ -24,7 +24,7 @@ log = logging.getLogger("inkdask")
 # Conditions that S3 looks at after the right to upload, and its answers where they are not met.
 NEVER = {"IfMatch": f'"{"0" * 32}"', "ContentMD5": "AAAAAAAAAAAAAAAAAAAAAA=="}
 UNMET = ("NoSuchKey", "404", "PreconditionFailed", "412", "BadDigest")
-REST = 24 * 3600  # seconds: longer than a living process lets a half-written picture rest
+REST = 24 * 3600  # seconds: a living process writes to its unfinished picture more often
 
 
 @contextmanager
@@ -76,8 +76,8 @@ def may_remove(uri: str) -> bool:
 def remove(uri: str) -> None:
     """Remove a file, a link, or a folder with all below it; ignore a missing one.
 
-    Nobody takes a half-removed array for a whole one: a local one is renamed first. On S3 every
-    ``zarr.json`` is removed before the rest, the topmost first.
+    A local folder is renamed first. On S3 every ``zarr.json`` is removed before the rest, the
+    topmost first. So no reader takes a half-removed array for a whole one.
     """
     fs, path = storage.filesystem(uri)
     with storage.explained(uri):

@@ -182,9 +182,9 @@ def refusal(error: BaseException, is_anonymous: bool) -> str:
     code, reason = (refused.response["Error"].get(key) or "" for key in ("Code", "Message"))
     if code not in ("AccessDenied", "403"):  # of wrong or expired keys
         return f": {code} {reason}".rstrip(". ")
-    nobody = "no AWS credentials were found, and it is not open to all" if is_anonymous else ""
+    keyless = "no AWS credentials were found, and it is not open to all" if is_anonymous else ""
     right = _RIGHTS.get(refused.operation_name[:4], "PutObject")
-    return f" (s3:{right}): {nobody or reason or code}".rstrip(".")
+    return f" (s3:{right}): {keyless or reason or code}".rstrip(".")
 
 
 def _of_credentials(error: Exception) -> InkdaskError | None:

@@ -80,7 +80,7 @@ def job(folder: Path, stride: int) -> None:
 
     reduction.write = timed("picture", reduction.write)
     workflow.fill = timed("fill", workflow.fill)
-    predictor.Predictor._predict = timed("thread", predictor.Predictor._predict)
+    predictor.Predictor._queue_next = timed("thread", predictor.Predictor._queue_next)
     before, start = storage.counters(), time.perf_counter()
     uri = inkdask.run(
         folder, model=cheap, layers=(0, LAYERS), tile=TILE, stride=stride,

@@ -36,6 +36,7 @@ from tests.benchmarks._common import (
     write_noise,
 )
 
+TURN = 5.0  # seconds of the job between two runs of the network alone
 SMALL = 256  # side in pixels of the segment for torch's profiler
 
 
@@ -109,6 +110,7 @@ def job_with_stopwatch(folder: Path, precision: str) -> None:
         store,
         workflow,
     )
+    from inkdask.models import forms
     from inkdask.reading import tiff
 
     watch = Stopwatch()
@@ -121,9 +123,9 @@ def job_with_stopwatch(folder: Path, precision: str) -> None:
     watch.on(inference, "tiles_with_data", "find empty tiles")
     watch.on(store.GridStore, "write", "store")
     watch.on(blending, "blend_chunk", "blend")
+    watch.on(forms, "load", "load", queues=True)
     for function, name in {
-        "_predict": "thread", "_load": "load", "_unfold": "unfold", "_gather": "gather",
-        "_run_stretch": "run",
+        "_queue_next": "thread", "_begin": "begin", "_cut": "gather", "_run": "run"
     }.items():  # fmt: skip
         watch.on(predictor.Predictor, function, name, queues=True)
     tiles_alone = take_turns(predictor.Predictor, watch)
@@ -147,15 +149,19 @@ def job_with_stopwatch(folder: Path, precision: str) -> None:
 
 
 def take_turns(owner: Any, watch: Stopwatch) -> list[int]:
-    """Run the network alone after every stretch of a job; returns the list of tiles it runs."""
+    """Run the network alone after some batches of a job; returns the list of tiles it runs."""
     import torch
 
-    original, ran = owner._run_stretch, []
+    original, ran, latest = owner._run, [], -TURN
 
-    def both(self: Any, tiles: Any, at: Any) -> Any:
-        out = original(self, tiles, at)
+    def both(self: Any, pieces: Any, b: int) -> Any:
+        nonlocal latest
+        out = original(self, pieces, b)
+        if time.perf_counter() < latest + TURN:
+            return out
+        block, at = pieces[-1]
         again = torch.arange(self.batch_size, device=at.device) % len(at)
-        ready = self._gather.__wrapped__(self, tiles, at[again])
+        ready = self._cut.__wrapped__(self, block, at[again])
         way, _ = self._way(len(ready))
         wait_for_gpu()
         start = time.perf_counter()
@@ -163,9 +169,10 @@ def take_turns(owner: Any, watch: Stopwatch) -> list[int]:
         wait_for_gpu()
         watch.add("alone", time.perf_counter() - start)
         ran.append(len(ready))
+        latest = time.perf_counter()
         return out
 
-    owner._run_stretch = both
+    owner._run = both
     return ran
 
 
@@ -180,7 +187,7 @@ def job_with_torch(folder: Path, precision: str) -> None:
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     found: dict[str, float] = collections.defaultdict(float)
-    original = predictor.Predictor._run_stretch
+    original = predictor.Predictor._queue_batch
 
     everywhere = _ExperimentalConfig(profile_all_threads=True)  # else the one that starts it
 
@@ -191,7 +198,7 @@ def job_with_torch(folder: Path, precision: str) -> None:
             found[name] += seconds
         return out
 
-    predictor.Predictor._run_stretch = profiled
+    predictor.Predictor._queue_batch = profiled
     tiles = run_job(folder, precision)
     tell(tiles=tiles, operations=found)
 
@@ -246,7 +253,7 @@ def main() -> None:
         "settle: headers, digest of the weights": steps["settle"],
         "load the weights": steps["weights"],
         "take the fast path, and check it on a few tiles": steps["load"],
-        "unfold or upload blocks": steps["unfold"],
+        "take blocks that are on the device": steps["begin"] - steps["load"],
         "gather tiles": steps["gather"],
         "**forward**": forward,
         "the network's thread waits: first read, last store": steps["fill"]
