@@ -20,6 +20,7 @@ from typing import Any
 import dask
 from dask import threaded
 from dask.callbacks import Callback
+from dask.core import get_dependencies
 from dask.delayed import Delayed
 from dask.system import CPU_COUNT
 from threadpoolctl import threadpool_limits
@@ -194,6 +195,23 @@ def _on_threads(tasks: Mapping[int, Delayed], tell: Tell) -> None:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+_LOST = "processing-tasks", "lost-computed-tasks"  # of the event of a worker's removal
+
+
+def last_steps(tasks: Mapping[int, Delayed]) -> dict[Any, int]:
+    """Return the numbers of tasks by their keys, and by the key of a single step before.
+
+    A task of an array is often another name for the step that does all the work.
+    """
+    numbers = {}
+    for number, task in tasks.items():
+        numbers[task.key] = number
+        before = get_dependencies(task.dask, task.key)
+        if len(before) == 1:
+            numbers[before.pop()] = number
+    return numbers
+
+
 def _on_cluster(client: Any, tasks: Mapping[int, Delayed], tell: Tell, avoid: set[str]) -> int:
     """Compute tasks on a cluster; return how often one was lost with its worker."""
     from distributed import as_completed
@@ -216,8 +234,9 @@ def _on_cluster(client: Any, tasks: Mapping[int, Delayed], tell: Tell, avoid: se
             tell(numbers[future.key], result)
         events = [event for _, event in client.get_events("all") if isinstance(event, dict)]
         lost = [event for event in events if event.get("action") == "remove-worker"]
+        steps = last_steps(tasks)
         return sum(
-            len(numbers.keys() & {*event["processing-tasks"], *event["lost-computed-tasks"]})
+            len({steps.get(key) for kind in _LOST for key in event[kind]} - {None})
             for event in lost
         )
     except _HopelessError:

@@ -290,9 +290,9 @@ class Predictor:
         self._marks.append(self._stream.mark())
         for block, _ in pieces:
             if not block.left:
-                self._open.remove(block)
-                out = self._stream.download(block.out)
-                block.launched.set_result((out, block.began, self._stream.mark()))
+                out, ended = self._stream.download(block.out), self._stream.mark()
+                self._open.remove(block)  # last, because a failure is told to all that are open
+                block.launched.set_result((out, block.began, ended))
 
     def _cut(self, block: _Block, at: Tensor) -> Tensor:
         """Return tiles of a block for the network, (b, 1, z, t, t)."""

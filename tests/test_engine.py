@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from dask import delayed
-from distributed import Client, KilledWorker
+from distributed import Client, KilledWorker, get_worker
 from threadpoolctl import threadpool_info
 
 from inkdask import engine
@@ -254,6 +254,23 @@ def test_failed_task_is_retried_on_another_worker(monkeypatch):
         tasks = [delayed(fallible(function))(n) for n in range(9)]
         assert not engine.compute_each(tasks, results.append).failed
     assert sorted(results) == list(range(9))
+
+
+def running_key(block):
+    key = np.empty((1, 1), object)
+    key[0, 0] = get_worker().get_current_task()
+    return key
+
+
+def test_step_that_does_the_work_of_a_task_is_known_by_it():
+    """What a worker runs may be the step before a task, whose other name the task is."""
+    reaching = da.map_overlap(operator.neg, da.ones((8, 4), chunks=4), depth=1, boundary="none")
+    keys = reaching.map_blocks(running_key, chunks=(1, 1), meta=np.empty((0, 0), object))
+    tasks = dict(enumerate(keys.to_delayed().ravel()))
+    with Client(processes=False, dashboard_address=None) as client:
+        ran = [key.item() for key in client.gather(client.compute([*tasks.values()]))]
+    assert not {task.key for task in tasks.values()}.intersection(ran)
+    assert [engine.last_steps(tasks)[key] for key in ran] == [0, 1]
 
 
 def test_products_of_tasks_on_threads_take_one_thread_each():

@@ -785,6 +785,17 @@ def test_error_in_a_shared_batch_reaches_both_blocks_and_no_later_one(block, ori
     )
 
 
+def test_failed_download_reaches_its_task(block, origins, monkeypatch):
+    def download(self, x):
+        raise torch.OutOfMemoryError("no pinned memory")
+
+    monkeypatch.setattr(CpuStream, "download", download)
+    with ThreadPoolExecutor(1) as thread:
+        task = thread.submit(Predictor(network(pool)).predict, block, origins)
+        with pytest.raises(torch.OutOfMemoryError, match="no pinned memory"):
+            task.result(10)
+
+
 def test_nan_is_found_by_the_thread_of_the_task(block, origins):
     ours = Predictor(network(lambda x: pool(x) * torch.nan))
     with pytest.raises(InkdaskError, match="returned NaN for 12 of 12 tiles"):

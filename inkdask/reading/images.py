@@ -13,6 +13,7 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ CHUNK = 1024  # pixels: side of a chunk of the scratch zarr
 DECODING_BYTES = 2 << 30  # limit of the layers that are decoded side by side
 KEPT = 4  # identities whose layers stay decoded: two segments and their masks
 Page = tuple[str, int]  # URI, and number of a page in it
+PATIENCE = 10.0  # seconds
 PALETTE = 3  # colour type of a PNG
 PLAIN = "save it upright and plain, with 1"
 _HEADER_READ, _LONG_HEADER_READ = 1 << 16, 1 << 24
@@ -246,11 +248,18 @@ def _decoded(identity: str, size: int) -> _Layers:
 
 
 def forget() -> None:
-    """Remove all decoded layers, in a process that ends; a later read of them fails."""
+    """Remove all decoded layers, in a process that ends; a later read of them fails.
+
+    Threads that still write are waited for, but not for longer than a person would wait.
+    """
+    end = time.monotonic() + PATIENCE
     for layers in [*_kept.values()]:
         layers.is_there = False  # because zarr reads missing chunks as zeros
         while layers.writers or Path(layers.path).exists():
             shutil.rmtree(layers.path, ignore_errors=True)
+            if time.monotonic() > end:
+                break
+            time.sleep(0.01)  # so that the writers go on
 
 
 def _local_folder() -> str | None:
