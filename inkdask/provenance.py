@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def recipe_of(plan: Plan) -> Recipe:
     )
 
 
+@cache
+def software() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape a picture."""
+    return {"python": platform.python_version(), **{name: version(name) for name in SOFTWARE}}
+
+
 def origin_of(plan: Plan, settings: Settings) -> Origin:
     """Return where the tiles of a plan come from; source and layers are the plan's own."""
     segment = plan.segment
@@ -70,7 +77,7 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
         opened=plan.opened,
         weights_from=None if plan.network.function else plan.network.model.weights,
         roi_xyxy=plan.roi_xyxy,
-        software={"python": platform.python_version(), **{p: version(p) for p in SOFTWARE}},
+        software=software(),
         command=None,
     )
     origin = without_secrets(origin)

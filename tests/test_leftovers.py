@@ -14,7 +14,7 @@ import pytest
 import inkdask
 from inkdask import storage
 from inkdask.errors import InkdaskError
-from inkdask.provenance import absolute
+from inkdask.provenance import absolute, software
 from inkdask.reading import images
 from tests.files import bound_by_rights, random_volume, write_segment
 from tests.oracle import depth_slope, papyrus
@@ -175,6 +175,7 @@ def test_place_of_another_user_is_found_by_check(tmp_path, variable):
         (shared / "x").mkdir()
     options = {name.lower(): str(place) for name, place in places.items()}
     inkdask.check(segment, model=depth_slope)  # imports what only root may read
+    software()
     with bound_by_rights():
         for job in (inkdask.check, inkdask.run):
             with pytest.raises(InkdaskError, match=rf": set {variable} to another place\.$") as it:
