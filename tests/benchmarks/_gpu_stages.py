@@ -94,15 +94,17 @@ def probabilities(network: Any, x: Any) -> Any:
     return network(x).float().sigmoid()
 
 
-def exact(plain: Any, x: Any) -> Any:
-    """Return those of the package's network, without TF32."""
+def exact(network: Any, x: Any) -> Any:
+    """Return those without TF32; the package's network has frames before channels."""
     import torch
 
     from inkdask.models.hardware import full_float32
 
+    if type(network).__module__.startswith("timesformer_pytorch"):
+        x = x.transpose(1, 2)
     with full_float32():
-        p = torch.cat([probabilities(plain, part.transpose(1, 2)) for part in x.split(32)])
-    k = round(p.shape[1] ** 0.5)
+        p = torch.cat([probabilities(network, part) for part in x.split(32)])
+    k = round(p[0].numel() ** 0.5)
     return p.view(-1, 1, k, k)
 
 
@@ -238,8 +240,10 @@ def resnet(given: Given, name: str, shape: tuple[int, int, int], goals: dict[str
     network = network.to(given.device)
     x = torch.rand(batch, 1, layers, tile, tile, device=given.device)
     measure_norms(network, torch.rand(4, *x.shape[1:], device=given.device))
+    expected = exact(network, x)
     with given.autocast("bfloat16"):
-        expected = probabilities(network, x)
+        rounding = float((probabilities(network, x) - expected).abs().max())
+        given.tell("plain, autocast, against float32", rounding)
         given.tell("plain, autocast, tiles/s", speed(given, network, x, batch))
     prepare(network, given.dtype)
     x = x.to(given.dtype)
@@ -249,7 +253,8 @@ def resnet(given: Given, name: str, shape: tuple[int, int, int], goals: dict[str
         with given.poisoned() if way == "eager" else nullcontext():
             found = probabilities(forward, x)
         given.tell(f"ours, {way}, tiles/s", speed(given, forward, x, batch), goal)
-        given.within(f"ours, {way}, against plain", found, expected, 0.03)
+        # An untrained network may swing more than a trained one, but no more than the plain way.
+        given.within(f"ours, {way}, against float32", found, expected, max(0.03, rounding))
     given.tell("GPU memory, GB", gpu_memory() / 1e9)
 
 
