@@ -45,6 +45,7 @@ def submit(templates, s3, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_workflows_make_the_picture_of_a_plain_run(segment, s3, submit, tmp_path):
     job = {"s3_path": segment, "start_layer": "3", "end_layer": "29", "stride": "64"}
     write_layers(tmp_path / "seg" / "layers", random_volume((26, 200, 260)), first=3)

@@ -183,6 +183,7 @@ def test_every_benchmark_can_be_imported():
     subprocess.run([sys.executable, "-c", f"import {names}"], check=True, timeout=100)
 
 
+@pytest.mark.slow
 def test_clocks_of_a_job_see_its_steps(tmp_path):
     """They are set on methods by name, so a method of another name would go unseen."""
     write_noise(tmp_path, 64, 64)
@@ -195,6 +196,7 @@ def test_clocks_of_a_job_see_its_steps(tmp_path):
     assert said["steps"]["gather"] < said["steps"]["run"] < said["steps"]["thread"]
 
 
+@pytest.mark.slow
 def test_clocks_of_a_large_job_see_its_steps(tmp_path):
     write_noise(tmp_path, 96, 96)
     said = measure("tests.benchmarks.large", "--stride", 32, "--job", tmp_path).said

@@ -165,6 +165,7 @@ def test_digest_changes_when_an_imported_module_is_edited(helper: Path) -> None:
     assert [name for name in before if before[name] == after[name]] == ["alone"]
 
 
+@pytest.mark.slow
 def test_digest_in_another_process_is_the_same_under_a_version(helper: Path) -> None:
     models = models_of("helper")
     here = [{name: digest(model, v) for name, model in models.items()} for v in (None, "1")]

@@ -187,6 +187,7 @@ def start_dask(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_run_refuses_scheduler_and_workers_with_another_inkdask(segment, start_dask, tmp_path):
     from distributed import Client
 
@@ -440,6 +441,7 @@ if __name__ == "__main__":  # worker processes run the lines before, and torch t
 """
 
 
+@pytest.mark.slow
 def test_cuda_cluster_has_one_worker_for_each_named_gpu(library, segment, volume, tmp_path):
     """With two GPUs: all, one that is named (and more workers allowed), one worker at most."""
     (tmp_path / "job.py").write_text(GPU_JOB)
@@ -473,6 +475,7 @@ def test_cuda_cluster_reports_missing_gpu(segment):
         inkdask.run(segment, model=network, cluster="cuda")
 
 
+@pytest.mark.slow
 def test_script_without_main_guard_runs_on_local_workers(segment, tmp_path):
     """A process that Python starts would run the script of its parent first."""
     script = tmp_path / "script.py"

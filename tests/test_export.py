@@ -340,6 +340,7 @@ print(peak_memory() - floor)
 """
 
 
+@pytest.mark.slow
 def test_export_memory_does_not_grow_with_the_picture(tmp_path):
     uri = str(tmp_path / "prediction.zarr")
     cheap = da.from_array(np.eye(512, dtype=np.uint8))  # to compress

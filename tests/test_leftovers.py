@@ -94,7 +94,9 @@ def test_block_whose_layers_are_removed_is_an_error(tmp_path, scratch, monkeypat
     assert list(scratch.iterdir()) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_interrupted_job_removes_its_decoded_layers(tmp_path, how):
     write_pngs(tmp_path / "seg", papyrus((26, 900, 900), holes=False))
     scratch = tmp_path / "scratch"
@@ -131,7 +133,7 @@ def test_user_without_home_gets_a_private_one(tmp_path, module):
     assert not Path(home).exists()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_any_path_is_printed_on_any_console(tmp_path, encoding):
     for name in ("\u03c4\u03cc\u03bc\u03bf\u03c2", os.fsdecode(b"bad\344")):
         folder = write_segment(tmp_path / name, papyrus((3, 70, 70)))
@@ -163,8 +165,9 @@ def test_place_of_another_user_is_found_by_check(tmp_path, variable):
     for folder in (shared, tmp_path / "own"):
         folder.mkdir()
         folder.chmod(0o1777)
-    for folder in [segment, *segment.parents][:4]:
-        folder.chmod(0o755)
+    for folder in [segment, *segment.parents]:
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(0o755)
     if variable == "RESULT_FILE":
         (shared / "x").write_text("of root")
     elif variable == "ZARR_OUTPUT_DIR":

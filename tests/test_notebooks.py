@@ -57,6 +57,7 @@ def test_notebook_is_committed_without_outputs(name):
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.slow
 def test_explore_shows_segment_and_prediction(executed):
     notebook = executed[0]["explore.ipynb"]
     text = said(notebook)

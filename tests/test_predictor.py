@@ -505,6 +505,7 @@ def compiling_predictor(**values):
     return ours
 
 
+@pytest.mark.slow
 def test_compiled_network_has_one_shape_to_which_batches_are_padded(block, origins, toy, repays):
     expected = by_hand(toy, block, origins)
     ours = compiling_predictor(batch_size=7)

@@ -53,7 +53,11 @@ def job(reference, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("precision", "worst"),
-    [("float32", 1), ("bfloat16", 3), pytest.param("int8", 3, marks=needs_vnni)],
+    [
+        ("float32", 1),
+        pytest.param("bfloat16", 3, marks=pytest.mark.slow),
+        pytest.param("int8", 3, marks=needs_vnni),
+    ],
 )
 def test_picture_of_the_real_network_is_the_naive_one(
     job, precision, worst, tmp_path, capsys, monkeypatch

@@ -167,7 +167,7 @@ def test_picture_is_the_same_after_workers_are_killed(segment, tmp_path, capsys,
     assert 0 < again <= 3 * 2 * len(killed)
 
 
-@pytest.mark.parametrize("place", ["local", "s3"])
+@pytest.mark.parametrize("place", [pytest.param("local", marks=pytest.mark.slow), "s3"])
 def test_job_resumes_after_its_client_is_killed(place, segment, start, tmp_path, request):
     folder = str(tmp_path / "partitions")
     if place == "s3":
@@ -190,7 +190,11 @@ def test_job_resumes_after_its_client_is_killed(place, segment, start, tmp_path,
 
 @pytest.mark.parametrize(
     ("cluster", "how"),
-    [("threads", signal.SIGTERM), ("threads", signal.SIGINT), ("local", signal.SIGTERM)],
+    [
+        ("threads", signal.SIGTERM),
+        pytest.param("threads", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("local", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_signal_stops_a_job_that_resumes(segment, tmp_path, cluster, how, capsys):
     folder = str(tmp_path / "partitions")
@@ -212,6 +216,7 @@ def test_signal_stops_a_job_that_resumes(segment, tmp_path, cluster, how, capsys
     assert storage.exists(uri)
 
 
+@pytest.mark.slow
 def test_parts_in_any_order_give_the_whole_picture(segment, start, tmp_path):
     """One part runs twice."""
     parts = [*range(4), 3]

@@ -123,6 +123,7 @@ def test_bfloat16_network_adds_tokens_in_float32():
     assert set(seen) == {torch.float32}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_network_compiles_as_one_graph():
     network = ours(oracle(2, TINY), 2, TINY)

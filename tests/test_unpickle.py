@@ -314,6 +314,7 @@ print(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0
 """
 
 
+@pytest.mark.slow
 def test_files_made_to_take_long_are_refused_in_seconds(tmp_path: Path) -> None:
     old = b"".join(pickle.dumps(part, 2) for part in (MAGIC_NUMBER, PROTOCOL_VERSION))
     old += pickle.dumps({"little_endian": True}, 2)

@@ -373,7 +373,7 @@ def usual(given: Given) -> None:
 def tests(given: Given) -> None:
     """Run the tests that need a GPU."""
     files = [f for f in sorted((ROOT / "tests").glob("test_*.py")) if ".gpu" in f.read_text()]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "gpu", "-q", "-rfE", "--tb=short"]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", *map(str, files)], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
