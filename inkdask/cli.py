@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from inkdask.settings import Settings, parameters
 def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
     """Run the command line; report an InkdaskError as one sentence with its exit code."""
     signals: list[int] = []
+    words = sys.argv[1:] if arguments is None else arguments
 
     def stop(number: int, _: Any) -> None:
         signals.append(number)
@@ -39,12 +41,11 @@ def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
     try:
         inkdask_.main(arguments, prog_name=name, standalone_mode=False)
     except InkdaskError as error:
-        _fail(str(error), error.exit_code)
+        _fail(as_typed(str(error), words), error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        words = sys.argv[1:] if arguments is None else arguments
         print(f"inkdask: {_interrupted(words)}", file=sys.stderr, flush=True)
         if images := sys.modules.get("inkdask.reading.images"):
             images.forget()
@@ -65,6 +66,20 @@ def _interrupted(words: Sequence[str]) -> str:
         return "interrupted before it began: give the same command again."
     without = " without --overwrite" if anew else ""
     return f"interrupted; what is done is kept, and the same command{without} resumes."
+
+
+def as_typed(sentence: str, words: Sequence[str]) -> str:
+    """Name options instead of variables, where options were given and the variable was not."""
+    if not any(word.startswith("--") for word in words):
+        return sentence
+    if not {"START_LAYER", "END_LAYER"} & os.environ.keys():
+        sentence = sentence.replace("START_LAYER and END_LAYER", "--layers")
+    for name, variable, field in parameters():
+        if name != "s3_path" and variable not in os.environ and field.annotation is not bool:
+            flag = f"--{name.replace('_', '-')}"
+            sentence = re.sub(rf"\b{variable}=(?=\S)", f"{flag} ", sentence)
+            sentence = re.sub(rf"(?<![\w/]){variable}\b", flag, sentence)
+    return sentence
 
 
 def _fail(sentence: str, code: int) -> None:

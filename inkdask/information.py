@@ -17,7 +17,7 @@ from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
 from inkdask.plan import span
 from inkdask.preflight import samples, warn_of_small_values
-from inkdask.progress import amount
+from inkdask.progress import amount, size
 from inkdask.reading.tiff_header import read_stack
 from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
@@ -68,7 +68,7 @@ def of_segment(
     depth, height, width = segment.shape
     yield "segment", segment.uri
     yield "layers", f"{depth} ({span(segment.layers)})"
-    yield "size", f"{height:,} x {width:,} pixels"
+    yield "size", size((height, width))
     yield "type", segment.dtype.name + (" (the high byte is read)" * (segment.dtype.itemsize == 2))
     yield "layout", segment.source.words
     if segment.stored_bytes:
@@ -81,8 +81,9 @@ def of_segment(
         tiles += f", about {int(tiling.tiles * (1 - empty)):,} with data"
         tiles += ", fewer by what the mask leaves out" if segment.mask_source else ""
     yield "tiles", tiles
-    chunks = "{} x {}".format(*tiling.block_shape)
-    yield "chunks", f"{chunks} of {tiling.y.step:,} x {tiling.x.step:,} px"
+    down, across = tiling.block_shape
+    step = size((tiling.y.step, tiling.x.step))
+    yield "chunks", f"{across} x {down} of {step}"
     yield "memory", f"about {amount(expected_memory(segment.volume, tiling))} at most"
 
 
@@ -97,10 +98,10 @@ def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:
     height, width = facts.shape
     yield "picture", path
     yield "type", facts.kind
-    size = f"{height:,} x {width:,} pixels"
+    extent = size(facts.shape)
     if side := facts.pixel_um:
-        size += f" of {side:.3g} um: {height * side / 1e4:.3g} x {width * side / 1e4:.3g} cm"
-    yield "size", size
+        extent += f" of {side:.3g} um: {width * side / 1e4:.3g} x {height * side / 1e4:.3g} cm"
+    yield "size", extent
     told = facts.provenance
     if told is None:
         yield "origin", "not recorded in the file"

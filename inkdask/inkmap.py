@@ -13,6 +13,7 @@ from inkdask.blending import blend
 from inkdask.box import Box
 from inkdask.job import Job
 from inkdask.plan import Plan
+from inkdask.progress import size
 from inkdask.specs import BlendMode, Network
 from inkdask.tiling import Tiling
 
@@ -86,9 +87,8 @@ class InkMap:
         return self.plan.network
 
     def __repr__(self) -> str:
-        height, width = self.map.shape
         place = self.plan.segment.uri if self.plan.segment else "array"
-        return f"<InkMap of {place}: {height} x {width}, model {self.network.model.key}>"
+        return f"<InkMap of {place}: {size(self.map.shape)}, model {self.network.model.key}>"
 
     def show(self, **options: Any) -> Any:
         """Show it in Jupyter, over or beside the papyrus, in a `Viewer`; see `view.show_ink`."""

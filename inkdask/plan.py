@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,6 +17,7 @@ from inkdask.errors import InkdaskError, SettingsError
 from inkdask.failures import fallible, read_or_fail
 from inkdask.identity import Region
 from inkdask.models.registry import resolve, who_says_layers
+from inkdask.progress import size
 from inkdask.segment import Segment, find_mask, open_segment
 from inkdask.settings import Settings
 from inkdask.specs import Network
@@ -161,24 +163,31 @@ class Plan:
         return self.segment.name if self.segment else "array"
 
     def __str__(self) -> str:
-        height, width = self.region.shape
-        count = f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
+        there = len(self.segment.layers) if self.segment else len(self.layers)
+        middle = there - len(self.layers) >= self.averaged
+        layers = (
+            f"{len(self.layers)} of {there} layers, the middle" if middle else count(self.layers)
+        )
         means = f" as means of {self.averaged}" if self.averaged > 1 else ""
         mask_uri = self.segment.mask_uri if self.segment else None
-        mask = f", mask {mask_uri.rsplit('/', 1)[-1]}" if mask_uri else ""
+        mask = f"mask {mask_uri.rsplit('/', 1)[-1]}" if mask_uri else "no mask"
         return (
-            f"{self.segment.uri if self.segment else 'array'}: {height:,} x {width:,} pixels, "
-            f"{count} ({span(self.layers)}){means}, {self.tiling.tiles:,} tiles "
-            f"of {self.tiling.tile} px at stride {self.tiling.stride}, model "
-            f"{self.network.model.key}{mask}"
+            f"{self.segment.uri if self.segment else 'array'}: {size(self.region.shape)}; "
+            f"{layers} ({span(self.layers)}){means}; {mask}; "
+            f"{self.tiling.tiles:,} tiles of {self.tiling.tile} px at stride {self.tiling.stride}; "
+            f"model {self.network.model.key}"
         )
 
 
-def span(layers: tuple[int, ...]) -> str:
-    """Layer numbers in words: ``3 to 28``, ``28 to 3 in reverse``."""
-    if len(layers) < 2:
-        return str(*layers)
-    return f"{layers[0]} to {layers[-1]}{' in reverse' if layers[0] > layers[-1] else ''}"
+def count(layers: Sequence[int]) -> str:
+    """Number of layers in words: ``26 layers``."""
+    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"
+
+
+def span(layers: Sequence[int]) -> str:
+    """Layers as ``--layers`` names them: ``3:29``; ``3:29 in reverse``."""
+    reverse = " in reverse" if len(layers) > 1 and layers[0] > layers[-1] else ""
+    return f"{min(layers)}:{max(layers) + 1}{reverse}"
 
 
 def _network(settings: Settings, depth: int | None = None) -> Network:
@@ -245,17 +254,16 @@ def _check_layers(
     if depth != network.layers:
         crop = f"; {network.layers} crops the range about its centre"
         raise InkdaskError(
-            f"Channel mismatch: {depth} layers are given ({span(kept)}), but model "
-            f"{network.model.key} reads {network.layers}, as {who_says_layers(network)} says; set "
-            "START_LAYER and END_LAYER, or MODEL_IN_CHANS to the number that it was trained on"
+            f"Channel mismatch: {count(range(depth))} are given ({span(kept)}), but model "
+            f"{network.model.key} reads {network.layers}, as {who_says_layers(network)} says. Name "
+            f"{network.layers} with START_LAYER and END_LAYER, or set MODEL_IN_CHANS to the number "
+            "that it was trained on"
             f"{crop if depth > network.layers else ''}."
         )
-    if len(given) - len(kept) >= factor:
-        log.info("Of layers %s, the middle ones are read: %s", span(given), span(kept))
-    elif 0 < len(given) - len(kept) < factor:
+    if 0 < len(given) - len(kept) < factor:
         log.warning(
-            "Layer %s is left out: %d layers are no multiple of Z_DOWNSAMPLE_MEAN_FACTOR=%d",
-            span(tuple(number for number in given if number not in kept)),
+            "Layers %s are left out: %d layers are no multiple of Z_DOWNSAMPLE_MEAN_FACTOR=%d",
+            span([number for number in given if number not in kept]),
             len(given),
             factor,
         )
@@ -268,7 +276,7 @@ def _reach(whole: Tiling, roi_xyxy: Region | None) -> tuple[Box, Box]:
     if roi.right > width or roi.bottom > height:
         raise SettingsError(
             f"ROI_XYXY {','.join(map(str, roi.xyxy))} reaches beyond the segment, which has "
-            f"{width} x {height} pixels (x, y)."
+            f"{size(whole.shape)}."
         )
     reach = Box(*whole.y.reach(roi.top, roi.bottom), *whole.x.reach(roi.left, roi.right))
     return reach, roi.inside(reach.corner)

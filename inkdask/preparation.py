@@ -22,7 +22,7 @@ from inkdask.failures import fallible, read_or_fail
 from inkdask.identity import digest
 from inkdask.inference import over_chunks
 from inkdask.preflight import check_room_to_prepare
-from inkdask.progress import Meter
+from inkdask.progress import Meter, size
 from inkdask.reading.zarr_volume import (
     FINISHED_ATTRIBUTE,
     LAYERS_ATTRIBUTE,
@@ -107,8 +107,8 @@ class Preparation:
             marks=self._marks,
             version=digest(self._source),
         ).to_delayed()
-        shape = self.segment.shape
-        log.info("%s: %d layers of %d x %d pixels to %s", self.segment.uri, *shape, self.uri)
+        depth, *area = self.segment.shape
+        log.info("%s: %d layers of %s to %s", self.segment.uri, depth, size(area), self.uri)
         with Meter("surface volume", len(missing), "blocks") as meter:
             tasks = [copies[row, column] for row, column in missing]
             engine.compute_each(tasks, lambda _: meter.add(1)).check()

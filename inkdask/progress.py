@@ -6,18 +6,15 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
-    SpinnerColumn,
     TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 REFRESH = 0.5  # seconds between updates on a terminal
@@ -27,7 +24,8 @@ PLAIN_INTERVAL = 5.0  # seconds between lines elsewhere
 class Meter:
     """Count units of work and show them on standard error.
 
-    Use it as a context manager, once for each phase of a job.
+    Use it as a context manager, once for each phase of a job. On a terminal the bar of a phase
+    takes the place of the one before; elsewhere a phase of some seconds says nothing.
 
     Parameters
     ----------
@@ -48,22 +46,20 @@ class Meter:
         self._peek, self._finished = peek, 0
         self._stop = threading.Event()
         self.started = self._said = time.monotonic()
+        self._has_said = False
         console = Console(stderr=True)
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                SpinnerColumn(),
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 TaskProgressColumn(),
                 TextColumn("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]}"),
-                TextColumn("{task.fields[speed]}"),
-                TimeElapsedColumn(),
-                TextColumn("[dim]left"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[time]}"),
                 console=console,
+                transient=True,
             )
-            self._task = self._bar.add_task(phase, total=total, unit=unit, speed="")
+            self._task = self._bar.add_task(phase, total=total, unit=unit, time="")
 
     def __enter__(self) -> Meter:
         self.started = self._said = time.monotonic()
@@ -84,7 +80,7 @@ class Meter:
         if self._bar:
             self._show(self._bar)
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and self._has_said:
             self._say()
 
     def add(self, units: int) -> None:
@@ -104,8 +100,15 @@ class Meter:
                 self._say()
 
     def _show(self, bar: Progress) -> None:
-        speed = f"{self.speed:,.1f}/s"
-        bar.update(self._task, completed=self.done, speed=speed)
+        bar.update(self._task, completed=self.done, time=self.time)
+
+    @property
+    def time(self) -> str:
+        """Time that has passed, and about how long is left: ``17 s, about 14 s left``."""
+        passed = clock(self.seconds)
+        if not 0 < self.done < self.total:
+            return passed
+        return f"{passed}, about {clock((self.total - self.done) / self.speed)} left"
 
     @property
     def seconds(self) -> float:
@@ -118,15 +121,10 @@ class Meter:
         return self.done / max(self.seconds, 1e-9)
 
     def _say(self) -> None:
-        self._said = time.monotonic()
-        left = (self.total - self.done) / max(self.speed, 1e-9)
-        share = 100 * self.done / max(self.total, 1)
-        rest = (
-            f", {clock(left)} left" if 0 < self.done < self.total else f" in {clock(self.seconds)}"
-        )
+        self._said, self._has_said = time.monotonic(), True
         print(
-            f"{self.phase}: {self.done:,} of {self.total:,} {self.unit} ({share:.0f} %), "
-            f"{self.speed:,.1f} {self.unit}/s{rest}",
+            f"{self.phase}: {self.done:,} of {self.total:,} {self.unit} "
+            f"({100 * self.done / max(self.total, 1):.0f} %), {self.time}",
             file=sys.stderr,
             flush=True,
         )
@@ -152,6 +150,12 @@ def amount(count: float) -> str:
         if scaled >= 100 or not power
         else f"{scaled:.1f} {units[power]}"
     )
+
+
+def size(shape: Sequence[int]) -> str:
+    """Format height and width, in pixels: ``1,664 x 640 pixels (x, y)``."""
+    height, width = shape
+    return f"{width:,} x {height:,} pixels (x, y)"
 
 
 def columns(rows: Mapping[str, str]) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from inkdask import showing, storage
 from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
+from inkdask.progress import size
 from inkdask.reading import images, tiff_header
 from inkdask.reading.layers import LayerFile, check_unique, choose_layers, find_layers, no_layers
 from inkdask.reading.tiff import TiffImage
@@ -116,13 +117,13 @@ class Segment:
         if box.is_empty or not whole.holds(box):
             raise InkdaskError(
                 f"Rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop} do "
-                f"not lie in {self.uri}, which has {whole.bottom} x {whole.right} pixels."
+                f"not lie in {self.uri}, which has {size(whole.shape)}."
             )
         return replace(self, box=box.shift(*self.box.corner) if self.box else box)
 
     def __repr__(self) -> str:
-        depth, height, width = self.shape
-        return f"<Segment {self.uri}: {depth} layers of {height} x {width} {self.dtype}>"
+        depth, *area = self.shape
+        return f"<Segment {self.uri}: {depth} layers of {size(area)}, {self.dtype}>"
 
     def show(self, **options: Any) -> Any:
         """Show the layers in Jupyter, in a `Viewer`; see `inkdask.view.show_segment`."""

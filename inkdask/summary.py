@@ -89,8 +89,8 @@ class Summary:
         """Largest peak memory of a process of the job, in bytes."""
         return max([peak_memory(), *(r.peak_memory for r in self._processes.values())])
 
-    def say(self, uri: str) -> None:
-        """Print the account on standard error."""
+    def say(self, grid: str, ink: str | None = None) -> None:
+        """Print the account on standard error: with the grid's place, and what came out."""
         read, seconds = self.read, time.monotonic() - self.began
         tiles = f"{self.ran:,} run, {self.empty:,} skipped as empty"
         if self.resumed:
@@ -109,8 +109,8 @@ class Summary:
             "time": f"{clock(seconds)} ({speed})",
             "read": f"{amount(read.bytes_read)} in {read.requests:,} requests{retries}",
             "memory": f"{amount(self.peak_memory)} at most in one process",
-            "result": uri,
-        }
+            "grid": grid,
+        } | ({"ink": ink} if ink else {})
         print(columns(rows), file=sys.stderr, flush=True)
         if self.empty and not (self.ran or self.resumed or self.failed):
             log.warning("No tile has data: are these the right layers, and is the mask right?")

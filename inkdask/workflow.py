@@ -21,7 +21,7 @@ from inkdask.parts import agreed_work, assign
 from inkdask.plan import Given, Plan
 from inkdask.preflight import check_memory, check_places, check_prepared, warn_of_small_values
 from inkdask.preparation import Preparation
-from inkdask.reduction import picture, preview
+from inkdask.reduction import ink_of, picture, preview
 from inkdask.segment import open_segment
 from inkdask.settings import Settings, with_parameters
 from inkdask.specs import NO_MASK
@@ -113,7 +113,7 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
         job.create()
         job, mine = share(job, settings)
         uri = compute(job, mine, summary, settings)
-        summary.say(uri)
+        summary.say(job.grid.uri, ink_of(job) if is_whole else None)
     if is_whole:
         storage.write_bytes(settings.result_file, os.fsencode(uri))  # last of all
     return uri

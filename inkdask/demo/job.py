@@ -47,7 +47,11 @@ class DemoResult:
             f"  best single layer ({self.layer:02d})   {self.auc_layer:.3f}\n"
             f"  mean of all layers       {self.auc_mean:.3f}\n"
             f"  prediction               {self.auc:.3f}\n"
-            f"See {self.side_by_side}"
+            f"See {self.side_by_side}. Next:\n"
+            f"  inkdask info {self.prediction}\n"
+            "  inkdask run SEGMENT --model timesformer-scroll5   your own segment\n"
+            "  jupyter lab examples/explore.ipynb                 the same in a notebook\n"
+            "README, section Your own segment, says where segments are."
         )
 
 

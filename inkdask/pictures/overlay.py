@@ -14,6 +14,7 @@ from inkdask.box import Box
 from inkdask.errors import InkdaskError
 from inkdask.pictures.picture import Picture
 from inkdask.pictures.pyramid import halved
+from inkdask.progress import size
 from inkdask.segment import Segment, open_segment
 from inkdask.specs import NO_MASK
 
@@ -68,7 +69,7 @@ def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -
     box = Box.at(picture.corner, picture.shape)
     if not Box.at((0, 0), opened.shape[1:]).holds(box):
         raise InkdaskError(
-            f"{place} has {opened.shape[1]} x {opened.shape[2]} pixels, but {picture.uri} shows "
+            f"{place} has {size(opened.shape[1:])}, but {picture.uri} shows "
             f"rows {box.top} to {box.bottom} and columns {box.left} to {box.right}."
         )
     part = opened.crop(*box.slices)

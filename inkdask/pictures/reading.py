@@ -91,7 +91,7 @@ def _of_tiff(file: BinaryIO, uri: str) -> Facts:
         per_unit, parts = page.tags.valueof("XResolution") or (0, 1)
         kind = f"{'BigTIFF' if tiff.is_bigtiff else 'TIFF'}, {page.compression.name.lower()}"
         if page.is_tiled:
-            kind += f", tiles of {page.tilelength} x {page.tilewidth} px"
+            kind += f", tiles of {page.tilewidth} x {page.tilelength} px"
         return Facts(
             kind,
             (page.imagelength, page.imagewidth),

@@ -20,6 +20,7 @@ from dask.highlevelgraph import HighLevelGraph
 
 from inkdask.box import Box
 from inkdask.errors import InkdaskError
+from inkdask.progress import size
 from inkdask.reading.images import CHUNK, DECODING_BYTES, DecodedBlock, Image, decoded_bytes
 from inkdask.reading.tiff import TiffBlock, TiffImage
 
@@ -214,7 +215,7 @@ def check_size(name: str, shape: tuple[int, int, int]) -> None:
         raise InkdaskError(f"{name} has no pixels.")
     if max(shape) > LONGEST or shape[1] * shape[2] > LARGEST:
         raise InkdaskError(
-            f"{name} has {shape[0]:,} layers of {shape[1]:,} x {shape[2]:,} pixels, and at most "
+            f"{name} has {shape[0]:,} layers of {size(shape[1:])}, and at most "
             f"{LARGEST:,} a layer and {LONGEST:,} a side are read: name a coarser level or a part."
         )
 

@@ -16,7 +16,7 @@ from PIL import Image
 from inkdask.information import STRIDE, TILE
 from inkdask.memory import expected_memory
 from inkdask.plan import span
-from inkdask.progress import amount, clock
+from inkdask.progress import amount, clock, size
 from inkdask.tiling import CHUNK, Tiling
 from inkdask.view.sampling import Budget
 from inkdask.view.tiles import MOST, OVERVIEW_BUDGET, UNKNOWN, Ink, Papyrus
@@ -41,7 +41,7 @@ def segment_html(segment: Segment) -> str:
     is_wide = segment.dtype.itemsize == 2
     rows = {
         "layers": _layers(segment.layers),
-        "shape": _size(segment.shape[1:]),
+        "shape": size(segment.shape[1:]),
         "dtype": segment.dtype.name + (", read as uint8 (the high byte)" if is_wide else ""),
         "layout": segment.source.words,
     }
@@ -67,7 +67,7 @@ def ink_html(ink: InkMap) -> str:
         "model": f"{network.model.key} ({network.model.architecture}), weights "
         f"{network.digest[:12]}",
         "layers": _layers(plan.layers),
-        "shape": f"{_size(ink.map.shape)}, lazy in {known.size:,} chunks",
+        "shape": f"{size(ink.map.shape)}, lazy in {known.size:,} chunks",
         "dtype": f"{ink.map.dtype}, ink probability 0 to 1",
         "tiles": _tiles(ink.tiling, grey),
         "window": ink.blend_mode + sigma,
@@ -192,10 +192,6 @@ def _card(
 
 def _layers(numbers: tuple[int, ...]) -> str:
     return f"{len(numbers)} ({span(numbers)})"
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "{:,} x {:,} pixels (y, x)".format(*shape)
 
 
 def _tiles(tiling: Tiling, grey: np.ndarray | None) -> str:
