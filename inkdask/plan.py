@@ -20,7 +20,7 @@ from inkdask.models.registry import resolve, who_says_layers
 from inkdask.progress import size
 from inkdask.segment import Segment, find_mask, open_segment
 from inkdask.settings import Settings
-from inkdask.specs import Network
+from inkdask.specs import NO_MASK, Network
 from inkdask.tiling import CHUNK, GPU_CHUNK, Tiling
 
 log = logging.getLogger("inkdask")
@@ -163,14 +163,13 @@ class Plan:
         return self.segment.name if self.segment else "array"
 
     def __str__(self) -> str:
-        there = len(self.segment.layers) if self.segment else len(self.layers)
-        middle = there - len(self.layers) >= self.averaged
-        layers = (
-            f"{len(self.layers)} of {there} layers, the middle" if middle else count(self.layers)
-        )
+        found = self.segment.found if self.segment else self.layers
+        kept, first = len(self.layers), (len(found) - len(self.layers)) // 2
+        middle = ", the middle" * (min(self.layers) == found[first])
+        layers = f"{kept} of {count(found)}{middle}" if kept < len(found) else count(found)
         means = f" as means of {self.averaged}" if self.averaged > 1 else ""
-        mask_uri = self.segment.mask_uri if self.segment else None
-        mask = f"mask {mask_uri.rsplit('/', 1)[-1]}" if mask_uri else "no mask"
+        name = ((self.segment and self.segment.mask_uri) or NO_MASK).rsplit("/", 1)[-1]
+        mask = "no mask" if name == NO_MASK else f"mask {name}"
         return (
             f"{self.segment.uri if self.segment else 'array'}: {size(self.region.shape)}; "
             f"{layers} ({span(self.layers)}){means}; {mask}; "

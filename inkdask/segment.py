@@ -66,6 +66,8 @@ class Segment:
         Pixels of the files that are kept (see `crop`); None for all.
     level
         Level of an OME-Zarr group that was asked for.
+    found
+        Numbers of all layers that are there, ascending.
     """
 
     uri: str
@@ -80,6 +82,7 @@ class Segment:
     mask_identity: str | None = None
     box: Box | None = None
     level: str = "0"
+    found: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -167,23 +170,25 @@ def open_segment(
     listing = storage.list_folder(uri)
     name = name_of(uri)
     if _ZARR_FILES & {entry.name for entry in listing}:
-        source, numbers, dtype, identity = _open_array(uri, layers, count, level)
+        source, found, numbers, dtype, identity = _open_array(uri, layers, count, level)
         stored = 0
     else:
         folder, files = find_layers(uri, listing)
         check_unique(files, layers)
         only = files[0] if len(files) == 1 and files[0].is_tiff else None
         stack = tiff_header.read_stack(only.uri, only.entry.size, only.entry.etag) if only else []
-        numbers = tuple(range(len(stack)) if len(stack) > 1 else (file.number for file in files))
-        if not numbers or numbers[0] < 0:
+        found = tuple(range(len(stack)) if len(stack) > 1 else (file.number for file in files))
+        if not found or found[0] < 0:
             raise no_layers(uri, folder, layers)
-        chosen = choose_layers(numbers, folder, layers, count)
-        numbers = numbers[chosen]
+        chosen = choose_layers(found, folder, layers, count)
+        numbers = found[chosen]
         files = files if only else files[chosen]
         source, dtype, identity = _open_files(files, stack[chosen])
         stored = sum(file.entry.size for file in files)
     mask_uri = os.fspath(mask) if mask else find_mask(uri, listing)
-    segment = Segment(uri, name, numbers, dtype, identity, source, stored, mask_uri, level=level)
+    segment = Segment(
+        uri, name, numbers, dtype, identity, source, stored, mask_uri, level=level, found=found
+    )
     if mask_uri and mask_uri != NO_MASK:
         mask_source = _open_mask(mask_uri, source.shape[1:])
         segment = replace(segment, mask_source=mask_source, mask_identity=mask_source.identity)
@@ -213,8 +218,8 @@ def identify(
 
 def _open_array(
     uri: str, layers: tuple[int, int] | None, count: int | None, level: str
-) -> tuple[Source, tuple[int, ...], np.dtype[Any], str]:
-    """Open a zarr array, and choose its layers."""
+) -> tuple[Source, tuple[int, ...], tuple[int, ...], np.dtype[Any], str]:
+    """Open a zarr array, and choose of all its layers."""
     source = open_zarr(uri, level, layers[1] - layers[0] if layers else count or 0)
     numbers = source.numbers
     if source.oddity:
@@ -224,7 +229,7 @@ def _open_array(
     if layers and is_of_one_range and layers[1] - layers[0] == len(numbers):
         numbers = tuple(range(*layers))
     chosen = choose_layers(numbers, uri, layers, count)
-    return source.take(chosen), numbers[chosen], source.dtype, source.identity
+    return source.take(chosen), numbers, numbers[chosen], source.dtype, source.identity
 
 
 def _open_files(

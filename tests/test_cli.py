@@ -74,8 +74,8 @@ def test_interrupted_command_says_what_it_keeps(capsys, monkeypatch, words, says
 def test_info_describes_segment(segment, capsys):
     rows = said(capsys, "info", str(segment))
     assert rows["segment"] == str(segment)
-    assert rows["layers"] == "3 (0 to 2)"
-    assert rows["size"] == "400 x 300 pixels"
+    assert rows["layers"] == "3 (0:3)"
+    assert rows["size"] == "300 x 400 pixels (x, y)"
     assert "uint16" in rows["type"]
     assert "64-row strips" in rows["layout"]
     assert rows["tiles"].startswith("352 of 64 px at stride 16")
@@ -103,7 +103,7 @@ def test_log_shows_own_messages_and_warnings_once():
 
 def test_info_counts_tiles_of_given_layers_and_stride(segment, capsys):
     rows = said(capsys, "info", str(segment), "--layers", "1:3", "--tile", "32", "--stride", "32")
-    assert rows["layers"] == "2 (1 to 2)"
+    assert rows["layers"] == "2 (1:3)"
     assert rows["tiles"].startswith("130 of 32 px at stride 32")
 
 
@@ -146,7 +146,7 @@ def test_dask_ink_runs_the_same_commands(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["run", "--stride", "x"], 2, "STRIDE"),
+        (["run", "--stride", "x"], 2, "--stride: "),
         (["run", "--no-such-option"], 2, "no-such-option"),
         (["walk"], 2, "walk"),
         (["run", "/nowhere", "--model", "demo"], 1, "/nowhere"),
@@ -165,3 +165,24 @@ def test_reduce_takes_the_grid_of_the_environment(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         cli.main(["run"])
     assert "grid.zarr is no tile grid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "says"),
+    [
+        (["run", "seg", "--layers", "0:20"], {}, "Name 26 with --layers, or set --model-in-chans."),
+        (["run"], {}, "Name 26 with START_LAYER and END_LAYER, or set MODEL_IN_CHANS."),
+        (
+            ["run", "seg", "--model", "demo"],
+            {"START_LAYER": "0", "END_LAYER": "20"},
+            "Name 26 with START_LAYER and END_LAYER, or set --model-in-chans.",
+        ),
+    ],
+)
+def test_messages_name_what_was_typed(monkeypatch, words, variables, says):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    told = "Name 26 with START_LAYER and END_LAYER, or set MODEL_IN_CHANS."
+    assert cli.as_typed(told, words) == says
+    if "--model" in words:
+        assert cli.as_typed("give NUM_PARTS=4", words) == "give --num-parts 4"

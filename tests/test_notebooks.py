@@ -61,7 +61,7 @@ def test_notebook_is_committed_without_outputs(name):
 def test_explore_shows_segment_and_prediction(executed):
     notebook = executed[0]["explore.ipynb"]
     text = said(notebook)
-    assert "384 x 1,024 pixels" in text
+    assert "1,024 x 384 pixels" in text
     assert "128 x 128 pixels, mean ink" in text
     shows = [
         output.data

@@ -22,24 +22,24 @@ FIRST = 10  # number of the first of 8 layers
 @pytest.mark.parametrize(
     ("options", "says", "layers"),
     [
-        ({}, "8 layers (10 to 17),", range(10, 18)),
-        ({"layers": (12, 15)}, "3 layers (12 to 14),", range(12, 15)),
-        ({"layers": (12, 13)}, "1 layer (12),", [12]),
-        ({"force_reverse": True}, "8 layers (17 to 10 in reverse),", range(17, 9, -1)),
-        ({"model_in_chans": 4}, "4 layers (12 to 15),", range(12, 16)),
+        ({}, "8 layers (10:18); no mask;", range(10, 18)),
+        ({"layers": (12, 15)}, "; 3 of 8 layers, the middle (12:15); ", range(12, 15)),
+        ({"layers": (12, 13)}, "; 1 of 8 layers (12:13); ", [12]),
+        ({"force_reverse": True}, "8 layers (10:18 in reverse); ", range(17, 9, -1)),
+        ({"model_in_chans": 4}, "; 4 of 8 layers, the middle (12:16); ", range(12, 16)),
         (
             {"layers": (10, 16), "model_in_chans": 3, "force_reverse": True},
-            "3 layers (13 to 11 in reverse),",
+            "; 3 of 8 layers (11:14 in reverse); ",
             [13, 12, 11],
         ),
         (
             {"z_downsample_mean_factor": 2, "model_in_chans": 3},
-            "6 layers (11 to 16) as means of 2,",
+            "; 6 of 8 layers, the middle (11:17) as means of 2; ",
             [(11, 12), (13, 14), (15, 16)],
         ),
         (
             {"z_downsample_mean_factor": 2, "force_reverse": True},
-            "8 layers (17 to 10 in reverse) as means of 2,",
+            "; 8 layers (10:18 in reverse) as means of 2; ",
             [(17, 16), (15, 14), (13, 12), (11, 10)],
         ),
     ],
@@ -71,36 +71,32 @@ def test_averaging_names_layer_without_pair(tmp_path, caplog, reverse):
     means = pixels[:6].reshape(3, 2, 70, 90).mean(axis=1)  # the same in both directions
     means = means[::-1] if reverse else means
     assert np.array_equal(plan.volume.compute(), np.floor(means + 0.5))
-    assert "6 layers (15 to 10 in reverse)" in str(plan) or "6 layers (10 to 15)" in str(plan)
+    assert f"; 6 of 8 layers (10:16{' in reverse' * reverse}) as means of 2; " in str(plan)
     caplog.clear()
     with caplog.at_level("WARNING", "inkdask"):
         inkdask.run(tmp_path / "seg", layers=(10, 17), **options)
         inkdask.check(tmp_path / "seg", layers=(10, 16), **options)
         inkdask.check(tmp_path / "seg", layers=(10, 17), model_in_chans=2, **options)
     assert caplog.messages == [
-        "Layer 16 is left out: 7 layers are no multiple of Z_DOWNSAMPLE_MEAN_FACTOR=2"
+        "Layers 16:17 are left out: 7 layers are no multiple of Z_DOWNSAMPLE_MEAN_FACTOR=2"
     ]
 
 
-def test_middle_layers_are_read_however_the_segment_is_given(tmp_path, caplog):
+def test_middle_layers_are_read_however_the_segment_is_given(tmp_path):
     pixels = papyrus((31, 70, 90))
     write_layers(tmp_path / "seg" / "layers", pixels, first=FIRST)
     segment = inkdask.open_segment(tmp_path / "seg")
     for factor, middle in ((1, pixels[2:28]), (2, None)):
         options = {"model": "demo", "model_in_chans": 13 if factor == 2 else None}
         settings = Settings.of(z_downsample_mean_factor=factor, **options)
-        caplog.clear()
-        with caplog.at_level("INFO", "inkdask"):
-            plans = [Plan.of(it, settings) for it in (str(tmp_path / "seg"), segment, pixels)]
+        plans = [Plan.of(it, settings) for it in (str(tmp_path / "seg"), segment, pixels)]
+        for plan in plans[:2]:
+            assert "; 26 of 31 layers, the middle (12:38)" in str(plan)
         first, *others = [plan.volume.compute() for plan in plans]
         assert len(first) == 26 // factor
         assert middle is None or np.array_equal(first, middle)
         for other in others:
             assert np.array_equal(other, first)
-        assert [line for line in caplog.messages if "middle" in line] == [
-            "Of layers 10 to 40, the middle ones are read: 12 to 37",
-            "Of layers 0 to 30, the middle ones are read: 2 to 27",
-        ]
     maps = [inkdask.predict(it, model="demo").map.compute() for it in (tmp_path / "seg", segment)]
     assert np.array_equal(*maps)
 
@@ -108,15 +104,15 @@ def test_middle_layers_are_read_however_the_segment_is_given(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("layers", "chans", "says"),
     [
-        ((0, 30), None, "30 layers are given (0 to 29), but model demo reads 26, as inkdask's list "
-         "of models says; set START_LAYER and END_LAYER, or MODEL_IN_CHANS to the number that it "
-         "was trained on; 26 crops the range about its centre."),
-        ((0, 20), None, "20 layers are given (0 to 19), but model demo reads 26, as inkdask's list "
-         "of models says; set START_LAYER and END_LAYER, or MODEL_IN_CHANS to the number that it "
-         "was trained on."),
-        ((0, 20), 25, "20 layers are given (0 to 19), but model demo reads 25, as MODEL_IN_CHANS "
-         "says; set START_LAYER and END_LAYER, or MODEL_IN_CHANS to the number that it was trained "
-         "on."),
+        ((0, 30), None, "30 layers are given (0:30), but model demo reads 26, as inkdask's list of "
+         "models says. Name 26 with START_LAYER and END_LAYER, or set MODEL_IN_CHANS to the number "
+         "that it was trained on; 26 crops the range about its centre."),
+        ((0, 20), None, "20 layers are given (0:20), but model demo reads 26, as inkdask's list of "
+         "models says. Name 26 with START_LAYER and END_LAYER, or set MODEL_IN_CHANS to the number "
+         "that it was trained on."),
+        ((0, 20), 25, "20 layers are given (0:20), but model demo reads 25, as MODEL_IN_CHANS "
+         "says. Name 25 with START_LAYER and END_LAYER, or set MODEL_IN_CHANS to the number that "
+         "it was trained on."),
     ],
 )  # fmt: skip
 def test_channel_mismatch_says_what_was_asked_and_by_whom(tmp_path, layers, chans, says):
@@ -141,8 +137,8 @@ def test_log_names_the_mask(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("MASK_PATH", "none")
     inkdask.check(tmp_path / "seg", model=depth_slope)
     masked, plain = [line for line in caplog.messages if "tiles of" in line]
-    assert masked.endswith(", mask seg_mask.png")
-    assert plain.endswith(", mask none")
+    assert "; mask seg_mask.png; " in masked
+    assert "; no mask; " in plain
 
 
 def test_mask_of_wrong_size_stops_only_jobs_that_read_it(tmp_path, capsys, caplog):

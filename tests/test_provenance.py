@@ -69,13 +69,13 @@ def test_info_says_the_same_of_every_kind_of_file(prediction, segment, tmp_path,
         assert rows == told[0]
     rows = told[0]
     assert rows["segment"].startswith(f"{segment} (input ")
-    assert rows["layers"] == "26 (25 to 0 in reverse)"
+    assert rows["layers"] == "26 (0:26 in reverse)"
     assert rows["region"] == "16,8,190,150 (x0,y0,x1,y1)"
     assert rows["model"].startswith("demo (ink_depth_cnn) from package://")
     assert len(rows["weights"].split()[1]) == 64
     assert rows["voxels"] == "clipped to 180, divided by 190"
     assert rows["tiles"] == "64 px at stride 32, gaussian window of sigma 20.125 px"
-    assert rows["size"].startswith("142 x 174 pixels of 7.91 um")
+    assert rows["size"].startswith("174 x 142 pixels (x, y) of 7.91 um")
     for name in ("inkdask", "torch", "dask", "zarr", "numpy", "python"):
         assert name in rows["software"]
     assert rows["precision"] == "float32 (float32 ran)"
@@ -181,7 +181,7 @@ def test_provenance_has_weights_and_no_secrets(prediction):
 def test_info_of_a_picture_without_provenance(tmp_path, capsys, name):
     Image.new("RGB", (30, 20)).save(tmp_path / name)
     rows = info(capsys, tmp_path / name)
-    assert rows["size"] == "20 x 30 pixels"
+    assert rows["size"] == "30 x 20 pixels (x, y)"
     assert rows["origin"] == "not recorded in the file"
 
 

@@ -259,7 +259,7 @@ def test_path_without_layers_is_explained(tmp_path, pixels):
 def test_repr_shows_place_and_size(tmp_path, pixels):
     write_layers(tmp_path / "layers", pixels)
     segment = open_segment(tmp_path)
-    assert repr(segment) == f"<Segment {tmp_path}: 6 layers of 100 x 130 uint16>"
+    assert repr(segment) == f"<Segment {tmp_path}: 6 layers of 130 x 100 pixels (x, y), uint16>"
 
 
 def test_missing_folder_is_named_with_the_range(home):

@@ -411,7 +411,9 @@ def test_failed_job_removes_the_result_of_an_earlier_one(segment, tmp_path):
 
 def test_repr_of_prediction_names_segment_size_and_model(segment):
     ink = inkdask.predict(segment, depth_slope)
-    assert repr(ink) == f"<InkMap of {segment}: {HEIGHT} x {WIDTH}, model depth_slope>"
+    assert (
+        repr(ink) == f"<InkMap of {segment}: {WIDTH} x {HEIGHT} pixels (x, y), model depth_slope>"
+    )
 
 
 def test_predict_refuses_array_without_voxels():
