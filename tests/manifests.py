@@ -60,7 +60,8 @@ def pod_specs(document):
         cluster = {"kind": "DaskCluster", "spec": spec["cluster"]["spec"]}
         return [*pod_specs(cluster), spec["job"]["spec"]]
     if kind == "WorkflowTemplate":
-        shared = {key: spec[key] for key in ("securityContext", "volumes") if key in spec}
+        keys = "securityContext", "volumes", "nodeSelector", "serviceAccountName"
+        shared = {key: spec[key] for key in keys if key in spec}
         return [
             {
                 **shared,

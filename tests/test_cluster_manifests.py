@@ -5,12 +5,14 @@ import importlib.metadata
 import re
 import shutil
 from functools import cache
+from types import SimpleNamespace
 
 import click
 import dask.array as da
 import numpy as np
 import pytest
 import yaml
+from dask_kubernetes.operator.controller import controller
 
 from inkdask.cli import inkdask_
 from inkdask.clusters.cuda import THREADS
@@ -107,14 +109,18 @@ def test_overlay_sets_namespace_image_and_bucket(tmp_path):
     assert settings["metadata"]["name"] == "inkdask"
 
 
-def test_overlay_patch_sets_the_role_of_the_cloud(tmp_path):
+def test_overlay_patch_sets_the_role_of_the_cloud_for_all_accounts(tmp_path):
     folder = with_components(tmp_path / "cluster")
     site = folder / "overlays/site/kustomization.yaml"
     head, tail = site.read_text().split("  # - target")
     patch, rest = tail.split("\n\n", 1)
     site.write_text(f"{head}  - target{patch.replace('  # ', '  ')}\n\n{rest}")
-    annotations = only(render(folder), "ServiceAccount")["metadata"]["annotations"]
-    assert annotations["eks.amazonaws.com/role-arn"].endswith(":role/inkdask")
+    documents = render(folder)
+    used = {pod["serviceAccountName"] for document in documents for pod in pod_specs(document)}
+    assert used == {"inkdask", "inkdask-argo"}
+    for name in used:
+        annotations = only(documents, "ServiceAccount", name)["metadata"]["annotations"]
+        assert annotations["eks.amazonaws.com/role-arn"].endswith(":role/inkdask")
 
 
 def containers(documents):
@@ -170,14 +176,91 @@ def test_pods_run_without_rights(site, job):
     for document in [*site, *job]:
         for pod in pod_specs(document):
             assert pod["securityContext"]["runAsNonRoot"]
-            assert "serviceAccountName" in pod or document["kind"] == "WorkflowTemplate"
+            of_argo = document["kind"] == "WorkflowTemplate"
+            assert pod["serviceAccountName"] == ("inkdask-argo" if of_argo else "inkdask")
+            assert of_argo or pod["automountServiceAccountToken"] is False
+            assert pod["nodeSelector"]["kubernetes.io/arch"] == "amd64"
             for container in pod["containers"]:
                 security = container["securityContext"]
                 assert security["readOnlyRootFilesystem"]
                 assert not security["allowPrivilegeEscalation"]
                 assert security["capabilities"] == {"drop": ["ALL"]}
                 assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/tmp"}
-                assert container["resources"]["requests"].keys() >= {"cpu", "memory"}
+                requests = container["resources"]["requests"]
+                assert requests.keys() == {"cpu", "memory", "ephemeral-storage"}
+
+
+def test_accounts_may_do_what_their_pods_do(site):
+    """Argo's container in each pod reports its results; a pod of Dask asks nothing."""
+    assert only(site, "ServiceAccount", "inkdask")["automountServiceAccountToken"] is False
+    assert "automountServiceAccountToken" not in only(site, "ServiceAccount", "inkdask-argo")
+    for name in ("inkdask", "inkdask-argo"):
+        [subject] = only(site, "RoleBinding", name)["subjects"]
+        assert (subject["kind"], subject["name"]) == ("ServiceAccount", name)
+        assert only(site, "RoleBinding", name)["roleRef"]["name"] == name
+    report = {"apiGroups": ["argoproj.io"], "resources": ["workflowtaskresults"]}
+    rules = only(site, "Role", "inkdask-argo")["rules"]
+    assert rules == [report | {"verbs": ["create", "patch"]}]
+    of_dask = only(site, "Role", "inkdask")["rules"]
+    assert "argoproj.io" not in {group for rule in of_dask for group in rule["apiGroups"]}
+
+
+def labels_of_pods(document):
+    """Return the labels of the pods of a document, as the Dask operator and Argo make them."""
+    if document["kind"] == "WorkflowTemplate":
+        return [document["spec"]["podMetadata"]["labels"]]
+    labels = controller._get_labels(SimpleNamespace(labels=document["metadata"]["labels"]))
+    names = {"cluster_name": "x", "annotations": {}, "labels": labels}
+    group = controller.build_default_worker_group_spec("x", {}, {}, labels)["metadata"]["labels"]
+    pods = [
+        controller.build_scheduler_deployment_spec(pod_spec={}, **names)["spec"]["template"],
+        controller.build_worker_deployment_spec(
+            "g", "n", uuid="u", pod_spec={"containers": []}, **names | {"labels": group}
+        )["spec"]["template"],
+    ]
+    if document["kind"] == "DaskJob":
+        pods.append(
+            controller.build_job_pod_spec("x", namespace="n", spec={"containers": []}, **names)
+        )
+    return [pod["metadata"]["labels"] for pod in pods]
+
+
+def test_network_policy_lets_only_pods_of_inkdask_and_the_operator_in(job):
+    spec = only(job, "NetworkPolicy")["spec"]
+    ours = spec["podSelector"]["matchLabels"]
+    makers = [d for d in job if d["kind"] in ("DaskCluster", "DaskJob", "WorkflowTemplate")]
+    assert len(makers) == 4
+    for labels in (labels for document in makers for labels in labels_of_pods(document)):
+        assert ours.items() <= labels.items()
+    assert spec["policyTypes"] == ["Ingress"]
+    among_us, operator = spec["ingress"]
+    assert among_us == {"from": [{"podSelector": {"matchLabels": ours}}]}
+    [where] = operator["from"]
+    namespace = where["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    assert f"--namespace {namespace} " in (CLUSTER / "README.md").read_text()
+    ports = only(job, "DaskCluster")["spec"]["scheduler"]["service"]["ports"]
+    assert {p["port"] for p in operator["ports"]} == {p["port"] for p in ports}
+
+
+def test_workflows_have_what_users_of_argo_rely_on(site, rendered):
+    for document in (d for d in site if d["kind"] == "WorkflowTemplate"):
+        for parameter in document["spec"]["arguments"]["parameters"]:
+            assert "value" in parameter, parameter["name"]
+        assert not {"archiveLogs", "podGC"} & document["spec"].keys()
+        for template in document["spec"]["templates"]:
+            if "container" in template:
+                assert template["retryStrategy"]["backoff"].keys() >= {"duration", "maxDuration"}
+    archived = [d["spec"] for d in rendered("archive-logs") if d["kind"] == "WorkflowTemplate"]
+    assert len(archived) == 2
+    for spec in archived:
+        assert spec["archiveLogs"] is True
+        assert spec["podGC"] == {"strategy": "OnPodSuccess"}
+
+
+def test_cluster_without_argo_has_nothing_of_it(rendered):
+    left = {(d["kind"], d["metadata"]["name"]) for d in rendered("no-argo")}
+    assert ("Role", "inkdask") in left
+    assert not [one for one in left if "Workflow" in one[0] or "argo" in one[1]]
 
 
 def test_cluster_of_a_dask_job_equals_the_standing_one(job):
@@ -205,8 +288,9 @@ def test_gpus_are_requested_only_by_pods_that_infer(site, rendered):
     ]  # fmt: skip
     assert on_gpus(rendered("cpu")) == []
     pods = [pod for document in rendered("spot") for pod in pod_specs(document)]
-    selected = [pod for pod in pods if "nodeSelector" in pod]
+    selected = [pod for pod in pods if "karpenter.sh/capacity-type" in pod["nodeSelector"]]
     assert len(selected) == 3
+    assert {pod["nodeSelector"]["kubernetes.io/arch"] for pod in selected} == {"amd64"}
     for pod in selected:
         assert "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
 

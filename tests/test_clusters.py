@@ -410,6 +410,67 @@ def test_local_workers_share_the_cores_and_no_secret_leaves_the_process(
     assert not told
 
 
+@pytest.fixture
+def own_client():
+    with connection.connect(Settings.of(cluster="local", max_workers=1)) as client:
+        yield client
+
+
+def test_local_cluster_refuses_everybody_else(own_client):
+    """Loopback alone keeps out no other user of the machine, who could run code on a worker."""
+    from distributed import Client
+    from distributed.security import Security
+
+    [(worker, found)] = own_client.scheduler_info()["workers"].items()
+    addresses = {own_client.scheduler.address, worker, found["nanny"]}
+    assert len(addresses) == 3
+    for address in addresses:
+        assert address.startswith("tls://127.0.0.1:")
+        options = {"timeout": 5, "set_as_default": False}
+        with pytest.raises(OSError):
+            Client(address.replace("tls://", "tcp://"), **options)
+        with pytest.raises(OSError, match="certificate"):
+            Client(address, security=Security.temporary(), **options)
+    assert own_client.submit(os.getpid).result() != os.getpid()
+
+
+def test_local_workers_leave_ctrl_c_to_this_process_also_after_a_restart(own_client):
+    def look():
+        return os.getpid(), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    [(first, blocks)] = own_client.run(look).values()
+    assert blocks
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    os.kill(first, signal.SIGKILL)
+    second, blocks = own_client.submit(look, pure=False).result(60)
+    assert second != first
+    assert blocks
+
+
+def test_ctrl_c_says_one_sentence_with_local_workers(segment, tmp_path):
+    """A terminal sends it to every process of the command."""
+    command = [sys.executable, "-m", "inkdask", "run", segment, "--model", "demo"]
+    command += ["--model-in-chans", "5", "--layers", "0:5", "--stride", "1", "--cluster", "local"]
+    command += ["--max-workers", "2", "--chunk-size", "128"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("ink: "):
+                os.killpg(process.pid, signal.SIGINT)
+                break
+        said += process.stderr.readlines()
+    assert process.returncode == 130
+    told = [line for line in said if line.strip() and not line.startswith("ink: ")]
+    assert len(told) == 3, said
+    assert told[0].startswith(segment)
+    assert told[1].startswith("Dashboard of the cluster: ")
+    assert told[2].startswith("inkdask: interrupted; what is done is kept")
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """Folder of a stand-in for NVML, the library that lists the GPUs of a machine."""
@@ -429,6 +490,7 @@ if __name__ == "__main__":  # worker processes run the lines before, and torch t
     for variables in [{}, {"CUDA_VISIBLE_DEVICES": "1", "MAX_WORKERS": "8"}, {"MAX_WORKERS": "1"}]:
         os.environ |= variables
         with connect(Settings.of()) as client:
+            assert client.scheduler.address.startswith("tls://127.0.0.1:")
             workers = client.scheduler_info()["workers"].values()
             threads = {worker["name"]: worker["nthreads"] for worker in workers}
             gpus = sorted(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from inkdask.clusters.local import DASHBOARD
+from inkdask.clusters.local import own_client, own_options
 from inkdask.errors import InkdaskError
 
 if TYPE_CHECKING:
@@ -30,20 +30,21 @@ def cuda(devices: str | None, max_workers: int | None) -> Iterator[Client]:
         raise InkdaskError(
             f"--cluster cuda needs dask-cuda: pip install 'inkdask[cuda]' ({error})."
         ) from error
-    from distributed import Client
 
     if devices is None:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    try:
-        gpus = len(devices.split(",")) if devices else get_n_gpus()
-        cluster = LocalCUDACluster(
-            CUDA_VISIBLE_DEVICES=devices,
-            n_workers=min(max_workers or gpus, gpus),
-            threads_per_worker=THREADS,
-            dashboard_address=DASHBOARD,
-        )
-    except Exception as error:  # NVML raises many kinds
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise InkdaskError(f"--cluster cuda finds no GPU that it can use: {reason}.") from error
-    with cluster, Client(cluster) as client:
-        yield client
+    with ExitStack() as stack:
+        options = stack.enter_context(own_options())
+        try:
+            gpus = len(devices.split(",")) if devices else get_n_gpus()
+            cluster = LocalCUDACluster(
+                CUDA_VISIBLE_DEVICES=devices,
+                n_workers=min(max_workers or gpus, gpus),
+                threads_per_worker=THREADS,
+                **options,
+            )
+        except Exception as error:  # NVML raises many kinds
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise InkdaskError(f"--cluster cuda finds no GPU that it can use: {reason}.") from error
+        stack.enter_context(cluster)
+        yield stack.enter_context(own_client(cluster))

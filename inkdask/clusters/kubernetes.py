@@ -109,6 +109,12 @@ def cluster_manifest(settings: Settings, standing: dict[str, Any] | None = None)
         container.setdefault("args", [])  # because KubeCluster reads them
         if settings.cluster_image:
             container["image"] = settings.cluster_image
+        if any(str(one.get("value")).startswith("tls://") for one in container.get("env", [])):
+            raise SettingsError(
+                "--cluster kubernetes cannot make a cluster with the component tls, because "
+                "dask-kubernetes connects without it: use the standing cluster, from a pod, or a "
+                "CLUSTER_SPEC without TLS."
+            )
     return manifest
 
 
