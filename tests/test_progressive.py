@@ -1,5 +1,9 @@
 """From coarse to fine: every tile once, a whole picture after each pass, the same in the end."""
 
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ from inkdask.demo import auc, synthetic
 from inkdask.errors import InkdaskError
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
-from inkdask.view.tiles import Ink
+from inkdask.view import words
 from tests.files import grids, read_picture, write_segment
 from tests.oracle import assert_same_picture, depth_slope, papyrus
 
@@ -158,7 +162,7 @@ def test_background_computes_a_region_then_the_whole_and_run_takes_it_over(segme
     assert (whole[0] < finest).any()  # a picture of the whole, before it is at its finest
     map_ = ink.so_far.compute()
     np.testing.assert_allclose(map_, ink.map.compute(), atol=1e-4)
-    assert "chunks at their finest" in Ink.of(ink).status
+    assert words.status([ink.background]) == "All 6 chunks computed."
 
     background._known.clear()  # as in another session
     again = inkdask.predict(segment, **options)
@@ -168,6 +172,68 @@ def test_background_computes_a_region_then_the_whole_and_run_takes_it_over(segme
     picture = read_picture(inkdask.run(segment, **JOB))
     assert f"{ink.tiling.tiles:,} resumed from an earlier run" in capsys.readouterr().err
     assert np.abs(picture - np.floor(255 * map_)).max() <= 1
+
+
+def test_start_outlasts_a_look_and_the_status_names_the_pass(segment, monkeypatch):
+    """The segment has more tiles than a look computes by itself."""
+    monkeypatch.setattr(background, "AUTO_TILES", 10)
+    monkeypatch.setattr(background, "_abreast", lambda: 1)
+    ink = inkdask.predict(segment, **JOB, progressive=True)
+    whole = Box.at((0, 0), ink.map.shape)
+    said, runner = [], ink.background
+
+    def note(place):
+        said.append(words.status([runner]))
+        if place == (1, 1):  # a person looks at all, then at a corner
+            runner.see(whole)
+            runner.see(Box(0, 20, 0, 20))
+
+    runner.observers.append(note)
+    ink.start()
+    ink.wait()
+    assert (runner.passes == runner.finest).all()
+    assert said[0].startswith("Computing all, pass 1 of 3: 1 of 6 chunks")
+    assert any(each.startswith("Computing all, pass 3 of 3: 5 of 6 chunks") for each in said)
+    assert not any("of 6 chunks computed" in each for each in said)  # coarse ones are not
+    runner.passes[:] = 0
+    runner.passes[0] = runner.finest
+    assert words.status([runner]) == "3 of 6 chunks computed, 3 coarse (pass 1 of 3)."
+
+
+def test_pass_is_done_in_sight_first_and_then_everywhere(segment, monkeypatch):
+    monkeypatch.setattr(background, "_abreast", lambda: 1)
+    ink = inkdask.predict(segment, **JOB, progressive=True)
+    order = []
+    ink.background.observers.append(order.append)
+    receive, let_go = ink.background._receive, threading.Event()
+    monkeypatch.setattr(ink.background, "_receive", lambda *it: let_go.wait(60) and receive(*it))
+    ink.start()
+    ink.background.see(Box(200, 260, 400, 420))  # in the last chunk, whose pixels 4 chunks reach
+    let_go.set()
+    ink.wait()
+    assert sorted(order[1:5]) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert len({*order[:6]}) == 6  # a pass over all, before the next
+
+
+def test_task_waits_for_distributed_while_another_thread_imports_it(tmp_path):
+    package = tmp_path / "distributed" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("import time; time.sleep(2)\ndef get_worker(): raise ValueError")
+    code = """if True:
+        import sys, threading, time
+        from inkdask.failures import _worker
+        from inkdask.models.hardware import cores
+        thread = threading.Thread(target=__import__, args=("distributed",))
+        thread.start()
+        while "distributed" not in sys.modules: time.sleep(0.01)
+        print(repr(_worker()), cores() > 0)
+    """
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.stdout.strip() == "'' True"
 
 
 def test_progressive_prediction_is_stored_after_viewing_a_plain_one(segment):

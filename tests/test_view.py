@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
 
 import dask.array as da
@@ -17,11 +18,11 @@ import torch
 from PIL import Image
 
 import inkdask
-from inkdask import background, storage
+from inkdask import background, paces, storage
 from inkdask.box import Box
 from inkdask.errors import InkdaskError
 from inkdask.view import html as html_module
-from inkdask.view import tiles
+from inkdask.view import tiles, words
 from inkdask.view.kept import Kept
 from inkdask.view.sampling import Budget, Layer, look, shrink
 from inkdask.view.tiles import MOST, SIDE, UNKNOWN, Ink, Papyrus
@@ -31,6 +32,7 @@ SHAPE = 5, 460, 620
 WHOLE = Box.at((0, 0), SHAPE[1:])
 PART = Box(100, 360, 120, 510)  # predictions are of this part
 SMALL = Box.at((0, 0), PART.shape)
+ADVICE = "Zoom in or draw a box to compute a part."
 TILES = {"tile": 32, "stride": 16, "chunk_size": 128}
 
 
@@ -43,6 +45,7 @@ def mean_of_tile(x):
 def nothing_is_known():
     """Equal predictions share a background, but those of different tests must not."""
     background._known.clear()
+    paces._seconds.clear()
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +258,72 @@ def test_many_chunks_wait_to_be_asked_for(ink, monkeypatch):
     ink.background.see(SMALL)
     ink.wait()
     assert not ink.background.known.any()
-    assert "press Compute" in Ink.of(ink).status
+    button = words.offer([ink.background], SMALL, SMALL)
+    assert button == ("Compute all", f"{ADVICE} Compute all: {ink.tiling.tiles:,} tiles.", True)
+    assert words.status([ink.background], button).startswith("0 of 6 chunks computed. Zoom in")
+    part = words.offer([ink.background], Box(130, 200, 130, 200), SMALL)
+    assert part.sentence == "Compute view: 256 tiles."
+
+
+def test_looking_does_not_cancel_start(ink, monkeypatch):
+    monkeypatch.setattr(background, "AUTO_TILES", 10)
+    ink.start()
+    ink.background.see(SMALL)
+    ink.background.see(Box(0, 10, 0, 10))
+    ink.background.choose(None)
+    assert not words.offer([ink.background], SMALL, SMALL).is_open  # all is asked for
+    ink.wait()
+    assert ink.background.known.all()
+    assert words.status([ink.background]) == "All 6 chunks computed."
+
+
+def test_wishes_are_kept_apart_and_served_by_rank(ink, monkeypatch):
+    """The wishes of four are there before a chunk is computed; then each is served in turn."""
+    runner, order = ink.background, []
+    let_go = threading.Event()
+    receive = runner._receive
+
+    def note(number, located):
+        let_go.wait(60)
+        if runner.work:
+            order.append((runner.work.wish, located[0]))
+        receive(number, located)
+
+    monkeypatch.setattr(runner, "_receive", note)
+    monkeypatch.setattr(background, "_abreast", lambda: 1)
+    corners = {"see": (0, 0), "choose": (0, 2), "focus": (1, 0)}
+    ink.start()
+    for wish, (row, column) in corners.items():
+        getattr(runner, wish)(Box.at((128 * row + 20, 128 * column + 20), (10, 10)))
+    assert runner.work.total == 6
+    let_go.set()
+    ink.wait()
+    assert runner.known.all()
+    # `start` was first, and its first chunk was on its way.
+    wishes = [wish for wish, _ in order[1:]]
+    assert wishes == sorted(wishes, key=("focus", "box", "start").index)
+    assert wishes[0] == "focus"
+    assert ("box", (0, 2)) in order
+
+
+def test_failed_look_leaves_words_of_what_failed(ink):
+    ink.background.failure = "It is broken."
+    assert words.status([ink.background]) == "It is broken."
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [(0.2, "a few seconds"), (42, "about 40 s"), (250, "about 4 min"), (9000, "about 2 h")],
+)
+def test_times_are_rough(seconds, says):
+    assert words.about(seconds) == says
+
+
+def test_description_is_right_while_another_thread_imports_the_network(ink, monkeypatch):
+    """`start` imports torch in a thread; a module that is half imported lacks its names."""
+    half = types.ModuleType("inkdask.predictor")
+    monkeypatch.setitem(sys.modules, "inkdask.predictor", half)
+    assert "cost" in ink._repr_html_()
 
 
 def test_overview_follows_the_chunks(ink, monkeypatch):
@@ -297,7 +365,7 @@ def test_failure_in_the_background_is_told(segment):
     ink = inkdask.predict(segment, model=broken, tile=32, stride=16)
     with pytest.raises(InkdaskError, match="The network is broken"):  # else parts would be black
         compute(ink, Box(0, 10, 0, 10))
-    assert Ink.of(ink).status == "The network is broken."
+    assert words.status([ink.background]) == "The network is broken."
     assert not ink.background.is_busy
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
-import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from inkdask import paces
 from inkdask.information import STRIDE, TILE
 from inkdask.memory import expected_memory
 from inkdask.plan import span
 from inkdask.progress import amount, clock
 from inkdask.tiling import CHUNK, Tiling
+from inkdask.view import words
 from inkdask.view.sampling import Budget
 from inkdask.view.tiles import MOST, OVERVIEW_BUDGET, UNKNOWN, Ink, Papyrus
 
@@ -77,7 +78,7 @@ def ink_html(ink: InkMap) -> str:
     if grey is None and not known.any():
         note = "no thumbnail of this layout" if segment else "nothing is computed yet"
     bar = f"<progress value='{np.count_nonzero(known)}' max='{known.size}'></progress>"
-    progress = f"{bar} {escape(picture.status)}"
+    progress = f"{bar} {escape(words.status([picture.background]))}"
     uri = segment.uri if segment else "array"
     return _card("Ink prediction", uri, _picture(grey, picture), note, rows, progress)
 
@@ -87,7 +88,8 @@ def several_html(predictions: Mapping[str, InkMap]) -> str:
     pictures = {title: Ink.of(ink) for title, ink in predictions.items()}
     cells = "".join(
         f"<figure style='margin:4px'>{_img(_picture(None, picture))}"
-        f"<figcaption>{escape(title)}: {escape(picture.status)}</figcaption></figure>"
+        f"<figcaption>{escape(title)}: {escape(words.status([picture.background]))}"
+        "</figcaption></figure>"
         for title, picture in pictures.items()
     )
     return f"<div style='display:flex;flex-wrap:wrap'>{cells}</div>"
@@ -216,8 +218,7 @@ def _cost(ink: InkMap, grey: np.ndarray | None) -> str:
         area = float(np.prod(ink.tiling.shape) / np.prod(segment.shape[1:]))
         reads = segment.stored_bytes * area * len(ink.plan.layers) / len(segment.layers)
     words = f"reads {amount(reads)}"
-    predictor: Any = sys.modules.get("inkdask.predictor")  # not loaded: nothing ran
-    pace = predictor.measured_pace(ink.network) if predictor else None  # seconds a tile
+    pace = paces.measured(ink.network)  # seconds a tile
     if pace is None:
         return f"{words}; time: known when the first chunk is computed"
     seconds = ink.tiling.tiles * _share(grey) * pace

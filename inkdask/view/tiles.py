@@ -187,27 +187,6 @@ class Ink(_Picture):
             picture: Ink = pictures[ink.map.name]
         return picture
 
-    @property
-    def status(self) -> str:
-        """How far the background is, what it waits for, or what went wrong."""
-        ink = self.background
-        passes, known = ink.passes, np.count_nonzero(ink.known)
-        computed = f"{known:,} of {passes.size:,} chunks computed"
-        if ink.failure:
-            return ink.failure
-        if ink.left_out:
-            return (
-                f"{computed}; {ink.left_out:,} in sight are many: zoom in, draw a box, or press "
-                "Compute"
-            )
-        if ink.is_progressive:
-            return (
-                f"pass {min(int(passes.min()) + 2, ink.finest + 1)} of {ink.finest + 1}, "
-                f"{np.count_nonzero(passes == ink.finest):,} of {passes.size:,} chunks at their "
-                "finest"
-            )
-        return computed + (f", {ink.to_come:,} to come" if ink.to_come else "")
-
     def tile(self, level: int, row: int, column: int) -> np.ndarray:
         """Return a tile, uint8 (y, x): 254 times the probability, or `UNKNOWN`."""
         box = self._box_of(level, row, column)

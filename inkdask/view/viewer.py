@@ -20,7 +20,7 @@ from IPython.display import HTML, display
 
 from inkdask.box import Box, Slices
 from inkdask.errors import InkdaskError
-from inkdask.view import html
+from inkdask.view import html, words
 from inkdask.view.tiles import SIDE, Ink, Papyrus
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class Viewer:
                 description="Compute", icon="play", layout={"width": "8em"},
                 tooltip="Compute all that is in sight",
             )  # fmt: skip
-            controls["compute"].on_click(lambda _: self._focus(_sight(canvas)))
+            controls["compute"].on_click(self._on_compute)
         controls["status"] = widgets.HTML()
         controls["status"].add_class("inkdask-status")
         return controls
@@ -218,12 +218,19 @@ class Viewer:
         self._say()
 
     def _on_box(self, _: Any) -> None:
-        if self.canvas.box:
-            self._focus(Box(*self.canvas.box))
-
-    def _focus(self, box: Box) -> None:
+        box = Box(*self.canvas.box) if self.canvas.box else None
         for ink in self._inks:
-            ink.background.focus(box)
+            ink.background.choose(box)
+        self._say()
+
+    def _on_compute(self, _: Any) -> None:
+        """Compute what is in sight; with all in sight, go pass by pass where there are passes."""
+        sight = _sight(self.canvas)
+        for ink in self._inks:
+            if sight.holds(ink.whole):
+                ink.background.start()
+            else:
+                ink.background.focus(sight)
         self._say()
 
     def _on_change(self, number: int, box: Box | None) -> None:
@@ -235,8 +242,15 @@ class Viewer:
         self._say()
 
     def _say(self, trouble: str = "") -> None:
-        words = trouble or " · ".join(dict.fromkeys(ink.status for ink in self._inks))
-        self.controls["status"].value = html.escape(words)
+        """Tell how far it is and what the button would do, or what went wrong."""
+        if self._inks:
+            backgrounds = [ink.background for ink in self._inks]
+            button = words.offer(backgrounds, _sight(self.canvas), self._inks[0].whole)
+            trouble = trouble or words.status(backgrounds, button)
+            self.controls["compute"].description = button.label
+            self.controls["compute"].disabled = not button.is_open
+            self.controls["compute"].tooltip = button.sentence
+        self.controls["status"].value = html.escape(trouble)
 
     def _on_message(self, _: Any, content: Any, __: Any) -> None:
         """Serve the tiles in sight; earlier ones that are not begun are out of sight."""
