@@ -7,9 +7,8 @@ from typing import Any
 
 import dask.array as da
 
-from inkdask import showing
+from inkdask import coarse, showing
 from inkdask.background import Background
-from inkdask.blending import blend
 from inkdask.box import Box
 from inkdask.job import Job
 from inkdask.plan import Plan
@@ -72,8 +71,9 @@ class InkMap:
     @property
     def so_far(self) -> da.Array:
         """Picture of all tiles that the background has run, dask float32 (y, x); else 0."""
-        grid, window = self.background.grid, (self.blend_mode, self.gaussian_sigma)
-        return blend(grid.grid(), grid.valid(), self.tiling, *window)[self.plan.region.slices]
+        grid, passes = self.background.grid, self.background.passes.copy()
+        ink = coarse.so_far(grid, passes, self.blend_mode, self.gaussian_sigma)
+        return ink[self.plan.region.slices]
 
     @property
     def tiling(self) -> Tiling:
