@@ -36,6 +36,8 @@ class InkMap:
         Whether the background computes from coarse to fine.
     job
         Job whose grid stores a progressive prediction; None for a plain one.
+    pixel_um
+        Side of a pixel in micrometers; None where it is not known.
     """
 
     map: da.Array
@@ -46,6 +48,7 @@ class InkMap:
     gaussian_sigma: float = 0.0
     progressive: bool = False
     job: Job | None = None
+    pixel_um: float | None = None
 
     @property
     def background(self) -> Background:

@@ -387,6 +387,16 @@ def test_segment_describes_itself(segment):
     assert np.asarray(thumbnail).std() > 20
 
 
+def test_middle_lies_on_papyrus(tmp_path):
+    volume = np.zeros((1, 700, 1300), np.uint8)
+    volume[:, 80:300, 900:1200] = 90
+    segment = write(tmp_path / "corner", volume)
+    rows, columns = inkdask.view.middle(segment, 200)
+    assert (rows.stop - rows.start, columns.stop - columns.start) == (200, 200)
+    assert (volume[0, rows, columns] > 0).mean() > 0.95
+    assert inkdask.view.middle(segment, 5000) == (slice(0, 700), slice(0, 1300))
+
+
 def test_prediction_describes_itself_and_computes_nothing(ink):
     before = storage.counters().tiles
     html = ink._repr_html_()

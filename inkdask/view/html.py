@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from inkdask import paces
+from inkdask.box import Slices
 from inkdask.information import STRIDE, TILE
 from inkdask.memory import expected_memory
 from inkdask.plan import span
@@ -32,7 +33,7 @@ THUMBNAIL_BUDGET = Budget(12 << 20, 200)  # of a thumbnail, whatever the segment
 SMALL = 4 << 20  # pixels: a layer of up to so many is read whole
 NO_THUMBNAIL = "no thumbnail: layers of this kind are decoded whole"
 
-__all__ = ["escape", "ink_html", "segment_html", "several_html", "usual_contrast"]
+__all__ = ["escape", "ink_html", "middle", "segment_html", "several_html", "usual_contrast"]
 
 
 def segment_html(segment: Segment) -> str:
@@ -100,6 +101,28 @@ def usual_contrast(papyrus: Papyrus | None) -> tuple[int, int]:
     if papyrus is None or not papyrus.is_cheap:
         return 0, 255
     return _ends(papyrus.overview(len(papyrus.numbers) // 2))
+
+
+def middle(segment: Segment, side: int) -> Slices:
+    """Return the part of at most ``side`` pixels a side with most papyrus, about the middle."""
+    grey = _thumbnail_of(segment)
+    shape = segment.shape[1:]
+    data = np.ones((1, 1)) if grey is None else grey > 0
+    scale = max(shape) / max(data.shape)
+    tall, wide = (max(min(round(side / scale), length), 1) for length in data.shape)
+    sums = np.pad(data, ((1, 0), (1, 0))).cumsum(0, dtype=float).cumsum(1)
+    sums = sums[tall:, :] - sums[:-tall, :]
+    sums = sums[:, wide:] - sums[:, :-wide]
+    away = [np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in sums.shape]
+    best = np.argmax(sums / (tall * wide) - 0.05 * np.hypot(away[0][:, None], away[1]))
+    at = zip(np.unravel_index(best, sums.shape), (tall, wide), shape, strict=True)
+    centres = [(place + length / 2) * scale for place, length, _ in at]
+    starts = [
+        round(min(max(centre - side / 2, 0), max(length - side, 0)))
+        for centre, length in zip(centres, shape, strict=True)
+    ]
+    rows, columns = (slice(a, min(a + side, n)) for a, n in zip(starts, shape, strict=True))
+    return rows, columns
 
 
 def _ends(grey: np.ndarray) -> tuple[int, int]:

@@ -58,6 +58,8 @@ class Papyrus(_Picture):
     ----------
     numbers
         Numbers of the layers, in the order of their indices.
+    corner
+        First row and column, in pixels of the files.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Papyrus(_Picture):
     ) -> None:
         super().__init__(shape)
         self.numbers = tuple(numbers)
-        self._corner, self._open = corner, open_layer
+        self.corner, self._open = corner, open_layer
         self._layers: dict[int, Layer] = {}
 
     @classmethod
@@ -116,7 +118,7 @@ class Papyrus(_Picture):
         if level >= self._level:
             part = self.overview(index)[_coarser(box, self._level).slices]
             return shrink(part, 1 << (level - self._level))
-        layer, box = self.layer(index), box.shift(*self._corner)
+        layer, box = self.layer(index), box.shift(*self.corner)
         if layer.is_dear(box, TILE_BUDGET):
             return look(layer, box, 1 << level, TILE_BUDGET)
         return shrink(self._read(index, box), 1 << level)
@@ -125,7 +127,7 @@ class Papyrus(_Picture):
         """Return a whole layer, uint8 (y, x), at most `OVERVIEW` pixels wide and tall."""
 
         def make() -> np.ndarray:
-            box = self.whole.shift(*self._corner)
+            box = self.whole.shift(*self.corner)
             return look(self.layer(index), box, 1 << self._level, budget)
 
         return self._kept.get(("overview", index, budget), make)
