@@ -99,7 +99,6 @@ class Background:
         self.attached: dict[Hashable, Any] = {}
         self._wishes: dict[Wish, list[Place]] = {}
         self._in_sight: list[Place] = []  # also those that are too many to be a wish
-        self._working: Wish = "start"
         self._spent = self._ran = 0.0  # seconds, and tiles; the latest weigh most
         self._blocks: dict[int, np.ndarray] = {}  # of Delayed, for each pass
         self._grid: GridStore | None = None
@@ -145,9 +144,9 @@ class Background:
     def work(self) -> Work | None:
         """What is being computed, or None."""
         with self._turn:
-            wish, places = self._working, self._wishes.get(self._working, [])
-        missing = self._missing(places)
-        if not (self.is_busy and missing):
+            wish, missing = self._first_wish() if self.is_busy else ("start", [])
+            places = self._wishes.get(wish, [])
+        if not missing:
             return None
         number = self._pass_after(missing)
         done = sum(bool(self.passes[place] >= number) for place in places)
@@ -264,12 +263,9 @@ class Background:
 
     def _next(self) -> tuple[int, list[Place]]:
         """Return a pass, and the chunks of one row, which read together, to compute now."""
-        for wish in self._ranked():
-            if missing := self._missing(self._wishes.get(wish, [])):
-                break
-        else:
+        wish, missing = self._first_wish()
+        if not missing:
             return self.finest, []
-        self._working = wish
         if wish == "start":
             missing = self._missing([*dict.fromkeys(self._in_sight + missing)])
         number = self._pass_after(missing)
@@ -278,9 +274,13 @@ class Background:
         batch = [place for place in missing if place[0] == missing[0][0]]
         return number, batch[: _abreast()]
 
-    def _ranked(self) -> tuple[Wish, ...]:
-        """Wishes from the first to the last; `start` takes what is in sight along."""
-        return ("focus", "box", "start" if self._wishes.get("start") else "sight")
+    def _first_wish(self) -> tuple[Wish, list[Place]]:
+        """Return the wish that is served first, and the chunks that it lacks."""
+        last: Wish = "start" if self._wishes.get("start") else "sight"  # `start` takes it along
+        for wish in ("focus", "box", last):
+            if missing := self._missing(self._wishes.get(wish, [])):
+                break
+        return wish, missing
 
     def _pass_after(self, missing: Sequence[Place]) -> int:
         """Return the pass that chunks need next, the coarsest first."""

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import subprocess
 import sys
@@ -295,7 +296,7 @@ def test_wishes_are_kept_apart_and_served_by_rank(ink, monkeypatch):
     ink.start()
     for wish, (row, column) in corners.items():
         getattr(runner, wish)(Box.at((128 * row + 20, 128 * column + 20), (10, 10)))
-    assert runner.work.total == 6
+    assert runner.work.wish == "focus"
     let_go.set()
     ink.wait()
     assert runner.known.all()
@@ -408,6 +409,32 @@ def test_prediction_describes_itself_and_computes_nothing(ink):
     assert "<progress value='6' max='6'>" in after
     assert "tiles/s here" in after
     assert np.asarray(thumbnails(after)[0]).tolist() != np.asarray(thumbnails(html)[0]).tolist()
+
+
+def test_viewers_of_many_noisy_pictures_are_light_in_a_saved_notebook(tmp_path):
+    """What a notebook keeps of a viewer: the still, and at most the state of its widgets."""
+    widgets = pytest.importorskip("ipywidgets")
+    rng = np.random.default_rng(0)
+    noise = rng.integers(1, 255, (5, 1100, 1100), np.uint8)
+    segment = write(tmp_path / "noise", noise, tile=(64, 64))
+    ink = inkdask.predict(segment, model=mean_of_tile, tile=32, stride=32, chunk_size=512)
+    shown = Ink.of(ink)
+    shown.background.passes[:] = 0  # as if noise was all that came out
+    shown._overview[:] = rng.integers(0, 254, shown._overview.shape)
+    many = {str(number): ink for number in range(40)}
+    for viewer in (segment.show(), ink.show(), inkdask.view.compare(many, columns=8)):
+        state = widgets.Widget.get_manager_state(widgets=[*all_of(viewer.widget)])
+        kept = len(viewer._static) + len(json.dumps(state))
+        print(f"{kept:,} bytes, {len(viewer._static):,} of them the still")
+        assert 20_000 < kept < 1_000_000
+
+
+def all_of(widget):
+    """A widget, its layout, and all in it."""
+    yield widget
+    yield widget.layout
+    for child in getattr(widget, "children", ()):
+        yield from all_of(child)
 
 
 def test_array_is_not_computed_to_be_described():

@@ -87,8 +87,10 @@ def ink_html(ink: InkMap) -> str:
 def several_html(predictions: Mapping[str, InkMap]) -> str:
     """Describe predictions by thumbnails side by side; computes nothing."""
     pictures = {title: Ink.of(ink) for title, ink in predictions.items()}
+    # Smaller ones for many, because a saved notebook keeps them all.
+    side = min(THUMBNAIL, int(2 * THUMBNAIL / len(pictures) ** 0.5))
     cells = "".join(
-        f"<figure style='margin:4px'>{_img(_picture(None, picture))}"
+        f"<figure style='margin:4px'>{_img(_picture(None, picture, side))}"
         f"<figcaption>{escape(title)}: {escape(words.status([picture.background]))}"
         "</figcaption></figure>"
         for title, picture in pictures.items()
@@ -161,7 +163,9 @@ def _overview(same: _Same, budget: Budget) -> np.ndarray | None:
     return papyrus.overview(len(papyrus.numbers) // 2, budget) if papyrus.is_cheap else None
 
 
-def _picture(grey: np.ndarray | None, ink: Ink | None = None) -> Image.Image | None:
+def _picture(
+    grey: np.ndarray | None, ink: Ink | None = None, side: int = THUMBNAIL
+) -> Image.Image | None:
     """Thumbnail of papyrus in grey, and the ink that is known over it."""
     values = ink.overview if ink and ink.background.known.any() else None
     if grey is not None:
@@ -173,11 +177,11 @@ def _picture(grey: np.ndarray | None, ink: Ink | None = None) -> Image.Image | N
             page += 0.8 * share * (np.array([255, 92, 36], np.float32) - page)
     elif values is not None:
         page = np.stack([values * np.float32(255 / MOST)] * 3, axis=2)
-        page[values == UNKNOWN] = (44, 42, 60)
+        page[values == UNKNOWN] = (48, 46, 52)
     else:
         return None
     picture = Image.fromarray(np.clip(page, 0, 255).astype(np.uint8))
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     return picture
 
 

@@ -6,7 +6,7 @@ const UNKNOWN = 255; // of an ink tile: not computed yet
 const MOST = 254; // the value of probability 1
 const KEPT_TILES = 1500; // 64 kB each
 const PAGE = [22, 20, 18];
-const NOT_COMPUTED = [44, 42, 60];
+const NOT_COMPUTED = [48, 46, 52];
 const LOOKS = "change:layer change:contrast change:opacity change:colour change:threshold change:pixel_um";
 const LOADING = "rgb(38, 35, 32)"; // of tiles that are on their way
 

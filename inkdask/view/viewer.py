@@ -194,7 +194,7 @@ class Viewer:
             )  # fmt: skip
         if self._papyrus and self._inks:
             controls["beside"] = widgets.ToggleButton(
-                value=canvas.columns > 1, description="Beside", icon="columns",
+                value=canvas.columns > 1, description="Beside",
                 tooltip="Ink beside the papyrus, or over it",
             )  # fmt: skip
             controls["beside"].observe(self._on_beside, "value")
@@ -207,10 +207,10 @@ class Viewer:
             )  # fmt: skip
         if self._inks:
             controls["threshold"] = widgets.FloatSlider(
-                value=canvas.threshold, min=0, max=1, step=0.05, description="Above",
+                value=canvas.threshold, min=0, max=1, step=0.05, description="Threshold",
                 readout_format=".2f", tooltip="Ink below this probability is not shown",
             )  # fmt: skip
-            controls["compute"] = widgets.Button(description="Compute all", icon="play")
+            controls["compute"] = widgets.Button(description="Compute all")
             controls["compute"].on_click(self._on_compute)
         for name in controls.keys() & {"layer", "contrast", "colour", "opacity", "threshold"}:
             # The index of a SelectionSlider, which only its model has, is the layer's.
