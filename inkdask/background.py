@@ -11,15 +11,16 @@ import itertools
 import logging
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import dask.array as da
 import numpy as np
 
-from inkdask import engine
+from inkdask import engine, paces
 from inkdask.box import Box
 from inkdask.errors import InkdaskError
 from inkdask.failures import fallible
@@ -38,15 +39,41 @@ KEPT = 8  # backgrounds of a process, the latest used
 
 Place = tuple[int, int]  # row and column of a chunk
 Observer = Callable[[Place | None], None]
+Wish = Literal["focus", "box", "sight", "start"]
 
 _known: OrderedDict[Hashable, Background] = OrderedDict()
 _lock = threading.Lock()
 
 
+class Work(NamedTuple):
+    """What a background is computing.
+
+    Attributes
+    ----------
+    wish
+        Which wish it serves.
+    number
+        Pass that is run, from 0.
+    done, total
+        Chunks that have this pass, and all that the wish needs.
+    tiles
+        Tiles that the wish still needs, those of later passes included.
+    """
+
+    wish: Wish
+    number: int
+    done: int
+    total: int
+    tiles: int
+
+
 class Background:
     """Runner of the chunks of a prediction, one for each prediction and process.
 
-    Boxes are in pixels of the picture, which is the plan's region.
+    There are four wishes, and none cancels another: `focus`, a box that a person drew (`choose`),
+    what is in `sight`, and `start`, which wants all. They are served in this order, but `start`
+    shares its passes with the sight: each pass is done everywhere, in sight first. Boxes are in
+    pixels of the picture, which is the plan's region.
 
     Attributes
     ----------
@@ -56,8 +83,6 @@ class Background:
         Number of the last pass.
     failure
         Error of the last attempt, in one sentence; empty without one.
-    left_out
-        Number of chunks in the last `see`, if they were too many to compute.
     observers
         Called, from any thread, with each chunk that has new tiles, and with None at the end.
     attached
@@ -70,12 +95,11 @@ class Background:
         self.passes = np.full(plan.tiling.block_shape, -1)
         self.finest = plan.tiling.passes - 1
         self.failure = ""
-        self.left_out = 0
         self.observers: list[Observer] = []
         self.attached: dict[Hashable, Any] = {}
-        self._focused: list[Place] = []
-        self._started: list[Place] = []
-        self._seen: list[Place] = []
+        self._wishes: dict[Wish, list[Place]] = {}
+        self._in_sight: list[Place] = []  # also those that are too many to be a wish
+        self._spent = self._ran = 0.0  # seconds, and tiles; the latest weigh most
         self._blocks: dict[int, np.ndarray] = {}  # of Delayed, for each pass
         self._grid: GridStore | None = None
         self._thread: threading.Thread | None = None
@@ -117,33 +141,48 @@ class Background:
         return self._thread is not None
 
     @property
-    def to_come(self) -> int:
-        """Chunks that are wanted and not at their finest."""
-        return len(self._missing(self._focused + self._started + self._seen))
+    def work(self) -> Work | None:
+        """What is being computed, or None."""
+        with self._turn:
+            wish, missing = self._first_wish() if self.is_busy else ("start", [])
+            places = self._wishes.get(wish, [])
+        if not missing:
+            return None
+        number = self._pass_after(missing)
+        done = sum(bool(self.passes[place] >= number) for place in places)
+        return Work(wish, number, done, len(places), self._tiles_of(missing))
+
+    @property
+    def pace(self) -> float | None:
+        """Time of a tile, in seconds; None before the first tile of the network here."""
+        return self._spent / self._ran if self._ran else paces.measured(self._plan.network)
 
     def start(self) -> None:
         """Compute all chunks; a progressive prediction does each pass over all of them."""
-        with self._turn:
-            self._started = list(np.ndindex(self.passes.shape))
-            self.left_out = 0
-        self._go_on()
+        self._want("start", list(np.ndindex(self.passes.shape)))
 
     def focus(self, box: Box) -> None:
         """Compute the chunks of a box, however many, before all others."""
-        with self._turn:
-            self._focused, self.left_out = self._missing(self._reaching(box)), 0
-        self._go_on()
+        earlier = self._missing(self._wishes.get("focus", []))
+        self._want("focus", [*dict.fromkeys(self._reaching(box) + earlier)])
+
+    def choose(self, box: Box | None) -> None:
+        """Compute the chunks of the box that a person drew; None withdraws this wish."""
+        self._want("box", self._reaching(box) if box else [])
 
     def see(self, box: Box) -> None:
-        """Compute the chunks of a box, if they have at most `AUTO_TILES` tiles."""
-        missing = self._missing(self._reaching(box))
-        rows, columns = self._tiling.grid_chunks
-        is_small = sum(rows[row] * columns[column] for row, column in missing) <= AUTO_TILES
+        """Compute the chunks of a box, if they lack at most `AUTO_TILES` tiles."""
+        places = self._reaching(box)
+        is_small = self._tiles_of(self._missing(places)) <= AUTO_TILES
+        self._in_sight = places
+        self._want("sight", places if is_small else [])
+
+    def left_out(self, box: Box) -> tuple[int, int]:
+        """Number of chunks of a box that lack tiles and that nobody wants, and of these tiles."""
         with self._turn:
-            self._started = []  # the latest wish counts
-            self._seen = missing if is_small else []
-            self.left_out = 0 if is_small else len(missing)
-        self._go_on()
+            wanted = {place for places in self._wishes.values() for place in places}
+        missing = [p for p in self._missing(self._reaching(box)) if p not in wanted]
+        return len(missing), self._tiles_of(missing)
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until nothing is being computed; raise an `InkdaskError` for what could not be."""
@@ -182,11 +221,19 @@ class Background:
         return list(places)
 
     def _missing(self, places: Sequence[Place]) -> list[Place]:
-        return [place for place in dict.fromkeys(places) if self.passes[place] < self.finest]
+        return [place for place in places if self.passes[place] < self.finest]
 
-    def _go_on(self) -> None:
+    def _tiles_of(self, places: Sequence[Place]) -> int:
+        """Number of tiles that chunks lack."""
+        if not places:
+            return 0
+        tiles = self._tiling.tiles_until(self.finest) - self._tiling.tiles_there(self.passes)
+        return int(tiles[tuple(np.transpose(places))].sum())
+
+    def _want(self, wish: Wish, places: list[Place]) -> None:
         with self._turn:
-            if self._thread is None and self.to_come:
+            self._wishes[wish] = places
+            if self._thread is None and any(map(self._missing, self._wishes.values())):
                 self.failure = ""
                 self._thread = threading.Thread(target=self._work, name="ink", daemon=True)
                 self._thread.start()
@@ -201,26 +248,45 @@ class Background:
                         break
                 blocks = self._delayed(number)
                 tasks = [blocks[place] for place in batch]
+                began, tiles = time.monotonic(), self._tiles_of(batch)
                 engine.compute_each(tasks, partial(self._receive, number)).check()
+                self._spent = self._spent / 2 + time.monotonic() - began
+                self._ran = self._ran / 2 + tiles - self._tiles_of(batch)
         except Exception as error:
             # No caller waits here, so `failure` and `wait` report the error.
             if not isinstance(error, InkdaskError):
                 log.exception("a chunk could not be computed in the background")
             with self._turn:
                 self.failure = str(error) or type(error).__name__
-                self._focused, self._started, self._seen, self._thread = [], [], [], None
+                self._wishes, self._thread = {}, None
         self._tell(None)
 
     def _next(self) -> tuple[int, list[Place]]:
         """Return a pass, and the chunks of one row, which read together, to compute now."""
-        missing = self._missing(self._focused) or self._missing(self._started + self._seen)
-        number = self.finest
-        if self.is_progressive and missing:
-            least = min(self.passes[place] for place in missing)
-            missing = [place for place in missing if self.passes[place] == least]
-            number = int(least) + 1
+        wish, missing = self._first_wish()
+        if not missing:
+            return self.finest, []
+        if wish == "start":
+            missing = self._missing([*dict.fromkeys(self._in_sight + missing)])
+        number = self._pass_after(missing)
+        if self.is_progressive:
+            missing = [place for place in missing if self.passes[place] == number - 1]
         batch = [place for place in missing if place[0] == missing[0][0]]
         return number, batch[: _abreast()]
+
+    def _first_wish(self) -> tuple[Wish, list[Place]]:
+        """Return the wish that is served first, and the chunks that it lacks."""
+        last: Wish = "start" if self._wishes.get("start") else "sight"  # `start` takes it along
+        for wish in ("focus", "box", last):
+            if missing := self._missing(self._wishes.get(wish, [])):
+                break
+        return wish, missing
+
+    def _pass_after(self, missing: Sequence[Place]) -> int:
+        """Return the pass that chunks need next, the coarsest first."""
+        if not self.is_progressive:
+            return self.finest
+        return int(min(self.passes[place] for place in missing)) + 1
 
     def _delayed(self, number: int) -> np.ndarray:
         """Tasks of all chunks for a pass, Delayed (rows, columns)."""

@@ -97,6 +97,11 @@ def blend_chunk(
     """
     y = strips(tiling.y, int(row[0]), grid.shape[-1], window, sigma)
     x = strips(tiling.x, int(column[0]), grid.shape[-1], window, sigma)
+    return multiply(grid, valid, y, x)
+
+
+def multiply(grid: np.ndarray, valid: np.ndarray, y: Strips, x: Strips) -> np.ndarray:
+    """Multiply the grid of `blend_chunk` by the matrices of both axes: float32 (y, x)."""
     xp = array_library()
     if xp is not np:
         try:
@@ -108,7 +113,7 @@ def blend_chunk(
 
 
 def _products(xp: Any, grid: Any, valid: Any, ys: Strips, xs: Strips) -> Any:
-    """Multiply the grid by the matrices of both axes, with NumPy or CuPy: float32 (y, x)."""
+    """Do `multiply` with NumPy or CuPy."""
     grid, valid = xp.asarray(grid), xp.asarray(valid)
     ran = ~xp.isnan(grid[:, :, 0, 0])  # (gy, gx)
     # Multiply in float64, because float32 pictures would differ between processors and libraries.
@@ -204,19 +209,30 @@ def strips(axis: Axis, index: int, k: int, window: BlendMode, sigma: float) -> S
     reach a pixel.
     """
     origins = tuple(axis.reaching_origins(index).tolist())
-    return _strips(origins, axis.chunks[index], axis.tile, k, window, sigma)
+    return strips_of(origins, axis.chunks[index], axis.tile, k, window, sigma)
 
 
 @lru_cache(maxsize=16)  # few, because all chunks but those at the borders share theirs
-def _strips(
-    origins: tuple[int, ...], pixels: int, tile: int, k: int, window: BlendMode, sigma: float
+def strips_of(
+    origins: tuple[int, ...],
+    pixels: int,
+    tile: int,
+    k: int,
+    window: BlendMode,
+    sigma: float,
+    margin: int = 0,
 ) -> Strips:
-    w, u = taper(tile, window, sigma), upsampling(tile, k)
+    """Return ``pixels`` and tiles at ``origins`` in strips.
+
+    The window is wider than a tile by ``margin`` pixels on either side.
+    """
+    wide = tile + 2 * margin
+    w, u = taper(wide, window, sigma * wide / tile), upsampling(tile, k, margin)
     B = np.zeros((pixels, len(origins), k))
     W = np.zeros((pixels, len(origins)))
     for i, origin in enumerate(origins):
-        start, stop = max(origin, 0), min(origin + tile, pixels)
-        inside = slice(start - origin, stop - origin)
+        start, stop = max(origin - margin, 0), min(origin + tile + margin, pixels)
+        inside = slice(start - origin + margin, stop - origin + margin)
         W[start:stop, i] = w[inside]
         B[start:stop, i] = w[inside, None] * u[inside]
     cut = []
@@ -244,17 +260,19 @@ def taper(tile: int, window: BlendMode = "hann", sigma: float = 0.0) -> np.ndarr
     return np.maximum(np.exp(-0.5 * ((n - tile / 2) / (sigma or tile / 2.5)) ** 2), FLOOR)
 
 
-def upsampling(tile: int, k: int) -> np.ndarray:
+def upsampling(tile: int, k: int, margin: int = 0) -> np.ndarray:
     """Bilinear interpolation from k values to the pixels of a tile, float64 (tile, k).
+
+    With a margin, the pixels before and after the tile too, float64 (tile + 2 * margin, k).
 
     Equals ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``: the values
     lie at the centres of k equal parts, and pixels beyond the outermost centre take its value.
     """
-    position = np.clip((np.arange(tile) + 0.5) * k / tile - 0.5, 0, k - 1)
+    pixels = np.arange(tile + 2 * margin)
+    position = np.clip((pixels - margin + 0.5) * k / tile - 0.5, 0, k - 1)
     left = np.minimum(position.astype(int), max(k - 2, 0))
     share = position - left
-    u = np.zeros((tile, k))
-    pixels = np.arange(tile)
+    u = np.zeros((len(pixels), k))
     u[pixels, left] = 1 - share
     u[pixels, np.minimum(left + 1, k - 1)] += share
     return u

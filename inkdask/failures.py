@@ -116,9 +116,18 @@ def unwrap(value: R | Failure) -> R:
     return value
 
 
-def _worker() -> str:
-    distributed = sys.modules.get("distributed")
+def dask_worker() -> Any | None:
+    """Return the Dask worker whose task this thread runs, or None."""
+    if "distributed" not in sys.modules:  # no thread has made a worker
+        return None
+    from distributed import get_worker  # waits, if another thread is just importing it
+
     try:
-        return str(distributed.get_worker().address) if distributed else ""
-    except ValueError:  # no worker
-        return ""
+        return get_worker()
+    except ValueError:
+        return None
+
+
+def _worker() -> str:
+    worker = dask_worker()
+    return str(worker.address) if worker else ""

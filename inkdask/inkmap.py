@@ -7,9 +7,8 @@ from typing import Any
 
 import dask.array as da
 
-from inkdask import showing
+from inkdask import coarse, showing
 from inkdask.background import Background
-from inkdask.blending import blend
 from inkdask.box import Box
 from inkdask.job import Job
 from inkdask.plan import Plan
@@ -38,6 +37,8 @@ class InkMap:
         Whether the background computes from coarse to fine.
     job
         Job whose grid stores a progressive prediction; None for a plain one.
+    pixel_um
+        Side of a pixel in micrometers; None where it is not known.
     """
 
     map: da.Array
@@ -48,6 +49,7 @@ class InkMap:
     gaussian_sigma: float = 0.0
     progressive: bool = False
     job: Job | None = None
+    pixel_um: float | None = None
 
     @property
     def background(self) -> Background:
@@ -73,8 +75,9 @@ class InkMap:
     @property
     def so_far(self) -> da.Array:
         """Picture of all tiles that the background has run, dask float32 (y, x); else 0."""
-        grid, window = self.background.grid, (self.blend_mode, self.gaussian_sigma)
-        return blend(grid.grid(), grid.valid(), self.tiling, *window)[self.plan.region.slices]
+        grid, passes = self.background.grid, self.background.passes.copy()
+        ink = coarse.so_far(grid, passes, self.blend_mode, self.gaussian_sigma)
+        return ink[self.plan.region.slices]
 
     @property
     def tiling(self) -> Tiling:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inkdask import paces
 from inkdask.blending import warm_up
 from inkdask.errors import InkdaskError
 from inkdask.models.fast import CORE_VOXELS, Forward
@@ -85,12 +86,6 @@ def predictor(network: Network) -> Predictor:
                 del _predictors[next(iter(_predictors))]
             _predictors[key] = Predictor(network)
         return _predictors[key]
-
-
-def measured_pace(network: Network) -> float | None:
-    """Return the best time of a tile in this process, in seconds; None before the first tile."""
-    known = _predictors.get(replace(network, function=None))
-    return known.pace if known else None
 
 
 @dataclass(eq=False)
@@ -211,6 +206,7 @@ class Predictor:
             )
         seconds = ended.since(began) / len(origins)
         self.pace = min(self.pace or seconds, seconds)
+        paces.record(self.network, seconds)
         return probabilities
 
     @property

@@ -14,6 +14,7 @@ import dask.array as da
 import numpy as np
 
 from inkdask.blending import blend
+from inkdask.coarse import so_far
 from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance, differences
 from inkdask.job import Job
@@ -36,7 +37,9 @@ def picture(job: Job, num_parts: int) -> str:
     check_room_for_picture(job.region, job.target)
     check_complete(job, num_parts)
     tell_of_replaced(f"{job.target}.zarr", job.provenance)
-    write(job, job.target)
+    grid, how = job.grid, job.rendering
+    ink = blend(grid.grid(), grid.valid(), grid.tiling, how.blend_mode, how.gaussian_sigma)
+    write(job, job.target, ink)
     for ending in (".png", ".zarr"):
         outputs.discard(job.target + PREVIEW + ending)
     job.grid.remove_earlier()
@@ -45,7 +48,9 @@ def picture(job: Job, num_parts: int) -> str:
 
 def preview(job: Job) -> str:
     """Write the picture of the stored tiles beside the place of the final picture."""
-    write(job, job.target + PREVIEW)
+    how = job.rendering
+    ink = so_far(job.grid, job.grid.passes_done(), how.blend_mode, how.gaussian_sigma)
+    write(job, job.target + PREVIEW, ink)
     return f"{job.target}{PREVIEW}.png"
 
 
@@ -103,10 +108,9 @@ def tell_of_replaced(uri: str, made_of: Provenance) -> None:
             log.info("%s is replaced: its %s", uri, differing)
 
 
-def write(job: Job, target: str) -> None:
-    """Write the picture as ``<target>.png`` and ``<target>.zarr``, each whole or not at all."""
-    region, grid, how = job.region, job.grid, job.rendering
-    ink = blend(grid.grid(), grid.valid(), grid.tiling, how.blend_mode, how.gaussian_sigma)
+def write(job: Job, target: str, ink: da.Array) -> None:
+    """Write an ink map as ``<target>.png`` and ``<target>.zarr``, each whole or not at all."""
+    region, how = job.region, job.rendering
     grey = da.map_blocks(to_uint8, ink[region.slices], dtype=np.uint8)
     corner = region.shift(*job.recipe.corner).corner
 

@@ -73,6 +73,7 @@ def predict(
         progressive=settings.progressive,
         # An array may change without a trace, so nothing that it gave is kept.
         job=Job.of(plan, settings) if settings.progressive and plan.segment else None,
+        pixel_um=settings.pixel_resolution_um,
     )
 
 

@@ -1,10 +1,18 @@
 """The notebooks in examples/ run as they are, and are committed without what they put out."""
 
+import base64
+import io
+import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import tifffile
 from nbclient import NotebookClient
+from PIL import Image
+
+from inkdask.demo import synthetic
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
@@ -20,12 +28,25 @@ def read(name):
     return nbformat.read(EXAMPLES / name, as_version=4)
 
 
+def of_own_segment(place):
+    """The notebook explore as a reader changes it: a larger segment of more layers, off-centre."""
+    synthetic.write_segment(place, text=("ΑΦΟΒΟΝ",), layers=30, height=200, width=400)
+    for file in (place / "layers").iterdir():
+        tifffile.imwrite(file, np.pad(tifffile.imread(file), ((800, 300), (900, 100))))
+    notebook = read("explore.ipynb")
+    changed = [cell for cell in notebook.cells if 'path = ""' in cell.source]
+    assert len(changed) == 1
+    changed[0].source = changed[0].source.replace('path = ""', f"path = {str(place)!r}")
+    return notebook
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """The notebooks after they ran, and the folder of each, by name: one kernel runs them all."""
     root = tmp_path_factory.mktemp("notebooks")
     notebooks = {name: read(name) for name in NOTEBOOKS}
-    together, folders = nbformat.v4.new_notebook(), {name: root / name for name in NOTEBOOKS}
+    notebooks["own"] = of_own_segment(root / "segment")
+    together, folders = nbformat.v4.new_notebook(), {name: root / name for name in notebooks}
     for name, notebook in notebooks.items():
         afresh = AFRESH.format(name=str(folders[name]))
         together.cells += [nbformat.v4.new_code_cell(afresh), *notebook.cells]
@@ -57,24 +78,35 @@ def test_notebook_is_committed_without_outputs(name):
         assert cell.get("execution_count") is None
 
 
+def shown(notebook):
+    """All that cells showed, by type of data."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [output.data for output in outputs if "data" in output]
+
+
 @pytest.mark.slow
-def test_explore_shows_segment_and_prediction(executed):
-    notebook = executed[0]["explore.ipynb"]
-    text = said(notebook)
-    assert "1,024 x 384 pixels" in text
-    assert "128 x 128 pixels, mean ink" in text
-    shows = [
-        output.data
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "data" in output
-    ]
+@pytest.mark.parametrize(
+    ("name", "size", "part"),
+    [("explore.ipynb", "1,024 x 384", "384 x 512"), ("own", "1,400 x 1,300", "512 x 512")],
+)
+def test_explore_shows_ink_after_it_ran(executed, name, size, part):
+    notebook = executed[0][name]
+    text, shows = said(notebook), shown(notebook)
+    assert f"{size} pixels" in text
+    assert f"{part} pixels, mean ink" in text
     assert any("application/vnd.jupyter.widget-view+json" in data for data in shows)
     # Where no kernel lives, each viewer leaves a picture.
     stills = [data["text/html"] for data in shows if "inkdask-static" in str(data.get("text/html"))]
     assert len(stills) == 2
-    assert all("data:image/jpeg;base64," in still for still in stills)
-    assert len(nbformat.writes(notebook)) < 500_000
+    (_, still) = stills
+    data = re.search("data:image/jpeg;base64,([^']+)'", still)[1]
+    red, _, blue = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB").split()
+    orange = np.asarray(red).astype(int) - np.asarray(blue) > 60
+    assert orange.mean() > 0.002  # ink was there when the viewer was shown
+    (picture,) = [data["image/png"] for data in shows if "image/png" in data]
+    values = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
+    assert (values > 127).mean() > 0.01
+    assert len(nbformat.writes(notebook)) < 1_000_000
 
 
 def test_gpu_tells_the_pace_and_writes_the_picture(executed):

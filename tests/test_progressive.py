@@ -1,5 +1,8 @@
 """From coarse to fine: every tile once, a whole picture after each pass, the same in the end."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import inkdask
-from inkdask import background, engine, workflow
+from inkdask import background, coarse, engine, workflow
+from inkdask.blending import blend, strips_of
 from inkdask.box import Box
 from inkdask.demo import auc, synthetic
 from inkdask.errors import InkdaskError
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
+from inkdask.view import words
 from inkdask.view.tiles import Ink
 from tests.files import grids, read_picture, write_segment
 from tests.oracle import assert_same_picture, depth_slope, papyrus
@@ -118,6 +123,51 @@ def test_each_pass_shows_the_whole_and_sees_more(tmp_path, monkeypatch, capsys):
     assert not list(Path(uri).parent.glob("*preview*"))
 
 
+@pytest.mark.parametrize("window", ["hann", "gaussian"])
+def test_picture_of_a_pass_has_no_seams(segment, window):
+    """Steps where tiles meet are as small as other steps of the picture."""
+    ink = inkdask.predict(segment, **JOB, blend_mode=window, progressive=True)
+    first, *_ = range(ink.tiling.passes)
+    runner, seen = ink.background, []
+    runner.observers.append(lambda _: (runner.passes == first).all() and seen.append(
+        (ink.so_far.compute(), Ink.of(ink).tile(0, 0, 0).copy())
+    ))  # fmt: skip
+    ink.start()
+    ink.wait()
+    early, shown = seen[0]
+    expected = np.rint(early[:256, :256] * 254)
+    assert np.abs(shown[: len(expected), : expected.shape[1]] - expected).max() <= 1
+    inside = early > 0
+    steps = np.abs(np.diff(early, axis=1))
+    steps[~(inside[:, 1:] & inside[:, :-1])] = np.nan
+    by_column = np.nanmean(steps, axis=0)
+    seams = by_column[63 : WIDTH - 64 : 64]
+    assert seams.max() < 1.5 * np.nanmax(np.delete(by_column, np.s_[63::64]))
+    assert seams.max() < 0.06  # 0.34 where the tiles are not blended
+    assert (early > 0).sum() == (ink.so_far.compute() > 0).sum()  # nothing is left out
+
+
+def test_blend_so_far_of_a_whole_grid_is_the_blend(segment):
+    ink = inkdask.predict(segment, **JOB, progressive=True, roi_xyxy=(30, 20, 400, 250))
+    ink.start()
+    ink.wait()
+    grid = ink.background.grid
+    expected = blend(grid.grid(), grid.valid(), grid.tiling)[ink.plan.region.slices]
+    np.testing.assert_array_equal(ink.so_far.compute(), expected.compute())
+
+
+@given(tilings(), st.integers(0, 5), st.sampled_from([1, 2, 4]))
+def test_windows_of_every_pass_reach_every_pixel_of_a_chunk(tiling, last, k):
+    axis, last = tiling.y, min(last, tiling.passes - 1)
+    margin = coarse._margin(axis, last)
+    early = axis.origins[axis.pass_of_tile <= last]
+    whole = strips_of(tuple(early.tolist()), axis.length, axis.tile, k, "hann", 0.0, margin)
+    for strip in whole:
+        assert (strip.w.sum(axis=1) > 0).all()
+        shares = strip.B.reshape(len(strip.B), -1).sum(axis=1)
+        np.testing.assert_allclose(shares, strip.w.sum(axis=1))  # a map of ones stays one
+
+
 class StoppedError(Exception):
     """What stops a job in a test."""
 
@@ -158,7 +208,7 @@ def test_background_computes_a_region_then_the_whole_and_run_takes_it_over(segme
     assert (whole[0] < finest).any()  # a picture of the whole, before it is at its finest
     map_ = ink.so_far.compute()
     np.testing.assert_allclose(map_, ink.map.compute(), atol=1e-4)
-    assert "chunks at their finest" in Ink.of(ink).status
+    assert words.status([ink.background]) == "All 6 chunks computed."
 
     background._known.clear()  # as in another session
     again = inkdask.predict(segment, **options)
@@ -168,6 +218,66 @@ def test_background_computes_a_region_then_the_whole_and_run_takes_it_over(segme
     picture = read_picture(inkdask.run(segment, **JOB))
     assert f"{ink.tiling.tiles:,} resumed from an earlier run" in capsys.readouterr().err
     assert np.abs(picture - np.floor(255 * map_)).max() <= 1
+
+
+def test_start_outlasts_a_look_and_the_status_names_the_pass(segment, monkeypatch):
+    """The segment has more tiles than a look computes by itself."""
+    monkeypatch.setattr(background, "AUTO_TILES", 10)
+    monkeypatch.setattr(background, "_abreast", lambda: 1)
+    ink = inkdask.predict(segment, **JOB, progressive=True)
+    whole = Box.at((0, 0), ink.map.shape)
+    said, runner = [], ink.background
+
+    def note(place):
+        said.append(words.status([runner]))
+        if place == (1, 1):  # a person looks at all, then at a corner
+            runner.see(whole)
+            runner.see(Box(0, 20, 0, 20))
+
+    runner.observers.append(note)
+    ink.start()
+    ink.wait()
+    assert (runner.passes == runner.finest).all()
+    assert said[0].startswith("Computing all, pass 1 of 3: 1 of 6 chunks")
+    assert any(each.startswith("Computing all, pass 3 of 3: 5 of 6 chunks") for each in said)
+    assert not any("of 6 chunks computed" in each for each in said)  # coarse ones are not
+    runner.passes[:] = 0
+    runner.passes[0] = runner.finest
+    assert words.status([runner]) == "3 of 6 chunks computed, 3 coarse (pass 1 of 3)."
+
+
+def test_pass_is_done_in_sight_first_and_then_everywhere(segment, monkeypatch):
+    monkeypatch.setattr(background, "_abreast", lambda: 1)
+    ink = inkdask.predict(segment, **JOB, progressive=True)
+    monkeypatch.setattr(background, "AUTO_TILES", 0)  # looking wants nothing by itself
+    order = []
+    ink.background.observers.append(order.append)
+    ink.background.see(Box(200, 260, 400, 420))  # in the last chunk, into which four reach
+    ink.start()
+    ink.wait()
+    assert sorted(order[:4]) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert len({*order[:6]}) == 6  # a pass over all, before the next
+
+
+def test_task_waits_for_distributed_while_another_thread_imports_it(tmp_path):
+    package = tmp_path / "distributed" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("import time; time.sleep(2)\ndef get_worker(): raise ValueError")
+    code = """if True:
+        import sys, threading, time
+        from inkdask.failures import _worker
+        from inkdask.models.hardware import cores
+        thread = threading.Thread(target=__import__, args=("distributed",))
+        thread.start()
+        while "distributed" not in sys.modules: time.sleep(0.01)
+        print(repr(_worker()), cores() > 0)
+    """
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.stdout.strip() == "'' True"
 
 
 def test_progressive_prediction_is_stored_after_viewing_a_plain_one(segment):

@@ -2,11 +2,13 @@
 
 import base64
 import io
+import json
 import re
 import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
 
 import dask.array as da
@@ -17,11 +19,11 @@ import torch
 from PIL import Image
 
 import inkdask
-from inkdask import background, storage
+from inkdask import background, paces, storage
 from inkdask.box import Box
 from inkdask.errors import InkdaskError
 from inkdask.view import html as html_module
-from inkdask.view import tiles
+from inkdask.view import tiles, words
 from inkdask.view.kept import Kept
 from inkdask.view.sampling import Budget, Layer, look, shrink
 from inkdask.view.tiles import MOST, SIDE, UNKNOWN, Ink, Papyrus
@@ -31,6 +33,7 @@ SHAPE = 5, 460, 620
 WHOLE = Box.at((0, 0), SHAPE[1:])
 PART = Box(100, 360, 120, 510)  # predictions are of this part
 SMALL = Box.at((0, 0), PART.shape)
+ADVICE = "Zoom in or draw a box to compute a part."
 TILES = {"tile": 32, "stride": 16, "chunk_size": 128}
 
 
@@ -43,6 +46,7 @@ def mean_of_tile(x):
 def nothing_is_known():
     """Equal predictions share a background, but those of different tests must not."""
     background._known.clear()
+    paces._seconds.clear()
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +259,72 @@ def test_many_chunks_wait_to_be_asked_for(ink, monkeypatch):
     ink.background.see(SMALL)
     ink.wait()
     assert not ink.background.known.any()
-    assert "press Compute" in Ink.of(ink).status
+    button = words.offer([ink.background], SMALL, SMALL)
+    assert button == ("Compute all", f"{ADVICE} Compute all: {ink.tiling.tiles:,} tiles.", True)
+    assert words.status([ink.background], button).startswith("0 of 6 chunks computed. Zoom in")
+    part = words.offer([ink.background], Box(130, 200, 130, 200), SMALL)
+    assert part.sentence == "Compute view: 256 tiles."
+
+
+def test_looking_does_not_cancel_start(ink, monkeypatch):
+    monkeypatch.setattr(background, "AUTO_TILES", 10)
+    ink.start()
+    ink.background.see(SMALL)
+    ink.background.see(Box(0, 10, 0, 10))
+    ink.background.choose(None)
+    assert not words.offer([ink.background], SMALL, SMALL).is_open  # all is asked for
+    ink.wait()
+    assert ink.background.known.all()
+    assert words.status([ink.background]) == "All 6 chunks computed."
+
+
+def test_wishes_are_kept_apart_and_served_by_rank(ink, monkeypatch):
+    """The wishes of four are there before a chunk is computed; then each is served in turn."""
+    runner, order = ink.background, []
+    let_go = threading.Event()
+    receive = runner._receive
+
+    def note(number, located):
+        let_go.wait(60)
+        if runner.work:
+            order.append((runner.work.wish, located[0]))
+        receive(number, located)
+
+    monkeypatch.setattr(runner, "_receive", note)
+    monkeypatch.setattr(background, "_abreast", lambda: 1)
+    corners = {"see": (0, 0), "choose": (0, 2), "focus": (1, 0)}
+    ink.start()
+    for wish, (row, column) in corners.items():
+        getattr(runner, wish)(Box.at((128 * row + 20, 128 * column + 20), (10, 10)))
+    assert runner.work.wish == "focus"
+    let_go.set()
+    ink.wait()
+    assert runner.known.all()
+    # `start` was first, and its first chunk was on its way.
+    wishes = [wish for wish, _ in order[1:]]
+    assert wishes == sorted(wishes, key=("focus", "box", "start").index)
+    assert wishes[0] == "focus"
+    assert ("box", (0, 2)) in order
+
+
+def test_failed_look_leaves_words_of_what_failed(ink):
+    ink.background.failure = "It is broken."
+    assert words.status([ink.background]) == "It is broken."
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [(0.2, "a few seconds"), (42, "about 40 s"), (250, "about 4 min"), (9000, "about 2 h")],
+)
+def test_times_are_rough(seconds, says):
+    assert words.about(seconds) == says
+
+
+def test_description_is_right_while_another_thread_imports_the_network(ink, monkeypatch):
+    """`start` imports torch in a thread; a module that is half imported lacks its names."""
+    half = types.ModuleType("inkdask.predictor")
+    monkeypatch.setitem(sys.modules, "inkdask.predictor", half)
+    assert "cost" in ink._repr_html_()
 
 
 def test_overview_follows_the_chunks(ink, monkeypatch):
@@ -297,7 +366,7 @@ def test_failure_in_the_background_is_told(segment):
     ink = inkdask.predict(segment, model=broken, tile=32, stride=16)
     with pytest.raises(InkdaskError, match="The network is broken"):  # else parts would be black
         compute(ink, Box(0, 10, 0, 10))
-    assert Ink.of(ink).status == "The network is broken."
+    assert words.status([ink.background]) == "The network is broken."
     assert not ink.background.is_busy
 
 
@@ -319,6 +388,16 @@ def test_segment_describes_itself(segment):
     assert np.asarray(thumbnail).std() > 20
 
 
+def test_middle_lies_on_papyrus(tmp_path):
+    volume = np.zeros((1, 700, 1300), np.uint8)
+    volume[:, 80:300, 900:1200] = 90
+    segment = write(tmp_path / "corner", volume)
+    rows, columns = inkdask.view.middle(segment, 200)
+    assert (rows.stop - rows.start, columns.stop - columns.start) == (200, 200)
+    assert (volume[0, rows, columns] > 0).mean() > 0.95
+    assert inkdask.view.middle(segment, 5000) == (slice(0, 700), slice(0, 1300))
+
+
 def test_prediction_describes_itself_and_computes_nothing(ink):
     before = storage.counters().tiles
     html = ink._repr_html_()
@@ -330,6 +409,32 @@ def test_prediction_describes_itself_and_computes_nothing(ink):
     assert "<progress value='6' max='6'>" in after
     assert "tiles/s here" in after
     assert np.asarray(thumbnails(after)[0]).tolist() != np.asarray(thumbnails(html)[0]).tolist()
+
+
+def test_viewers_of_many_noisy_pictures_are_light_in_a_saved_notebook(tmp_path):
+    """What a notebook keeps of a viewer: the still, and at most the state of its widgets."""
+    widgets = pytest.importorskip("ipywidgets")
+    rng = np.random.default_rng(0)
+    noise = rng.integers(1, 255, (5, 1100, 1100), np.uint8)
+    segment = write(tmp_path / "noise", noise, tile=(64, 64))
+    ink = inkdask.predict(segment, model=mean_of_tile, tile=32, stride=32, chunk_size=512)
+    shown = Ink.of(ink)
+    shown.background.passes[:] = 0  # as if noise was all that came out
+    shown._overview[:] = rng.integers(0, 254, shown._overview.shape)
+    many = {str(number): ink for number in range(40)}
+    for viewer in (segment.show(), ink.show(), inkdask.view.compare(many, columns=8)):
+        state = widgets.Widget.get_manager_state(widgets=[*all_of(viewer.widget)])
+        kept = len(viewer._static) + len(json.dumps(state))
+        print(f"{kept:,} bytes, {len(viewer._static):,} of them the still")
+        assert 20_000 < kept < 1_000_000
+
+
+def all_of(widget):
+    """A widget, its layout, and all in it."""
+    yield widget
+    yield widget.layout
+    for child in getattr(widget, "children", ()):
+        yield from all_of(child)
 
 
 def test_array_is_not_computed_to_be_described():

@@ -13,6 +13,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 from PIL import Image
@@ -162,13 +163,15 @@ def test_explore_notebook_shows_layers_ink_and_a_box(page, lab):
     url, folder = lab
     open_notebook(page, url, "explore.ipynb")
     run_all(page)
-    page.wait_for_function("document.querySelectorAll('.inkdask-viewer canvas').length == 2")
+    page.wait_for_function(
+        "document.querySelectorAll('.inkdask-viewer canvas').length == 2", timeout=180_000
+    )
 
     # Layers: the slider, the contrast, and the value under the cursor.
     layers = output_of(page, 5)
     layers.scroll_into_view_if_needed()
     canvas = layers.locator("canvas")
-    until(page, lambda: picture(canvas)[..., 0].std() > 20, "the layer is drawn")
+    until(page, lambda: picture(canvas)[..., 0].std() > 20, "the layer is drawn", 180)
     assert not layers.locator(".inkdask-static").is_visible()
     first = picture(canvas)
     press(page, handle(layers, 0), "ArrowRight", 6)
@@ -180,11 +183,11 @@ def test_explore_notebook_shows_layers_ink_and_a_box(page, lab):
     screenshot(page, "layers")
 
     # The prediction: live, and what the opacity does.
-    viewer = output_of(page, 7)
+    viewer = output_of(page, 9)
     viewer.scroll_into_view_if_needed()
     canvas = viewer.locator("canvas")
     status = viewer.locator(".inkdask-status")
-    until(page, lambda: "8 of 8 chunks computed" in status.inner_text(), "the map is computed", 120)
+    until(page, lambda: "All 8 chunks computed" in status.inner_text(), "the map is computed", 120)
     until(page, lambda: inked(picture(canvas)) > 0.02, "ink is drawn")
     screenshot(page, "ink")
     press(page, handle(viewer, 3), "Home")  # opacity 0
@@ -221,21 +224,21 @@ def test_explore_notebook_shows_layers_ink_and_a_box(page, lab):
     page.mouse.up()
     page.wait_for_timeout(500)
     screenshot(page, "box")
-    cell = page.locator(".jp-Notebook .jp-Cell").nth(9)
+    cell = page.locator(".jp-Notebook .jp-Cell").nth(11)
     cell.locator(".cm-content").click()
     page.keyboard.press("Control+Enter")
     size = re.compile(r"(\d+) x (\d+) pixels, mean ink")
     until(
         page,
         lambda: (
-            (m := size.search(output_of(page, 9).inner_text())) and m.groups() != ("128", "128")
+            (m := size.search(output_of(page, 11).inner_text())) and m.groups() != ("384", "512")
         ),
         "the box reaches the kernel",
     )
-    height, width = map(int, size.search(output_of(page, 9).inner_text()).groups())
+    height, width = map(int, size.search(output_of(page, 11).inner_text()).groups())
     assert width / height == pytest.approx(150 / 60, rel=0.1)
 
-    viewer.get_by_role("button", name="beside").click()
+    viewer.get_by_role("button", name="Beside").click()
     until(page, lambda: viewer.locator("canvas").count() == 2, "two panels")
     right = viewer.locator("canvas").nth(1)
     until(page, lambda: picture(right)[..., 0].std() > 20, "ink beside the papyrus")
@@ -258,15 +261,116 @@ def test_explore_notebook_shows_layers_ink_and_a_box(page, lab):
     screenshot(page, "without-kernel")
 
 
+TOOLS = """import inkdask
+from pathlib import Path
+from inkdask.demo import synthetic
+synthetic.write_segment(Path("tools"), text=("ΑΦΟΒΟΝ",), height=200, width=500)
+part = inkdask.open_segment("tools").crop(slice(10, 190), slice(20, 480))
+ink = inkdask.predict(part, model="demo", stride=32, chunk_size=256, pixel_resolution_um=7.91)
+viewer = ink.show()
+viewer"""
+
+
+def test_viewer_has_the_tools_of_map_viewers(page, lab):
+    url, folder = lab
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TOOLS)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, folder / "tools.ipynb")
+    open_notebook(page, url, "tools.ipynb")
+    run_all(page)
+    viewer = output_of(page, 0)
+    canvas, status = viewer.locator("canvas"), viewer.locator(".inkdask-status")
+    canvas.wait_for(timeout=180_000)
+    until(page, lambda: re.search("All|The only", status.inner_text()), "the map is computed", 120)
+    until(page, lambda: inked(picture(canvas)) > 0.02, "ink is drawn")
+
+    def tool(name):
+        return viewer.get_by_role("button", name=name)
+
+    # Tools in one row; two where the window is narrow, and the picture fits again.
+    tools = viewer.locator(".inkdask-tools")
+    for width, rows in ((1400, 1), (1000, 1), (700, 2)):
+        page.set_viewport_size({"width": width, "height": 1000})
+        page.wait_for_timeout(1000)
+        groups = viewer.locator(".inkdask-group")
+        tops = {round(groups.nth(i).bounding_box()["y"]) for i in range(groups.count())}
+        assert len(tops) == rows
+        for control in groups.locator("> *").all():  # nothing is cut off or overlaps
+            box, around = control.bounding_box(), tools.bounding_box()
+            assert box["x"] + box["width"] <= around["x"] + around["width"] + 1
+            assert control.evaluate("e => e.scrollWidth <= e.clientWidth + 1")
+        shown = picture(canvas)[..., :3].max(axis=2) > 60
+        assert shown[:, : shown.shape[1] // 10].any()  # all of it: its left end
+        assert shown[:, -shown.shape[1] // 5 :].any()  # and its right end
+        screenshot(page, f"tools-{width}")
+    page.set_viewport_size({"width": 1400, "height": 1000})
+    page.wait_for_timeout(1000)
+
+    # A hint until the first gesture; zoom and home.
+    assert viewer.locator(".inkdask-hint").is_visible()
+    whole = picture(canvas)
+    tool("Zoom in").click()
+    page.wait_for_timeout(1000)
+    assert viewer.locator(".inkdask-hint").count() == 0
+    assert np.abs(picture(canvas).astype(int) - whole).mean() > 5
+    tool("Show all").click()
+    page.wait_for_timeout(1000)
+    assert np.abs(picture(canvas).astype(int) - whole).mean() < 1
+
+    # Threshold and colour.
+    threshold = handle(viewer, 4)
+    press(page, threshold, "End")
+    assert inked(picture(canvas)) < 0.002
+    press(page, threshold, "Home")
+    viewer.locator("input[type=color]").fill("#2060ff")
+    until(page, lambda: inked(picture(canvas)) < 0.002, "the ink is blue")
+    blue = picture(canvas).astype(int)
+    assert ((blue[..., 2] - blue[..., 0]) > 60).mean() > 0.02
+
+    # The box as text, in pixels of the whole segment, and its removal.
+    frame = canvas.bounding_box()
+    x, y = frame["x"] + 0.5 * frame["width"], frame["y"] + 0.5 * frame["height"]
+    page.keyboard.down("Shift")
+    page.mouse.move(x - 50, y - 30)
+    page.mouse.down()
+    page.mouse.move(x + 50, y + 30, steps=4)
+    page.mouse.up()
+    page.keyboard.up("Shift")
+    words = viewer.locator(".inkdask-roi")
+    x0, y0, x1, y1 = map(int, re.fullmatch("--roi-xyxy (.*)", words.inner_text())[1].split(","))
+    assert (x0 + x1) / 2 == pytest.approx(20 + 230, abs=3)
+    assert (y0 + y1) / 2 == pytest.approx(10 + 90, abs=3)
+    screenshot(page, "tools-box")
+    tool("Remove the box").click()
+    until(page, lambda: not words.is_visible(), "the box is gone")
+
+    # The picture as a file, and full screen.
+    with page.expect_download() as download:
+        tool("Save as PNG").click()
+    with Image.open(download.value.path()) as saved:
+        assert saved.width >= frame["width"]
+        assert np.asarray(saved.convert("RGB")).std() > 20
+    assert download.value.suggested_filename == "tools_demo.png"
+    tool("Full screen").click()
+    until(page, lambda: canvas.bounding_box()["height"] > 800, "it fills the screen")
+    screenshot(page, "full-screen")
+    tool("Full screen").click()
+    until(page, lambda: canvas.bounding_box()["height"] < 500, "it is small again")
+    assert page.outside == []
+    assert page.errors == []
+
+
 def test_compare_notebook_zooms_all_panels(page, lab):
     url, _ = lab
     open_notebook(page, url, "compare.ipynb")
     run_all(page)
     viewer = output_of(page, 4)
-    page.wait_for_function("document.querySelectorAll('.inkdask-viewer canvas').length == 4")
+    page.wait_for_function(
+        "document.querySelectorAll('.inkdask-viewer canvas').length == 4", timeout=180_000
+    )
     viewer.scroll_into_view_if_needed()
     panels = [viewer.locator("canvas").nth(i) for i in range(4)]
-    until(page, lambda: viewer.locator(".inkdask-status").inner_text() == "8 of 8 chunks computed",
+    until(page, lambda: viewer.locator(".inkdask-status").inner_text() == "All 32 chunks computed.",
           "all four are computed", 180)  # fmt: skip
     until(page, lambda: all(picture(p)[..., 0].std() > 5 for p in panels), "all are drawn")
     page.wait_for_timeout(1000)

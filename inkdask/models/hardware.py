@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -16,6 +15,7 @@ import torch
 from dask.system import CPU_COUNT
 
 from inkdask.errors import InkdaskError
+from inkdask.failures import dask_worker
 from inkdask.specs import Network
 
 log = logging.getLogger("inkdask")
@@ -163,12 +163,9 @@ def cores() -> int:
     Dask starts worker processes with ``OMP_NUM_THREADS=1``, because tasks run side by side. But
     one thread runs all forward passes of a worker, so that thread may use all cores of the worker.
     """
-    if distributed := sys.modules.get("distributed"):
-        try:
-            worker = distributed.get_worker().state
-            return int(worker.total_resources.get("cores", worker.nthreads))
-        except ValueError:
-            pass  # this thread runs no task of a worker
+    if worker := dask_worker():
+        state = worker.state
+        return int(state.total_resources.get("cores", state.nthreads))
     named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return int(named) if named.isdigit() and int(named) else CPU_COUNT
 

@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -28,6 +27,7 @@ from tifffile.tifffile import jpeg_shape
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
+from inkdask.failures import dask_worker
 from inkdask.storage.parallel import for_each
 
 log = logging.getLogger(__name__)
@@ -264,8 +264,5 @@ def forget() -> None:
 
 def _local_folder() -> str | None:
     """Return the local folder of this Dask worker, which removes it at its end; else None."""
-    distributed = sys.modules.get("distributed")
-    try:
-        return str(distributed.get_worker().local_directory) if distributed else None
-    except ValueError:
-        return None
+    worker = dask_worker()
+    return str(worker.local_directory) if worker else None

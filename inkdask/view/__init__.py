@@ -17,11 +17,12 @@ from inkdask import showing
 from inkdask.errors import InkdaskError
 
 if TYPE_CHECKING:
+    from inkdask.box import Slices
     from inkdask.inkmap import InkMap
     from inkdask.segment import Segment
     from inkdask.view.viewer import Viewer
 
-__all__ = ["compare", "ink_html", "segment_html", "show_ink", "show_segment"]
+__all__ = ["compare", "ink_html", "middle", "segment_html", "show_ink", "show_segment"]
 
 
 def segment_html(segment: Segment) -> str:
@@ -38,7 +39,22 @@ def ink_html(ink: InkMap) -> str:
     return html.ink_html(ink)
 
 
-def show_segment(segment: Segment, *, height: int = 480) -> Viewer:
+def middle(segment: Segment, side: int) -> Slices:
+    """Return rows and columns with much papyrus about the middle; reads as `segment_html` does.
+
+    Parameters
+    ----------
+    segment
+        From `inkdask.open_segment`.
+    side
+        Most rows and columns, in pixels.
+    """
+    from inkdask.view import html
+
+    return html.middle(segment, side)
+
+
+def show_segment(segment: Segment, *, height: int = 480, pixel_um: float | None = None) -> Viewer:
     """Show the layers of a segment: slide through them, set the contrast, zoom and pan.
 
     Parameters
@@ -47,11 +63,15 @@ def show_segment(segment: Segment, *, height: int = 480) -> Viewer:
         From `inkdask.open_segment`.
     height
         Of the viewer, in pixels of the screen.
+    pixel_um
+        Side of a pixel in micrometers, for a scale bar.
     """
-    return _viewer().of_segment(segment, height=height)
+    return _viewer().of_segment(segment, height=height, pixel_um=pixel_um)
 
 
-def show_ink(ink: InkMap, *, beside: bool = False, height: int = 480) -> Viewer:
+def show_ink(
+    ink: InkMap, *, beside: bool = False, height: int = 480, pixel_um: float | None = None
+) -> Viewer:
     """Show a prediction over its papyrus, or beside it.
 
     The background computes what is in sight, from the middle outwards, if that is a few chunks;
@@ -65,8 +85,11 @@ def show_ink(ink: InkMap, *, beside: bool = False, height: int = 480) -> Viewer:
         Whether papyrus and prediction begin side by side.
     height
         Of the viewer, in pixels of the screen.
+    pixel_um
+        Side of a pixel in micrometers, for a scale bar. Default: the prediction's
+        ``pixel_resolution_um``.
     """
-    return _viewer().of_ink(ink, beside=beside, height=height)
+    return _viewer().of_ink(ink, beside=beside, height=height, pixel_um=pixel_um)
 
 
 def compare(predictions: Mapping[str, InkMap], *, columns: int = 2, height: int = 560) -> Viewer:

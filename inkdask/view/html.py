@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
-import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from inkdask import paces
+from inkdask.box import Slices
 from inkdask.information import STRIDE, TILE
 from inkdask.memory import expected_memory
 from inkdask.plan import span
 from inkdask.progress import amount, clock, size
 from inkdask.tiling import CHUNK, Tiling
+from inkdask.view import words
 from inkdask.view.sampling import Budget
 from inkdask.view.tiles import MOST, OVERVIEW_BUDGET, UNKNOWN, Ink, Papyrus
 
@@ -31,7 +33,7 @@ THUMBNAIL_BUDGET = Budget(12 << 20, 200)  # of a thumbnail, whatever the segment
 SMALL = 4 << 20  # pixels: a layer of up to so many is read whole
 NO_THUMBNAIL = "no thumbnail: layers of this kind are decoded whole"
 
-__all__ = ["escape", "ink_html", "segment_html", "several_html", "usual_contrast"]
+__all__ = ["escape", "ink_html", "middle", "segment_html", "several_html", "usual_contrast"]
 
 
 def segment_html(segment: Segment) -> str:
@@ -77,7 +79,7 @@ def ink_html(ink: InkMap) -> str:
     if grey is None and not known.any():
         note = "no thumbnail of this layout" if segment else "nothing is computed yet"
     bar = f"<progress value='{np.count_nonzero(known)}' max='{known.size}'></progress>"
-    progress = f"{bar} {escape(picture.status)}"
+    progress = f"{bar} {escape(words.status([picture.background]))}"
     uri = segment.uri if segment else "array"
     return _card("Ink prediction", uri, _picture(grey, picture), note, rows, progress)
 
@@ -85,9 +87,12 @@ def ink_html(ink: InkMap) -> str:
 def several_html(predictions: Mapping[str, InkMap]) -> str:
     """Describe predictions by thumbnails side by side; computes nothing."""
     pictures = {title: Ink.of(ink) for title, ink in predictions.items()}
+    # Smaller ones for many, because a saved notebook keeps them all.
+    side = min(THUMBNAIL, int(2 * THUMBNAIL / len(pictures) ** 0.5))
     cells = "".join(
-        f"<figure style='margin:4px'>{_img(_picture(None, picture))}"
-        f"<figcaption>{escape(title)}: {escape(picture.status)}</figcaption></figure>"
+        f"<figure style='margin:4px'>{_img(_picture(None, picture, side))}"
+        f"<figcaption>{escape(title)}: {escape(words.status([picture.background]))}"
+        "</figcaption></figure>"
         for title, picture in pictures.items()
     )
     return f"<div style='display:flex;flex-wrap:wrap'>{cells}</div>"
@@ -98,6 +103,28 @@ def usual_contrast(papyrus: Papyrus | None) -> tuple[int, int]:
     if papyrus is None or not papyrus.is_cheap:
         return 0, 255
     return _ends(papyrus.overview(len(papyrus.numbers) // 2))
+
+
+def middle(segment: Segment, side: int) -> Slices:
+    """Return the part of at most ``side`` pixels a side with most papyrus, about the middle."""
+    grey = _thumbnail_of(segment)
+    shape = segment.shape[1:]
+    data = np.ones((1, 1)) if grey is None else grey > 0
+    scale = max(shape) / max(data.shape)
+    tall, wide = (max(min(round(side / scale), length), 1) for length in data.shape)
+    sums = np.pad(data, ((1, 0), (1, 0))).cumsum(0, dtype=float).cumsum(1)
+    sums = sums[tall:, :] - sums[:-tall, :]
+    sums = sums[:, wide:] - sums[:, :-wide]
+    away = [np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in sums.shape]
+    best = np.argmax(sums / (tall * wide) - 0.05 * np.hypot(away[0][:, None], away[1]))
+    at = zip(np.unravel_index(best, sums.shape), (tall, wide), shape, strict=True)
+    centres = [(place + length / 2) * scale for place, length, _ in at]
+    starts = [
+        round(min(max(centre - side / 2, 0), max(length - side, 0)))
+        for centre, length in zip(centres, shape, strict=True)
+    ]
+    rows, columns = (slice(a, min(a + side, n)) for a, n in zip(starts, shape, strict=True))
+    return rows, columns
 
 
 def _ends(grey: np.ndarray) -> tuple[int, int]:
@@ -136,7 +163,9 @@ def _overview(same: _Same, budget: Budget) -> np.ndarray | None:
     return papyrus.overview(len(papyrus.numbers) // 2, budget) if papyrus.is_cheap else None
 
 
-def _picture(grey: np.ndarray | None, ink: Ink | None = None) -> Image.Image | None:
+def _picture(
+    grey: np.ndarray | None, ink: Ink | None = None, side: int = THUMBNAIL
+) -> Image.Image | None:
     """Thumbnail of papyrus in grey, and the ink that is known over it."""
     values = ink.overview if ink and ink.background.known.any() else None
     if grey is not None:
@@ -148,11 +177,11 @@ def _picture(grey: np.ndarray | None, ink: Ink | None = None) -> Image.Image | N
             page += 0.8 * share * (np.array([255, 92, 36], np.float32) - page)
     elif values is not None:
         page = np.stack([values * np.float32(255 / MOST)] * 3, axis=2)
-        page[values == UNKNOWN] = (44, 42, 60)
+        page[values == UNKNOWN] = (48, 46, 52)
     else:
         return None
     picture = Image.fromarray(np.clip(page, 0, 255).astype(np.uint8))
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     return picture
 
 
@@ -212,8 +241,7 @@ def _cost(ink: InkMap, grey: np.ndarray | None) -> str:
         area = float(np.prod(ink.tiling.shape) / np.prod(segment.shape[1:]))
         reads = segment.stored_bytes * area * len(ink.plan.layers) / len(segment.layers)
     words = f"reads {amount(reads)}"
-    predictor: Any = sys.modules.get("inkdask.predictor")  # not loaded: nothing ran
-    pace = predictor.measured_pace(ink.network) if predictor else None  # seconds a tile
+    pace = paces.measured(ink.network)  # seconds a tile
     if pace is None:
         return f"{words}; time: known when the first chunk is computed"
     seconds = ink.tiling.tiles * _share(grey) * pace

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from inkdask.background import Place
-from inkdask.blending import blend_chunk
 from inkdask.box import Box
+from inkdask.coarse import blend_stored
 from inkdask.plan import Plan
 from inkdask.segment import Segment
 from inkdask.storage.parallel import for_each
-from inkdask.tiling import Axis
 from inkdask.view.kept import Kept
 from inkdask.view.sampling import Budget, Layer, look, shrink
 
@@ -59,6 +58,8 @@ class Papyrus(_Picture):
     ----------
     numbers
         Numbers of the layers, in the order of their indices.
+    corner
+        First row and column, in pixels of the files.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Papyrus(_Picture):
     ) -> None:
         super().__init__(shape)
         self.numbers = tuple(numbers)
-        self._corner, self._open = corner, open_layer
+        self.corner, self._open = corner, open_layer
         self._layers: dict[int, Layer] = {}
 
     @classmethod
@@ -117,7 +118,7 @@ class Papyrus(_Picture):
         if level >= self._level:
             part = self.overview(index)[_coarser(box, self._level).slices]
             return shrink(part, 1 << (level - self._level))
-        layer, box = self.layer(index), box.shift(*self._corner)
+        layer, box = self.layer(index), box.shift(*self.corner)
         if layer.is_dear(box, TILE_BUDGET):
             return look(layer, box, 1 << level, TILE_BUDGET)
         return shrink(self._read(index, box), 1 << level)
@@ -126,7 +127,7 @@ class Papyrus(_Picture):
         """Return a whole layer, uint8 (y, x), at most `OVERVIEW` pixels wide and tall."""
 
         def make() -> np.ndarray:
-            box = self.whole.shift(*self._corner)
+            box = self.whole.shift(*self.corner)
             return look(self.layer(index), box, 1 << self._level, budget)
 
         return self._kept.get(("overview", index, budget), make)
@@ -169,7 +170,7 @@ class Ink(_Picture):
         super().__init__(ink.map.shape)
         self.background = ink.background
         self.observers: list[Callable[[Box | None], None]] = []
-        self._region, self._tiling = ink.plan.region, ink.tiling
+        self._region = ink.plan.region
         self._window = ink.blend_mode, ink.gaussian_sigma
         self._overview = np.full(_coarser(self.whole, self._level).shape, UNKNOWN, np.uint8)
         self._drawing = threading.Lock()
@@ -187,27 +188,6 @@ class Ink(_Picture):
             picture: Ink = pictures[ink.map.name]
         return picture
 
-    @property
-    def status(self) -> str:
-        """How far the background is, what it waits for, or what went wrong."""
-        ink = self.background
-        passes, known = ink.passes, np.count_nonzero(ink.known)
-        computed = f"{known:,} of {passes.size:,} chunks computed"
-        if ink.failure:
-            return ink.failure
-        if ink.left_out:
-            return (
-                f"{computed}; {ink.left_out:,} in sight are many: zoom in, draw a box, or press "
-                "Compute"
-            )
-        if ink.is_progressive:
-            return (
-                f"pass {min(int(passes.min()) + 2, ink.finest + 1)} of {ink.finest + 1}, "
-                f"{np.count_nonzero(passes == ink.finest):,} of {passes.size:,} chunks at their "
-                "finest"
-            )
-        return computed + (f", {ink.to_come:,} to come" if ink.to_come else "")
-
     def tile(self, level: int, row: int, column: int) -> np.ndarray:
         """Return a tile, uint8 (y, x): 254 times the probability, or `UNKNOWN`."""
         box = self._box_of(level, row, column)
@@ -222,13 +202,16 @@ class Ink(_Picture):
         return self._overview.copy()
 
     def _on_chunk(self, place: Place | None) -> None:
-        """Show a chunk anew, and those after it, into which its tiles reach."""
+        """Show a chunk anew, and those about it, into which its tiles reach."""
         if place is None:
             self._tell(None)
             return
-        known = self.background.known
-        for row, column in itertools.product(*(range(i, i + 2) for i in place)):
-            if row < known.shape[0] and column < known.shape[1] and known[row, column]:
+        passes, finest = self.background.passes, self.background.finest
+        for row, column in itertools.product(*(range(max(i - 1, 0), i + 2) for i in place)):
+            if row >= passes.shape[0] or column >= passes.shape[1] or passes[row, column] < 0:
+                continue
+            is_before = row < place[0] or column < place[1]
+            if passes[row, column] < finest or not is_before:
                 self._refresh(row, column)
 
     def _refresh(self, row: int, column: int) -> None:
@@ -261,13 +244,10 @@ class Ink(_Picture):
 
     def _chunk(self, place: Place) -> np.ndarray:
         """Blend a chunk that is known, uint8 (y, x)."""
-        tiling, pixels, (row, column) = self._tiling, self.background.pixels_of(place), place
-        tiles = _reach(tiling.y, row), _reach(tiling.x, column)
-        grid, valid = self.background.grid.read(tiles, pixels.slices)
-        at = np.array([row]), np.array([column])
-        ink = blend_chunk(grid, valid, *at, tiling, *self._window)
+        runner, pixels = self.background, self.background.pixels_of(place)
+        ink = blend_stored(runner.grid, place, int(runner.passes[place]), *self._window)
         shown, _ = pixels.common(self._region)
-        return encode(np.asarray(ink[shown]))
+        return encode(ink[shown])
 
 
 def encode(ink: np.ndarray) -> np.ndarray:
@@ -279,8 +259,3 @@ def _coarser(box: Box, level: int) -> Box:
     """Pixels of a coarser level that cover a box."""
     step = 1 << level
     return Box(box.top // step, -(-box.bottom // step), box.left // step, -(-box.right // step))
-
-
-def _reach(axis: Axis, index: int) -> slice:
-    """Grid rows of a chunk, and those before it that reach into it."""
-    return slice(max(int(axis.rows[index]) - axis.depth, 0), int(axis.rows[index + 1]))

@@ -5,13 +5,15 @@ const PAPYRUS = 0;
 const UNKNOWN = 255; // of an ink tile: not computed yet
 const MOST = 254; // the value of probability 1
 const KEPT_TILES = 1500; // 64 kB each
-const INK = [255, 92, 36]; // over papyrus
 const PAGE = [22, 20, 18];
+const NOT_COMPUTED = [48, 46, 52];
+const LOOKS = "change:layer change:contrast change:opacity change:colour change:threshold change:pixel_um";
+const LOADING = "rgb(38, 35, 32)"; // of tiles that are on their way
 
 function render({ model, el }) {
   const root = document.createElement("div");
   root.className = "inkdask-viewer";
-  root.tabIndex = 0;
+  const grid = make(root, "div", "grid");
   el.appendChild(root);
 
   const [height, width] = model.get("shape");
@@ -21,29 +23,42 @@ function render({ model, el }) {
   let panels = []; // {spec, element, canvas, cursor}
   let view = { y: height / 2, x: width / 2, scale: 0 }; // the middle, and screen per pixel
   let box = null; // [y0, y1, x0, x1] while it is drawn, and after
+  let isWhole = true; // whether all was in sight
   let asking = 0, drawing = 0, telling = 0;
+
+  const buttons = makeButtons(root, {
+    in: ["Zoom in", () => zoomBy(2)],
+    out: ["Zoom out", () => zoomBy(0.5)],
+    home: ["Show all", () => fit()],
+    box: ["Draw a box", () => {
+      model.set("is_drawing", !model.get("is_drawing"));
+      model.save_changes();
+    }],
+    screen: ["Full screen", () => toggleFullScreen(root.closest(".inkdask-all") ?? root)],
+    save: ["Save as PNG", () => {
+      savePicture(root, panels.map(({ canvas }) => canvas), model.get("name"));
+    }],
+  });
+  const tellBox = makeBoxText(root, () => setBox(null));
+  makeHint(root);
 
   // --- panels
 
   function layOut() {
     const specs = model.get("panels");
     const columns = Math.min(model.get("columns"), specs.length);
-    const rows = Math.ceil(specs.length / columns);
-    root.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
-    root.replaceChildren();
+    root.style.height = `${model.get("height")}px`;
+    root.classList.toggle("titled", specs.some(({ title }) => title));
+    grid.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
+    grid.replaceChildren();
     panels = specs.map((spec) => {
-      const element = document.createElement("div");
-      element.className = "inkdask-panel";
-      element.style.height = `${(model.get("height") - 6 * (rows - 1)) / rows}px`;
+      const element = make(grid, "div", "panel");
       const canvas = document.createElement("canvas");
-      const title = document.createElement("div");
-      title.className = "inkdask-title";
-      title.textContent = spec.title;
-      const cursor = document.createElement("div");
-      cursor.className = "inkdask-cursor";
-      element.append(canvas, title, cursor);
-      root.append(element);
-      const panel = { spec, element, canvas, cursor };
+      element.append(canvas);
+      make(element, "div", "title", spec.title);
+      const cursor = make(element, "div", "cursor");
+      const loading = make(element, "div", "loading", "loading");
+      const panel = { spec, element, canvas, cursor, loading };
       listen(panel);
       return panel;
     });
@@ -59,9 +74,8 @@ function render({ model, el }) {
     }
     if (panels[0]?.element.clientWidth) {
       if (!view.scale) fit(model.get("sight"));
-      limit();
-      redraw();
-      tell();
+      else if (isWhole) fit();
+      else moved();
     }
   });
 
@@ -75,7 +89,12 @@ function render({ model, el }) {
     const [h, w] = screen();
     view.scale = Math.min(h / Math.max(y1 - y0, 1), w / Math.max(x1 - x0, 1));
     [view.y, view.x] = [(y0 + y1) / 2, (x0 + x1) / 2];
-    limit();
+    moved();
+  }
+
+  function zoomBy(factor) {
+    view.scale *= factor;
+    moved();
   }
 
   function limit() {
@@ -102,6 +121,8 @@ function render({ model, el }) {
 
   function moved() {
     limit();
+    const [y0, y1, x0, x1] = sight();
+    isWhole = y0 <= 1 && x0 <= 1 && y1 >= height - 1 && x1 >= width - 1;
     redraw();
     tell();
   }
@@ -174,19 +195,21 @@ function render({ model, el }) {
   // over: as paint on papyrus, alone: as grey on the dark page
   function coloured(tile, picture, isOver) {
     const [low, high] = model.get("contrast");
-    const colours = picture === PAPYRUS ? `${low},${high}` : isOver ? "over" : "alone";
+    const [ink, least] = [model.get("colour"), model.get("threshold") * MOST];
+    const colours = picture === PAPYRUS ? `${low},${high}` : `${isOver} ${ink} ${least}`;
     if (tile.image && tile.colours === colours) return tile.image;
     const [h, w] = tile.size;
     const image = new ImageData(w, h);
     const pixels = new Uint32Array(image.data.buffer);
     const table = new Uint32Array(256);
+    const paint = [1, 3, 5].map((at) => parseInt(ink.slice(at, at + 2), 16));
     const rgba = (r, g, b, a) => ((a << 24) | (b << 16) | (g << 8) | r) >>> 0;
     for (let v = 0; v < 256; v++) {
       const grey = Math.max(0, Math.min(255, Math.round((255 * (v - low)) / Math.max(high - low, 1))));
-      const share = v / MOST;
+      const share = v < least ? 0 : v / MOST;
       table[v] = picture === PAPYRUS ? rgba(grey, grey, grey, v ? 255 : 0)
-        : v === UNKNOWN ? (isOver ? 0 : rgba(44, 42, 60, 255))
-        : isOver ? rgba(...INK, Math.round(255 * share))
+        : v === UNKNOWN ? (isOver ? 0 : rgba(...NOT_COMPUTED, 255))
+        : isOver ? rgba(...paint, Math.round(255 * share))
         : rgba(...[250, 243, 229].map((c, i) => Math.round(PAGE[i] + share * (c - PAGE[i]))), 255);
     }
     for (let i = 0; i < tile.values.length; i++) pixels[i] = table[tile.values[i]];
@@ -204,7 +227,7 @@ function render({ model, el }) {
     if (!drawing) drawing = requestAnimationFrame(() => { drawing = 0; panels.forEach(draw); });
   }
 
-  function draw({ spec, canvas }) {
+  function draw({ spec, canvas, loading }) {
     const ratio = window.devicePixelRatio || 1;
     const context = canvas.getContext("2d");
     context.setTransform(1, 0, 0, 1, 0, 0);
@@ -219,25 +242,34 @@ function render({ model, el }) {
     context.rect(0, 0, width, height);
     context.clip();
     context.imageSmoothingEnabled = zoom < 1;
-    if (spec.papyrus) drawPicture(context, PAPYRUS, false);
+    let missing = spec.papyrus ? drawPicture(context, PAPYRUS, false) : 0;
     if (spec.ink) {
       context.globalAlpha = spec.papyrus ? model.get("opacity") : 1;
-      drawPicture(context, spec.ink, spec.papyrus);
+      missing += drawPicture(context, spec.ink, spec.papyrus);
     }
     context.restore();
+    loading.classList.toggle("shown", missing > 0);
     if (box) {
       context.strokeStyle = "#ffd166";
       context.lineWidth = 1.5 * ratio / zoom;
       context.strokeRect(box[2], box[0], box[3] - box[2], box[1] - box[0]);
     }
+    if (model.get("pixel_um")) drawScaleBar(context, model.get("pixel_um"), zoom, ratio);
   }
 
+  // Returns how many tiles are on their way and have nothing coarser in their place.
   function drawPicture(context, picture, isOver) {
+    let missing = 0;
     for (const key of wanted(picture)) {
       const found = nearest(key);
-      if (!found) continue;
-      const [tile, from] = found;
       const [y0, y1, x0, x1] = windowOf(key);
+      if (!found) {
+        missing++;
+        context.fillStyle = LOADING;
+        if (!isOver) context.fillRect(x0, y0, x1 - x0, y1 - y0);
+        continue;
+      }
+      const [tile, from] = found;
       const [top, , left] = windowOf(from);
       const step = 2 ** from[2];
       const [sw, sh] = [Math.min((x1 - left) / step, tile.size[1]), Math.min((y1 - top) / step, tile.size[0])];
@@ -248,6 +280,7 @@ function render({ model, el }) {
       context.drawImage(coloured(tile, picture, isOver), isWhole ? 0 : sx, isWhole ? 0 : sy, w, h,
         x0, y0, w * step, h * step);
     }
+    return missing;
   }
 
   // --- values under the cursor
@@ -292,7 +325,6 @@ function render({ model, el }) {
   function listen(panel) {
     const { canvas } = panel;
     let held = null;
-    canvas.classList.toggle("drawing", model.get("is_drawing"));
     canvas.addEventListener("pointerdown", (event) => {
       canvas.setPointerCapture(event.pointerId);
       const at = point(panel, event);
@@ -304,6 +336,7 @@ function render({ model, el }) {
       pointer = at;
       if (held?.isBox) {
         box = boxOf(held.at, at);
+        tellBox(box, model.get("corner"));
         redraw();
       } else if (held) {
         view.y = held.y - (at.dy - held.at.dy) / view.scale;
@@ -316,17 +349,14 @@ function render({ model, el }) {
       if (held?.isBox) {
         box = boxOf(held.at, point(panel, event));
         const isBox = box[1] > box[0] && box[3] > box[2];
-        if (!isBox) box = null;
-        model.set("box", box ?? []);
-        model.save_changes();
-        redraw();
+        setBox(isBox ? box : null);
       }
       held = null;
     };
     canvas.addEventListener("pointerup", release);
     canvas.addEventListener("pointercancel", () => { held = null; });
     canvas.addEventListener("pointerleave", () => { pointer = null; showCursor(); });
-    canvas.addEventListener("dblclick", () => { fit(); moved(); });
+    canvas.addEventListener("dblclick", () => fit());
     canvas.addEventListener("wheel", (event) => {
       event.preventDefault();
       const at = point(panel, event);
@@ -335,6 +365,12 @@ function render({ model, el }) {
       [view.y, view.x] = [at.y - at.dy / view.scale, at.x - at.dx / view.scale];
       moved();
     }, { passive: false });
+  }
+
+  function setBox(drawn) {
+    model.set("box", drawn ?? []);
+    model.save_changes();
+    onBox();
   }
 
   function boxOf(a, b) {
@@ -365,22 +401,30 @@ function render({ model, el }) {
       redraw();
     } else if (message.kind === "look_at") {
       fit(message.box);
-      moved();
     }
   }
 
-  const onDrawing = () => panels.forEach(
-    ({ canvas }) => canvas.classList.toggle("drawing", model.get("is_drawing")));
-  const onPanels = () => { layOut(); };
-  const onBox = () => { box = model.get("box").length ? model.get("box") : null; redraw(); };
+  const onDrawing = () => {
+    const isDrawing = model.get("is_drawing");
+    buttons.box.classList.toggle("pressed", isDrawing);
+    buttons.box.setAttribute("aria-pressed", isDrawing);
+    panels.forEach(({ canvas }) => canvas.classList.toggle("drawing", isDrawing));
+  };
+  const onPanels = () => { layOut(); onDrawing(); };
+  function onBox() {
+    box = model.get("box").length ? model.get("box") : null;
+    tellBox(box, model.get("corner"));
+    redraw();
+  }
   const onLook = () => { redraw(); showCursor(); };
   model.on("msg:custom", receive);
   model.on("change:panels", onPanels);
   model.on("change:box", onBox);
   model.on("change:is_drawing", onDrawing);
-  model.on("change:layer change:contrast change:opacity", onLook);
-  box = model.get("box").length ? model.get("box") : null;
+  model.on(LOOKS, onLook);
   layOut();
+  onBox();
+  onDrawing();
 
   // The static picture of the same output is for where this does not run.
   const frame = requestAnimationFrame(() => {
@@ -396,7 +440,7 @@ function render({ model, el }) {
     model.off("change:panels", onPanels);
     model.off("change:box", onBox);
     model.off("change:is_drawing", onDrawing);
-    model.off("change:layer change:contrast change:opacity", onLook);
+    model.off(LOOKS, onLook);
   };
 }
 

@@ -20,7 +20,7 @@ from IPython.display import HTML, display
 
 from inkdask.box import Box, Slices
 from inkdask.errors import InkdaskError
-from inkdask.view import html
+from inkdask.view import html, words
 from inkdask.view.tiles import SIDE, Ink, Papyrus
 
 if TYPE_CHECKING:
@@ -51,13 +51,20 @@ class Canvas(anywidget.AnyWidget):
         Values that are black and white, 0 to 255.
     opacity
         Opacity of ink over papyrus, 0 to 1.
+    colour, threshold
+        Colour of ink, ``#rrggbb``, and the probability below which ink is not shown.
+    corner, pixel_um
+        First row and column of the pictures in their segment, and side of a pixel in micrometers,
+        0 where it is not known.
+    name
+        Name of a picture that the browser saves.
     is_drawing
         Whether dragging draws a box; else it moves the picture.
     sight, box
         Pixels in sight, and the box that was drawn last: y0, y1, x0, x1.
     """
 
-    _esm = _HERE / "viewer.js"
+    _esm = "".join((_HERE / name).read_text("utf-8") for name in ("overlay.js", "viewer.js"))
     _css = _HERE / "viewer.css"
 
     side = traitlets.Int(SIDE).tag(sync=True)
@@ -69,6 +76,11 @@ class Canvas(anywidget.AnyWidget):
     numbers = traitlets.List(traitlets.Int()).tag(sync=True)
     contrast = traitlets.List(traitlets.Int(), [0, 255]).tag(sync=True)
     opacity = traitlets.Float(0.7).tag(sync=True)
+    colour = traitlets.Unicode("#ff5c24").tag(sync=True)
+    threshold = traitlets.Float(0.0).tag(sync=True)
+    corner = traitlets.List(traitlets.Int(), [0, 0]).tag(sync=True)
+    pixel_um = traitlets.Float(0.0).tag(sync=True)
+    name = traitlets.Unicode("ink").tag(sync=True)
     is_drawing = traitlets.Bool(False).tag(sync=True)
     sight = traitlets.List(traitlets.Float()).tag(sync=True)
     box = traitlets.List(traitlets.Int()).tag(sync=True)
@@ -109,8 +121,10 @@ class Viewer:
         self._changes = 0  # of predictions, since it was opened
         self._turn = threading.Lock()
         self._readers = ThreadPoolExecutor(READERS, "inkdask-view")
+        self.canvas.add_class("inkdask-canvas")
         self.controls = self._controls()
         self.widget = widgets.VBox([self._toolbar(), self.canvas, self.controls["status"]])
+        self.widget.add_class("inkdask-all")
         self.canvas.on_msg(self._on_message)
         self.canvas.observe(self._on_sight, "sight")
         self.canvas.observe(self._on_box, "box")
@@ -119,17 +133,18 @@ class Viewer:
         self._say()
 
     @classmethod
-    def of_segment(cls, segment: Segment, *, height: int) -> Viewer:
+    def of_segment(cls, segment: Segment, *, height: int, pixel_um: float | None) -> Viewer:
         """Show layers."""
-        papyrus, panel = Papyrus.of_segment(segment), _panel("", True, 0)
-        return cls(papyrus, [], [panel], html.segment_html(segment), height=height)
+        papyrus, panel, static = Papyrus.of_segment(segment), _panel("", True, 0), html.segment_html
+        place = {"corner": list(papyrus.corner), "pixel_um": pixel_um or 0.0, "name": segment.name}
+        return cls(papyrus, [], [panel], static(segment), height=height, **place)
 
     @classmethod
-    def of_ink(cls, ink: InkMap, *, beside: bool, height: int) -> Viewer:
+    def of_ink(cls, ink: InkMap, *, beside: bool, height: int, pixel_um: float | None) -> Viewer:
         """Show a prediction and its papyrus."""
         papyrus, panels = Papyrus.of_plan(ink.plan), _BESIDE if beside else _OVER
-        static, columns = html.ink_html(ink), len(panels)
-        return cls(papyrus, [Ink.of(ink)], panels, static, columns=columns, height=height)
+        traits = {"columns": len(panels), "height": height, **_place_of(ink, pixel_um)}
+        return cls(papyrus, [Ink.of(ink)], panels, html.ink_html(ink), **traits)
 
     @classmethod
     def of_several(cls, predictions: Mapping[str, InkMap], *, columns: int, height: int) -> Viewer:
@@ -143,7 +158,8 @@ class Viewer:
             )
         panels = [_panel(title, False, number) for number, title in enumerate(predictions, 1)]
         inks, static = map(Ink.of, predictions.values()), html.several_html(predictions)
-        return cls(None, list(inks), panels, static, columns=columns, height=height)
+        place = _place_of(next(iter(predictions.values())), None)
+        return cls(None, list(inks), panels, static, columns=columns, height=height, **place)
 
     @property
     def box(self) -> Slices | None:
@@ -162,6 +178,7 @@ class Viewer:
         display(self.widget)
 
     def _controls(self) -> dict[str, Any]:
+        """Make the controls; the browser links most of them, without the kernel."""
         canvas = self.canvas
         controls: dict[str, Any] = {}
         if self._papyrus:
@@ -172,45 +189,54 @@ class Viewer:
                 continuous_update=True,
             )
             controls["contrast"] = widgets.IntRangeSlider(
-                value=canvas.contrast, min=0, max=255, description="Contrast"
-            )
-            # The index of a SelectionSlider, which only its model has, is the layer's.
-            widgets.jslink((controls["layer"], "index"), (canvas, "layer"))
-            widgets.jslink((controls["contrast"], "value"), (canvas, "contrast"))
+                value=canvas.contrast, min=0, max=255, description="Contrast", readout=False,
+                tooltip="Values that are black and white",
+            )  # fmt: skip
         if self._papyrus and self._inks:
-            controls["opacity"] = widgets.FloatSlider(
-                value=canvas.opacity, min=0, max=1, step=0.05, description="Ink"
-            )
-            widgets.jslink((controls["opacity"], "value"), (canvas, "opacity"))
-            controls["beside"] = widgets.ToggleButtons(
-                options=["over", "beside"],
-                value="over" if canvas.columns == 1 else "beside",
-                style={"button_width": "5em"},
-            )
+            controls["beside"] = widgets.ToggleButton(
+                value=canvas.columns > 1, description="Beside",
+                tooltip="Ink beside the papyrus, or over it",
+            )  # fmt: skip
             controls["beside"].observe(self._on_beside, "value")
+            controls["colour"] = widgets.ColorPicker(
+                value=canvas.colour, concise=True, description="Ink", tooltip="Colour of ink"
+            )
+            controls["opacity"] = widgets.FloatSlider(
+                value=canvas.opacity, min=0, max=1, step=0.05, readout=False,
+                tooltip="Opacity of ink over papyrus",
+            )  # fmt: skip
         if self._inks:
-            controls["draw"] = widgets.ToggleButton(
-                description="Draw a box", icon="object-group", layout={"width": "9em"},
-                tooltip="Drag over the picture: the box is computed first",
+            controls["threshold"] = widgets.FloatSlider(
+                value=canvas.threshold, min=0, max=1, step=0.05, description="Threshold",
+                readout_format=".2f", tooltip="Ink below this probability is not shown",
             )  # fmt: skip
-            widgets.jslink((controls["draw"], "value"), (canvas, "is_drawing"))
-            controls["compute"] = widgets.Button(
-                description="Compute", icon="play", layout={"width": "8em"},
-                tooltip="Compute all that is in sight",
-            )  # fmt: skip
-            controls["compute"].on_click(lambda _: self._focus(_sight(canvas)))
+            controls["compute"] = widgets.Button(description="Compute all")
+            controls["compute"].on_click(self._on_compute)
+        for name in controls.keys() & {"layer", "contrast", "colour", "opacity", "threshold"}:
+            # The index of a SelectionSlider, which only its model has, is the layer's.
+            value = "index" if name == "layer" else "value"
+            widgets.jslink((controls[name], value), (canvas, name))
         controls["status"] = widgets.HTML()
         controls["status"].add_class("inkdask-status")
         return controls
 
-    def _toolbar(self) -> widgets.HBox:
-        shown = [control for name, control in self.controls.items() if name != "status"]
-        return widgets.HBox(shown, layout={"flex_flow": "row wrap"})
+    def _toolbar(self) -> widgets.Box:
+        rows = ("layer", "contrast", "beside"), ("colour", "opacity", "threshold", "compute")
+        groups = [
+            widgets.Box([self.controls[name] for name in row if name in self.controls])
+            for row in rows
+            if self.controls.keys() & set(row)
+        ]
+        for group in groups:
+            group.add_class("inkdask-group")
+        return widgets.Box(groups).add_class("inkdask-tools")
 
     def _on_beside(self, change: Any) -> None:
-        panels = _BESIDE if change["new"] == "beside" else _OVER
+        panels = _BESIDE if change["new"] else _OVER
         with self.canvas.hold_sync():  # because the browser lays out by both
             self.canvas.panels, self.canvas.columns = panels, len(panels)
+        for name in ("colour", "opacity"):  # of ink over papyrus
+            self.controls[name].disabled = change["new"]
 
     def _on_sight(self, _: Any) -> None:
         for ink in self._inks:
@@ -218,12 +244,19 @@ class Viewer:
         self._say()
 
     def _on_box(self, _: Any) -> None:
-        if self.canvas.box:
-            self._focus(Box(*self.canvas.box))
-
-    def _focus(self, box: Box) -> None:
+        box = Box(*self.canvas.box) if self.canvas.box else None
         for ink in self._inks:
-            ink.background.focus(box)
+            ink.background.choose(box)
+        self._say()
+
+    def _on_compute(self, _: Any) -> None:
+        """Compute what is in sight; with all in sight, go pass by pass where there are passes."""
+        sight = _sight(self.canvas)
+        for ink in self._inks:
+            if sight.holds(ink.whole):
+                ink.background.start()
+            else:
+                ink.background.focus(sight)
         self._say()
 
     def _on_change(self, number: int, box: Box | None) -> None:
@@ -235,8 +268,16 @@ class Viewer:
         self._say()
 
     def _say(self, trouble: str = "") -> None:
-        words = trouble or " · ".join(dict.fromkeys(ink.status for ink in self._inks))
-        self.controls["status"].value = html.escape(words)
+        """Tell how far it is and what the button would do, or what went wrong."""
+        if self._inks:
+            backgrounds = [ink.background for ink in self._inks]
+            button = words.offer(backgrounds, _sight(self.canvas), self._inks[0].whole)
+            trouble = trouble or words.status(backgrounds, button)
+            self.controls["compute"].description = button.label
+            self.controls["compute"].disabled = not button.is_open
+            self.controls["compute"].tooltip = button.sentence
+        self.controls["status"].value = html.escape(trouble)
+        self.controls["status"].layout.display = None if trouble else "none"
 
     def _on_message(self, _: Any, content: Any, __: Any) -> None:
         """Serve the tiles in sight; earlier ones that are not begun are out of sight."""
@@ -279,6 +320,16 @@ def _panel(title: str, papyrus: bool, ink: int) -> dict[str, Any]:
 
 _OVER = [_panel("", True, 1)]
 _BESIDE = [_panel("papyrus", True, 0), _panel("ink", False, 1)]
+
+
+def _place_of(ink: InkMap, pixel_um: float | None) -> dict[str, Any]:
+    """Traits of a canvas that tell where a prediction lies."""
+    corner = ink.plan.region.shift(*ink.plan.corner).corner
+    return {
+        "corner": list(corner),
+        "pixel_um": pixel_um or ink.pixel_um or 0.0,
+        "name": f"{ink.plan.name}_{ink.network.model.key}".replace("/", "_"),
+    }
 
 
 def _sight(canvas: Canvas) -> Box:

@@ -1,0 +1,79 @@
+"""Pictures of a stored grid that is still being filled.
+
+Tiles of an early pass may meet without an overlap, and a picture of them shows a lattice of seams.
+So the windows are as wide as the pass needs: those of neighbours overlap by a share of a tile.
+Beyond its end, a tile counts with the values that it has there. A larger share blurs the letters
+(the demo's first pass: AUC 0.9938 without, 0.9949 with a quarter, 0.9933 with a whole tile).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import dask.array as da
+import numpy as np
+
+from inkdask.blending import multiply, strips_of
+from inkdask.specs import BlendMode
+from inkdask.store import GridStore
+from inkdask.tiling import Axis
+
+OVERLAP = 4  # windows of neighbours share at least a tile divided by this
+
+
+def so_far(
+    store: GridStore, passes: np.ndarray, window: BlendMode = "hann", sigma: float = 0.0
+) -> da.Array:
+    """Blend what a stored grid has, a lazy float32 (y, x) in [0, 1]; else 0.
+
+    Parameters
+    ----------
+    store
+        The grid.
+    passes
+        Last pass of each chunk, int (rows, columns); -1 for none.
+    window, sigma
+        As for `blending.blend`.
+    """
+    blend = partial(_block, store=store, window=window, sigma=sigma)
+    last = da.from_array(passes, (1, 1))
+    return da.map_blocks(blend, last, chunks=store.tiling.chunks, dtype=np.float32)
+
+
+def blend_stored(
+    store: GridStore, place: tuple[int, int], last: int, window: BlendMode, sigma: float
+) -> np.ndarray:
+    """Blend a chunk of a stored grid with its tiles up to pass ``last``: float32 (y, x)."""
+    axes, tiling = zip((store.tiling.y, store.tiling.x), place, strict=True), store.tiling
+    pixels, tiles, strips = [], [], []
+    for axis, index in axes:
+        margin = _margin(axis, last)
+        start, stop = axis.edges[index : index + 2].tolist()
+        reaching = (axis.origins - margin < stop) & (axis.origins + axis.tile + margin > start)
+        tiles.append(np.flatnonzero(reaching & (axis.pass_of_tile <= last)))
+        origins = tuple((axis.origins[tiles[-1]] - start).tolist())
+        pixels.append(slice(start, stop))
+        strips.append(strips_of(origins, stop - start, tiling.tile, store.k, window, sigma, margin))
+    y, x = [slice(int(of[0]), int(of[-1]) + 1) for of in tiles]
+    grid, valid = store.read((y, x), (pixels[0], pixels[1]))
+    grid = grid[np.ix_(tiles[0] - y.start, tiles[1] - x.start)]
+    return multiply(grid, valid, strips[0], strips[1])
+
+
+def _block(
+    last: np.ndarray, store: GridStore, window: BlendMode, sigma: float, block_info: Any = None
+) -> np.ndarray:
+    if not last.size:  # Dask asks for the type of the result
+        return np.empty((0, 0), np.float32)
+    location = block_info[0]["chunk-location"]
+    if last.item() < 0:
+        return np.zeros(block_info[None]["chunk-shape"], np.float32)
+    return blend_stored(store, location, last.item(), window, sigma)
+
+
+def _margin(axis: Axis, last: int) -> int:
+    """Pixels that the windows of a pass reach beyond a tile on either side; 0 for the last pass."""
+    lack = axis.tile / OVERLAP - (axis.tile - (axis.stride << (axis.passes - 1 - last)))
+    return max(math.ceil(lack / 2), 0) if last < axis.passes - 1 else 0
