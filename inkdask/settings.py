@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AliasChoices,
@@ -24,7 +24,6 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
-    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -68,19 +67,6 @@ def _in_order(start: int, end: int) -> tuple[int, int]:
 
 # Upper bounds; a larger value is a mistake.
 MOST_LAYERS, MOST_WORKERS = 100_000, 10_000
-
-
-class Environment(EnvSettingsSource):
-    """Environment variables; CUDA_VISIBLE_DEVICES is ignored when inkdask set it."""
-
-    told: ClassVar[str | None] = None  # value that `Settings.export_devices` set
-
-    def __call__(self) -> dict[str, Any]:
-        """Return the values of the variables that are set."""
-        found = super().__call__()
-        if self.told is not None and found.get("cuda_visible_devices") == self.told:
-            del found["cuda_visible_devices"]
-        return found
 
 
 class Settings(BaseSettings):
@@ -372,13 +358,12 @@ class Settings(BaseSettings):
                 )
 
     def export_devices(self) -> None:
-        """Set CUDA_VISIBLE_DEVICES for this process, before CUDA is loaded."""
+        """Set CUDA_VISIBLE_DEVICES for a job, before CUDA is loaded (`environment_kept`)."""
         if self.cluster == "cuda":  # each worker sets its own
             return
-        if "cuda_visible_devices" in self.model_fields_set:
+        is_given = "cuda_visible_devices" in self.model_fields_set
+        if is_given or "CUDA_VISIBLE_DEVICES" not in os.environ:  # an empty value hides all GPUs
             os.environ["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
-        elif "CUDA_VISIBLE_DEVICES" not in os.environ:  # an empty value hides all GPUs
-            os.environ["CUDA_VISIBLE_DEVICES"] = Environment.told = self.cuda_visible_devices
 
     def export_token(self) -> None:
         """Set HF_TOKEN for huggingface_hub, because no graph and no log may hold the token."""
@@ -468,7 +453,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read given values, then the environment; no ``.env`` files and no secrets' files."""
-        return init_settings, Environment(settings_cls)
+        return init_settings, env_settings
 
 
 def parameters() -> Iterator[tuple[str, str, FieldInfo]]:

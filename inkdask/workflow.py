@@ -12,6 +12,7 @@ import numpy as np
 from inkdask import storage
 from inkdask.blending import blend
 from inkdask.clusters import connect, report
+from inkdask.environment import environment_kept
 from inkdask.errors import SettingsError
 from inkdask.filling import check_weights, fill
 from inkdask.inference import infer
@@ -34,6 +35,7 @@ _OF_PATHS = ("s3_path", "surface_volume_zarr", "mask_path")
 
 
 @with_parameters
+@environment_kept()
 def predict(
     source: Given,
     model: str | os.PathLike[str] | Callable[[Any], Any] | None = None,
@@ -77,6 +79,7 @@ def predict(
 
 
 @with_parameters
+@environment_kept()
 def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Do the whole job, from the layers to the picture in its place.
 
@@ -133,6 +136,7 @@ def compute(job: Job, mine: np.ndarray, summary: Summary, settings: Settings) ->
 
 
 @with_parameters
+@environment_kept()
 def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Make the picture of a stored grid, and return its URI.
 
@@ -158,6 +162,7 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
 
 
 @with_parameters
+@environment_kept()
 def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Find out whether a job can run, before anything expensive is started.
 
@@ -183,6 +188,7 @@ def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
 
 
 @with_parameters
+@environment_kept()
 def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Write the layers of a segment to a zarr array, and return its URI.
 

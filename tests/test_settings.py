@@ -11,7 +11,6 @@ from IPython.core.completer import IPCompleter, provisionalcompleter
 from inkdask.cli import inkdask_
 from inkdask.errors import SettingsError
 from inkdask.settings import (
-    Environment,
     Settings,
     env_name,
     markdown_table,
@@ -111,7 +110,6 @@ def test_export_devices_sets_the_variable_of_cuda(monkeypatch, before, given, af
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
-    monkeypatch.setattr(Environment, "told", None)
     Settings.of(**given).export_devices()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after
 
@@ -126,23 +124,6 @@ def test_unknown_cluster_is_refused():
         SettingsError, match=r"^CLUSTER: must be threads, .* address .* is 'foo'\.$"
     ):
         Settings.of(cluster="foo")
-
-
-def test_exported_devices_do_not_count_as_given(monkeypatch):
-    """Else a job on threads, which takes one GPU, would limit the next job on a cluster to it."""
-    monkeypatch.setattr(Environment, "told", None)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-
-    def named(**given):
-        return "cuda_visible_devices" in Settings.of(**given).model_fields_set
-
-    Settings.of().export_devices()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
-    assert not named()
-    assert named(cuda_visible_devices="0")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert named()
 
 
 @pytest.mark.parametrize("layers", [(3, 29), "3:29", [3, 29]])
