@@ -293,7 +293,8 @@ class Settings(BaseSettings):
     # Outputs
     output_path: str | None = Field(
         None,
-        description="Folder for the picture, local or `s3://`. Default: `<S3_PATH>/predictions`.",
+        description="Folder for the picture, local or `s3://`. Default: `<S3_PATH>/predictions`. "
+        "Pictures in a folder that is not the segment's own have the segment's name in theirs.",
     )
     zarr_output_dir: str = Field(
         "/tmp/partitions",  # noqa: S108  the contract's default

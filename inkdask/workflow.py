@@ -20,7 +20,13 @@ from inkdask.inkmap import InkMap
 from inkdask.job import Job
 from inkdask.parts import agreed_work, assign
 from inkdask.plan import Given, Plan
-from inkdask.preflight import check_memory, check_places, check_prepared, warn_of_small_values
+from inkdask.preflight import (
+    check_memory,
+    check_places,
+    check_prepared,
+    check_replaced,
+    warn_of_small_values,
+)
 from inkdask.preparation import Preparation
 from inkdask.reduction import picture, preview
 from inkdask.segment import open_segment
@@ -155,6 +161,7 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
     if settings.add_scale_bar:
         settings.require("pixel_resolution_um")
     job = Job.found(settings)
+    check_replaced(job)
     with connect(settings), report(settings.report):
         uri = picture(job, settings.num_parts)
     storage.write_bytes(settings.result_file, os.fsencode(uri))
@@ -233,6 +240,7 @@ def settle(settings: Settings) -> Job:
     plan = Plan.of(str(settings.s3_path), settings)
     job = Job.of(plan, settings)
     check_prepared(job, replaces=settings.output_path is None)
+    check_replaced(job)
     warn_of_small_values(plan.inside)
     job.grid.check_place(job.recipe)
     check_places(job, settings.result_file, settings.num_parts, settings.overwrite)
