@@ -8,9 +8,12 @@ the environment, and the environment over the default.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import takewhile
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -24,6 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -31,6 +35,8 @@ from pydantic_settings import (
 
 from inkdask.errors import SettingsError
 from inkdask.specs import BlendMode, Precision
+
+log = logging.getLogger("inkdask")
 
 F = TypeVar("F", bound=Callable[..., Any])
 LAYERS = FieldInfo(default=None, annotation=Any)  # start_layer and end_layer in one word
@@ -345,6 +351,7 @@ class Settings(BaseSettings):
             for name in ("start_layer", "end_layer"):
                 if given.get(name) is not None:
                     raise SettingsError(f"{env_name(name)}: layers sets it too, give one of them.")
+        _warn_of_unread()
         try:
             return cls(**given)
         except ValidationError as error:
@@ -454,6 +461,10 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read given values, then the environment; no ``.env`` files and no secrets' files."""
+        read = {*_VARIABLES, "DASK_SCHEDULER_ADDRESS"}  # not TILE, though it is a field's name
+        if isinstance(env_settings, EnvSettingsSource):
+            there = env_settings.env_vars.items()
+            env_settings.env_vars = {name: value for name, value in there if name.upper() in read}
         return init_settings, env_settings
 
 
@@ -484,6 +495,47 @@ def env_name(name: str) -> str:
     """Return the environment variable of a parameter: ``TILE_SIZE`` for ``tile``."""
     alias = Settings.model_fields[name].validation_alias
     return str(alias.choices[-1] if isinstance(alias, AliasChoices) else name).upper()
+
+
+_VARIABLES = tuple(variable for _, variable, _ in parameters())
+
+
+@cache  # once in a process
+def _warn_of(name: str, meant: str) -> None:
+    log.warning("The variable %s is set and not read: was %s meant?", name, meant)
+
+
+def _warn_of_unread() -> None:
+    """Warn of variables that are not read and look like one of ours."""
+    for name, value in os.environ.items():
+        if value and (meant := _meant(name.upper())):
+            _warn_of(name, meant)
+
+
+def _meant(name: str) -> str | None:
+    """Return the variable of ours that another one was probably to be; None for ordinary ones.
+
+    ``INKDASK_TILE_SIZE``, ``TILE`` without its last word, ``TILESIZE`` with one letter missing,
+    added, changed, or swapped with the next. COMPILER is a variable of many builds.
+    """
+    word = name.removeprefix("INKDASK_")
+    if name in (*_VARIABLES, "COMPILER"):
+        return None
+    for ours in _VARIABLES:
+        is_start = len(word) > 2 and word == ours.rpartition("_")[0]
+        if is_start or (word == ours != name) or (len(ours) > 5 and _is_one_edit(word, ours)):
+            return ours
+    return None
+
+
+def _is_one_edit(word: str, other: str) -> bool:
+    """Whether two words differ by one letter, or by two neighbours that are swapped."""
+    for _ in range(2):  # cut off what they have in common, at the start and then at the end
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(word, other, strict=False))
+        start = len([*alike])
+        word, other = word[start:][::-1], other[start:][::-1]
+    is_swapped = len(word) == 2 and word == other[::-1]
+    return max(len(word), len(other)) < 2 or is_swapped
 
 
 def _describe(field: FieldInfo) -> str:
