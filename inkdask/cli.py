@@ -19,6 +19,7 @@ from rich.console import Console
 
 import inkdask
 from inkdask.errors import InkdaskError
+from inkdask.progress import columns, printable
 from inkdask.settings import Settings, parameters
 
 
@@ -83,7 +84,7 @@ def as_typed(sentence: str, words: Sequence[str]) -> str:
 
 
 def _fail(sentence: str, code: int) -> None:
-    print(f"inkdask: {sentence}", file=sys.stderr)
+    print(f"inkdask: {printable(sentence)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -134,10 +135,18 @@ def inkdask_(verbose: bool) -> None:
     Every option is also an environment variable, named in brackets.
     """
     handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
     if not verbose:
         handler.addFilter(_is_for_everybody)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("inkdask").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+class _Printable(logging.Formatter):
+    """Format messages, and keep the lines of tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def _is_for_everybody(record: logging.LogRecord) -> bool:
@@ -280,7 +289,6 @@ def info(path: str, **given: Any) -> None:
     made (PNG, TIFF, JPEG, zarr), or a tile grid: its origin, and the command that makes it again.
     """
     from inkdask.information import describe
-    from inkdask.progress import columns
 
     print(columns(describe(path, **_given(given))))
 

@@ -11,14 +11,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from inkdask.errors import InkdaskError
 from inkdask.specs import BlendMode, Precision
 
 FORMAT = 4  # of stored grids; a grid of another number is never resumed
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Place = Annotated[int, Field(ge=0, le=10_000_000)]
 Direction = Literal["forward", "reverse"]
 Region = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels of the segment
 
@@ -88,21 +90,21 @@ class Recipe(_Value):
 
     input: str | None
     mask: str | None
-    layers: tuple[int, ...]
+    layers: Annotated[tuple[Place, ...], Field(min_length=1)]
     direction: Direction
-    averaged: int
-    corner: tuple[int, int]
-    size: tuple[int, int]
+    averaged: Count
+    corner: tuple[Place, Place]
+    size: tuple[Count, Count]
     model: str
     architecture: str
     weights: str
     clip: float
     divisor: float
     precision: Precision
-    tile: int
-    stride: int
-    k: int
-    chunk: tuple[int, int]
+    tile: Count
+    stride: Count
+    k: Count
+    chunk: tuple[Count, Count]
 
 
 @dataclass(frozen=True)

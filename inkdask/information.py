@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from inkdask import storage
+from inkdask import provenance, storage
 from inkdask.errors import InkdaskError
 from inkdask.identity import Origin, Provenance, Recipe
 from inkdask.memory import expected_memory
+from inkdask.pictures import exporting
 from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
 from inkdask.plan import span
@@ -108,7 +109,12 @@ def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:
         return
     yield from _of_job(told.recipe, told.origin, told.ran_in, told)
     if told.export:
-        yield "export", shlex.join([*told.export, "--to", path])
+        yield (
+            "export",
+            _repeated(
+                told.export, "export", exporting.OF_COMMANDS, "--to", provenance.absolute(path)
+            ),
+        )
 
 
 def _of_grid(path: str) -> Iterator[tuple[str, str]]:
@@ -146,4 +152,13 @@ def _of_job(
     if picture:
         yield "made", picture.created
     repeat = "inkdask.run in Python: the model was a function, no checkpoint"
-    yield "repeat", shlex.join(origin.command) if origin.command else repeat
+    if origin.command:
+        repeat = _repeated(origin.command, "run", provenance.OF_COMMANDS)
+    yield "repeat", repeat
+
+
+def _repeated(words: Sequence[str], command: str, options: Sequence[str], *more: str) -> str:
+    """Return the recorded command and ``more`` words, or say why it is not shown."""
+    line = provenance.shell_line(words, command, options)
+    foreign = "not shown: the command in the file is not one that inkdask records"
+    return " ".join([line, *map(shlex.quote, more)]) if line else foreign

@@ -17,7 +17,7 @@ from inkdask.models.sources import sha256
 from inkdask.pictures.exporting import Look
 from inkdask.plan import Plan
 from inkdask.provenance import UNSAID, asked_of, origin_of, picture_options, recipe_of, said_of
-from inkdask.segment import identify
+from inkdask.segment import identify, name_of
 from inkdask.settings import Settings
 from inkdask.specs import BlendMode
 from inkdask.store import GridStore
@@ -214,15 +214,27 @@ def _digest_of(weights: str | None) -> str | None:
 
 
 def output_stem(folder: str | None, origin: Origin, model: str) -> str:
-    """Where the outputs go, without their endings: ``.../prediction_<MODEL>_<START>_<END>``."""
-    folder = folder or storage.join(str(origin.source), "predictions")
+    """Where the outputs go, without their endings: ``.../prediction_<MODEL>_<START>_<END>``.
+
+    Where no folder on the way is the segment's own, its name comes before that of the model.
+    """
+    source, name = str(origin.source), _name_of(model, origin.weights_from or "")
+    folder = folder or storage.join(source, "predictions")
     if storage.is_local(folder):  # the reader of the result file may be in another folder
         folder = str(Path(storage.filesystem(folder)[1]).absolute())
+    segment = name_of(source)
+    if segment not in folder.split("/") and not is_below(folder, source):
+        name = shortened(f"{segment}_{name}")
     start, end = origin.layer_range
-    name = f"prediction_{_name_of(model, origin.weights_from or '')}_{start:02d}_{end:02d}"
+    name = f"prediction_{name}_{start:02d}_{end:02d}"
     if roi := origin.roi_xyxy:  # a part must not take the place of the whole
         name += "_{}-{}-{}-{}".format(*roi)
     return storage.join(folder, name)
+
+
+def is_below(uri: str, folder: str) -> bool:
+    """Whether ``uri`` lies in a folder, or is it."""
+    return f"{uri}/".startswith(f"{folder}/")
 
 
 def _name_of(model: str, weights: str) -> str:

@@ -21,9 +21,10 @@ import numpy as np
 from inkdask import engine, records, storage
 from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
-from inkdask.job import Job
+from inkdask.job import Job, is_below
 from inkdask.memory import expected_memory, memory_limit
 from inkdask.pictures.overlay import spread
+from inkdask.pictures.picture import is_picture, open_picture
 from inkdask.plan import Plan
 from inkdask.progress import amount
 from inkdask.provenance import absolute
@@ -69,6 +70,24 @@ def check_places(job: Job, result_file: str, num_parts: int, overwrite: bool) ->
     if num_parts == 1:
         needs += _picture(job.region, job.target)
     check_disks([*needs, *_scratch(job.plan.segment if job.plan else None)])
+
+
+def check_replaced(job: Job) -> None:
+    """Check that no picture of another segment would be replaced.
+
+    One in the segment's own folder is replaced, because the segment may have been moved.
+    """
+    uri, source = f"{job.target}.zarr", str(job.origin.source)
+    if is_below(uri, source):
+        return
+    there = None
+    with suppress(InkdaskError):  # A damaged picture is replaced.
+        there = open_picture(uri).provenance if is_picture(uri) else None
+    if there and there.origin.source != source:
+        raise SettingsError(
+            f"{uri} is the picture of {there.origin.source}, and that of {source} would replace "
+            "it: set OUTPUT_PATH to another folder."
+        )
 
 
 def check_prepared(job: Job, replaces: bool) -> None:

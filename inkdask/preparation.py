@@ -160,9 +160,10 @@ class Preparation:
         if not {FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE, PREPARED_ATTRIBUTE} <= attributes.keys():
             raise InkdaskError(f"{self.uri} is there, and it is no array that inkdask prepared.")
         there = attributes[PREPARED_ATTRIBUTE]
-        if there.get("uri") != self._source["uri"] and not overwrite:
+        source = there.get("uri") if isinstance(there, dict) else "another place"
+        if source != self._source["uri"] and not overwrite:
             raise InkdaskError(
-                f"{self.uri} was prepared from {there.get('uri')}: name another place, or replace "
+                f"{self.uri} was prepared from {source}: name another place, or replace "
                 "it with --overwrite."
             )
         return bool(there == self._source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import threading
 import time
@@ -161,4 +162,13 @@ def size(shape: Sequence[int]) -> str:
 def columns(rows: Mapping[str, str]) -> str:
     """Format names and values in two columns; no line is wrapped, so that paths stay whole."""
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows.items())
+
+
+def printable(line: str) -> str:
+    """Escape characters that a terminal would obey, because files and their names may hold them."""
+    return re.sub(
+        r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]",
+        lambda found: found[0].encode("unicode_escape").decode(),
+        line,
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
@@ -30,6 +31,12 @@ OF_PICTURES = (
     "roi_xyxy", "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um",
     "add_scale_bar", "scale_bar_length_um",
 )  # fmt: skip
+# Parameters that the command of a grid may say.
+OF_COMMANDS = (
+    "model", "layers", "tile", "stride", "clip", "divisor", "surface_volume_zarr", "mask_path",
+    *OF_GRIDS, *OF_PICTURES,
+)  # fmt: skip
+OF_PATHS = ("surface_volume_zarr", "mask_path")
 # What `reduce` asks of a record also when the user does not say it: there is no word for "none".
 UNSAID = ("force_reverse", "z_downsample_mean_factor", "roi_xyxy")
 
@@ -117,9 +124,10 @@ def said_of(plan: Plan, origin: Origin, settings: Settings) -> Said | None:
 def asked_of(settings: Settings) -> dict[str, Any]:
     """Return what the settings ask of a job, by the names of `Said`."""
     asked = {
-        name: absolute(getattr(settings, name))
-        for name in Said.__dataclass_fields__
-        if name in UNSAID or (name in settings.model_fields_set and name != "model")
+        name: absolute(value) if name in OF_PATHS else value
+        for name, value in settings
+        if name in Said.__dataclass_fields__
+        and (name in UNSAID or (name in settings.model_fields_set and name != "model"))
     }
     asked |= {"layers": settings.layers, "s3_path": without_secrets(absolute(settings.s3_path))}
     if settings.model is not None:
@@ -178,9 +186,28 @@ def absolute(value: Any) -> Any:
     """Return a local path that exists as it is from any folder; anything else as it is."""
     if isinstance(value, str) and storage.is_local(value):
         with storage.explained(value):
-            if Path(value).exists():
-                return storage.absolute(value)
+            if Path(path := storage.absolute(value)).exists():
+                return path
     return value
+
+
+def shell_line(words: Sequence[str], command: str, options: Collection[str]) -> str:
+    """Return the line for a shell of a recorded command; empty for one that inkdask did not record.
+
+    A file may say anything. Only ``inkdask`` with ``command``, a place, and some ``options``, by
+    their names in Python, is offered to be repeated.
+    """
+    if tuple(words[:2]) != ("inkdask", command) or words[2:3] == () or words[2].startswith("-"):
+        return ""
+    rest = iter(words[3:])
+    for word in rest:
+        name = word.removeprefix("--").replace("-", "_")
+        if word[:2] != "--" or name not in options:
+            return ""
+        field = Settings.model_fields.get(name)
+        if field is None or field.annotation is not bool:
+            next(rest, None)
+    return shlex.join(words)
 
 
 def without_secrets(value: Any) -> Any:

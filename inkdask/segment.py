@@ -20,13 +20,13 @@ import numpy as np
 
 from inkdask import showing, storage
 from inkdask.box import Box
-from inkdask.errors import InkdaskError, SettingsError
+from inkdask.errors import DamagedError, InkdaskError, SettingsError
 from inkdask.progress import size
 from inkdask.reading import images, tiff_header
 from inkdask.reading.layers import LayerFile, check_unique, choose_layers, find_layers, no_layers
 from inkdask.reading.tiff import TiffImage
 from inkdask.reading.volume import DecodedStack, Reading, Source, TiffStack, lazy, read_block
-from inkdask.reading.zarr_volume import open_zarr
+from inkdask.reading.zarr_volume import LAYERS_ATTRIBUTE, open_zarr
 from inkdask.settings import layer_range
 from inkdask.specs import NO_MASK
 from inkdask.storage.parallel import for_each
@@ -202,7 +202,8 @@ def identify(
     """Return the identities that layers and mask have now, as `Segment` has them; opens no file."""
     listing = storage.list_folder(uri)
     if _ZARR_FILES & {entry.name for entry in listing}:
-        identity = open_zarr(uri, level).identity
+        with storage.decoded(uri):
+            identity = open_zarr(uri, level).identity
     else:
         start, end = layers
         files = find_layers(uri, listing)[1]
@@ -220,8 +221,12 @@ def _open_array(
     uri: str, layers: tuple[int, int] | None, count: int | None, level: str
 ) -> tuple[Source, tuple[int, ...], tuple[int, ...], np.dtype[Any], str]:
     """Open a zarr array, and choose of all its layers."""
-    source = open_zarr(uri, level, layers[1] - layers[0] if layers else count or 0)
+    with storage.decoded(uri):
+        source = open_zarr(uri, level, layers[1] - layers[0] if layers else count or 0)
     numbers = source.numbers
+    in_order = [*numbers] == sorted({*numbers}) and min(numbers) >= 0
+    if not in_order or len(numbers) != source.shape[0]:
+        raise DamagedError(f"{uri} does not number its layers: {LAYERS_ATTRIBUTE} is wrong.")
     if source.oddity:
         log.warning("%s has %s", source.name, source.oddity)
     # Arrays of the reference tool, (y, x, z), hold one range of layers without their numbers.

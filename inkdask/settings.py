@@ -8,10 +8,13 @@ the environment, and the environment over the default.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from functools import cache
+from itertools import takewhile
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AliasChoices,
@@ -32,6 +35,8 @@ from pydantic_settings import (
 
 from inkdask.errors import SettingsError
 from inkdask.specs import BlendMode, Precision
+
+log = logging.getLogger("inkdask")
 
 F = TypeVar("F", bound=Callable[..., Any])
 LAYERS = FieldInfo(default=None, annotation=Any)  # start_layer and end_layer in one word
@@ -68,19 +73,6 @@ def _in_order(start: int, end: int) -> tuple[int, int]:
 
 # Upper bounds; a larger value is a mistake.
 MOST_LAYERS, MOST_WORKERS = 100_000, 10_000
-
-
-class Environment(EnvSettingsSource):
-    """Environment variables; CUDA_VISIBLE_DEVICES is ignored when inkdask set it."""
-
-    told: ClassVar[str | None] = None  # value that `Settings.export_devices` set
-
-    def __call__(self) -> dict[str, Any]:
-        """Return the values of the variables that are set."""
-        found = super().__call__()
-        if self.told is not None and found.get("cuda_visible_devices") == self.told:
-            del found["cuda_visible_devices"]
-        return found
 
 
 class Settings(BaseSettings):
@@ -307,7 +299,8 @@ class Settings(BaseSettings):
     # Outputs
     output_path: str | None = Field(
         None,
-        description="Folder for the picture, local or `s3://`. Default: `<S3_PATH>/predictions`.",
+        description="Folder for the picture, local or `s3://`. Default: `<S3_PATH>/predictions`. "
+        "Pictures in a folder that is not the segment's own have the segment's name in theirs.",
     )
     zarr_output_dir: str = Field(
         "/tmp/partitions",  # noqa: S108  the contract's default
@@ -358,6 +351,7 @@ class Settings(BaseSettings):
             for name in ("start_layer", "end_layer"):
                 if given.get(name) is not None:
                     raise SettingsError(f"{env_name(name)}: layers sets it too, give one of them.")
+        _warn_of_unread()
         try:
             return cls(**given)
         except ValidationError as error:
@@ -372,13 +366,12 @@ class Settings(BaseSettings):
                 )
 
     def export_devices(self) -> None:
-        """Set CUDA_VISIBLE_DEVICES for this process, before CUDA is loaded."""
+        """Set CUDA_VISIBLE_DEVICES for a job, before CUDA is loaded (`environment_kept`)."""
         if self.cluster == "cuda":  # each worker sets its own
             return
-        if "cuda_visible_devices" in self.model_fields_set:
+        is_given = "cuda_visible_devices" in self.model_fields_set
+        if is_given or "CUDA_VISIBLE_DEVICES" not in os.environ:  # an empty value hides all GPUs
             os.environ["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
-        elif "CUDA_VISIBLE_DEVICES" not in os.environ:  # an empty value hides all GPUs
-            os.environ["CUDA_VISIBLE_DEVICES"] = Environment.told = self.cuda_visible_devices
 
     def export_token(self) -> None:
         """Set HF_TOKEN for huggingface_hub, because no graph and no log may hold the token."""
@@ -468,7 +461,11 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read given values, then the environment; no ``.env`` files and no secrets' files."""
-        return init_settings, Environment(settings_cls)
+        read = {*_VARIABLES, "DASK_SCHEDULER_ADDRESS"}  # not TILE, though it is a field's name
+        if isinstance(env_settings, EnvSettingsSource):
+            there = env_settings.env_vars.items()
+            env_settings.env_vars = {name: value for name, value in there if name.upper() in read}
+        return init_settings, env_settings
 
 
 def parameters() -> Iterator[tuple[str, str, FieldInfo]]:
@@ -498,6 +495,47 @@ def env_name(name: str) -> str:
     """Return the environment variable of a parameter: ``TILE_SIZE`` for ``tile``."""
     alias = Settings.model_fields[name].validation_alias
     return str(alias.choices[-1] if isinstance(alias, AliasChoices) else name).upper()
+
+
+_VARIABLES = tuple(variable for _, variable, _ in parameters())
+
+
+@cache  # once in a process
+def _warn_of(name: str, meant: str) -> None:
+    log.warning("The variable %s is set and not read: was %s meant?", name, meant)
+
+
+def _warn_of_unread() -> None:
+    """Warn of variables that are not read and look like one of ours."""
+    for name, value in os.environ.items():
+        if value and (meant := _meant(name.upper())):
+            _warn_of(name, meant)
+
+
+def _meant(name: str) -> str | None:
+    """Return the variable of ours that another one was probably to be; None for ordinary ones.
+
+    ``INKDASK_TILE_SIZE``, ``TILE`` without its last word, ``TILESIZE`` with one letter missing,
+    added, changed, or swapped with the next. COMPILER is a variable of many builds.
+    """
+    word = name.removeprefix("INKDASK_")
+    if name in (*_VARIABLES, "COMPILER"):
+        return None
+    for ours in _VARIABLES:
+        is_start = len(word) > 2 and word == ours.rpartition("_")[0]
+        if is_start or (word == ours != name) or (len(ours) > 5 and _is_one_edit(word, ours)):
+            return ours
+    return None
+
+
+def _is_one_edit(word: str, other: str) -> bool:
+    """Whether two words differ by one letter, or by two neighbours that are swapped."""
+    for _ in range(2):  # cut off what they have in common, at the start and then at the end
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(word, other, strict=False))
+        start = len([*alike])
+        word, other = word[start:][::-1], other[start:][::-1]
+    is_swapped = len(word) == 2 and word == other[::-1]
+    return max(len(word), len(other)) < 2 or is_swapped
 
 
 def _describe(field: FieldInfo) -> str:

@@ -321,7 +321,12 @@ class GridStore:
     def _array(self, name: str) -> zarr.Array:
         place = storage.join(self.uri, self._path(name))
         with storage.explained(place):
-            return storage.open_array(place, f"{self.tiling} {self.k}")
+            array = storage.open_array(place, f"{self.tiling} {self.k}")
+        tiling = self.tiling
+        shapes = {"grid": (*tiling.grid_shape, self.k, self.k), "valid": tiling.shape}
+        if array.shape != shapes.get(name, tiling.block_shape):
+            raise DamagedError(f"{place} has another shape than {self.uri} says{REMEDY}.")
+        return array
 
     def _path(self, name: str) -> str:
         return f"g{self.generation}/{name}"

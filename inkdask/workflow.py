@@ -12,6 +12,7 @@ import numpy as np
 from inkdask import storage
 from inkdask.blending import blend
 from inkdask.clusters import connect, report
+from inkdask.environment import environment_kept
 from inkdask.errors import SettingsError
 from inkdask.filling import check_weights, fill
 from inkdask.inference import infer
@@ -19,7 +20,13 @@ from inkdask.inkmap import InkMap
 from inkdask.job import Job
 from inkdask.parts import agreed_work, assign
 from inkdask.plan import Given, Plan
-from inkdask.preflight import check_memory, check_places, check_prepared, warn_of_small_values
+from inkdask.preflight import (
+    check_memory,
+    check_places,
+    check_prepared,
+    check_replaced,
+    warn_of_small_values,
+)
 from inkdask.preparation import Preparation
 from inkdask.reduction import ink_of, picture, preview
 from inkdask.segment import open_segment
@@ -34,6 +41,7 @@ _OF_PATHS = ("s3_path", "surface_volume_zarr", "mask_path")
 
 
 @with_parameters
+@environment_kept()
 def predict(
     source: Given,
     model: str | os.PathLike[str] | Callable[[Any], Any] | None = None,
@@ -78,6 +86,7 @@ def predict(
 
 
 @with_parameters
+@environment_kept()
 def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Do the whole job, from the layers to the picture in its place.
 
@@ -134,6 +143,7 @@ def compute(job: Job, mine: np.ndarray, summary: Summary, settings: Settings) ->
 
 
 @with_parameters
+@environment_kept()
 def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Make the picture of a stored grid, and return its URI.
 
@@ -152,6 +162,7 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
     if settings.add_scale_bar:
         settings.require("pixel_resolution_um")
     job = Job.found(settings)
+    check_replaced(job)
     with connect(settings), report(settings.report):
         uri = picture(job, settings.num_parts)
     storage.write_bytes(settings.result_file, os.fsencode(uri))
@@ -159,6 +170,7 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
 
 
 @with_parameters
+@environment_kept()
 def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Find out whether a job can run, before anything expensive is started.
 
@@ -184,6 +196,7 @@ def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
 
 
 @with_parameters
+@environment_kept()
 def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Write the layers of a segment to a zarr array, and return its URI.
 
@@ -228,6 +241,7 @@ def settle(settings: Settings) -> Job:
     plan = Plan.of(str(settings.s3_path), settings)
     job = Job.of(plan, settings)
     check_prepared(job, replaces=settings.output_path is None)
+    check_replaced(job)
     warn_of_small_values(plan.inside)
     job.grid.check_place(job.recipe)
     check_places(job, settings.result_file, settings.num_parts, settings.overwrite)

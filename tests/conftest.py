@@ -11,7 +11,7 @@ import uuid
 import pytest
 
 from inkdask import engine, storage
-from inkdask.settings import Environment, parameters
+from inkdask.settings import parameters
 from tests.faultproxy import FaultProxy
 from tests.files import SHAPE, random_volume
 
@@ -48,7 +48,6 @@ def own_environment(monkeypatch, tmp_path):
         monkeypatch.setenv(variable, "")  # set it first, because monkeypatch then restores it
         monkeypatch.delenv(variable)
     monkeypatch.setenv("MODEL_VERSION", "1")  # lets imported functions resume
-    monkeypatch.setattr(Environment, "told", None)
     monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
     monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))
     monkeypatch.setenv("RESULT_FILE", str(tmp_path / "result.txt"))

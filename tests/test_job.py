@@ -77,8 +77,8 @@ def test_input_that_is_gone_is_not_compared(segment, weights, caplog):
 
 
 def name_of_picture(model, weights):
-    stem = output_stem("s3://bucket/out", replace(ORIGIN, weights_from=weights), model)
-    name = stem.removeprefix("s3://bucket/out/prediction_").removesuffix("_00_03")
+    stem = output_stem(None, replace(ORIGIN, weights_from=weights), model)
+    name = stem.removeprefix("s3://bucket/seg/predictions/prediction_").removesuffix("_00_03")
     assert len(f".prediction_{name}_00_03_preview.zarr.01234567.unfinished".encode()) <= 255
     return name
 
@@ -132,6 +132,42 @@ def test_long_name_of_a_function_or_repo_is_cut():
     names = {name_of_picture("f" * 300, None), name_of_picture("f" * 301, None)}
     names |= {name_of_picture(f"owner/model/{'d/' * 100}a{n}.pt", "owner/model") for n in "12"}
     assert len(names) == 4
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "name"),
+    [
+        (None, "s3://bucket/seg", "demo"),
+        ("s3://bucket/seg/predictions", "s3://bucket/seg", "demo"),
+        ("s3://bucket/results/seg/ink", "s3://bucket/seg", "demo"),
+        ("s3://bucket/seg.zarr/ink", "s3://bucket/seg.zarr", "demo"),
+        ("s3://bucket/segments", "s3://bucket/seg", "seg_demo"),
+        ("s3://bucket", "s3://bucket/seg/layers", "seg_demo"),
+        ("/out", "/data/20231210.tifs", "20231210_demo"),
+    ],
+)
+def test_picture_in_a_shared_folder_has_the_name_of_its_segment(folder, source, name):
+    origin = replace(
+        ORIGIN, source=source, weights_from="package://inkdask.models/demo.safetensors"
+    )
+    stem = output_stem(folder, origin, "demo")
+    assert stem == f"{folder or f'{source}/predictions'}/prediction_{name}_00_03"
+
+
+def test_segments_with_one_output_folder_keep_their_pictures(tmp_path):
+    options = {"model": depth_slope, "stride": 32, "output_path": tmp_path / "out"}
+    one, two, moved = (tmp_path / place for place in ("one", "two", "away/one"))
+    for seed, folder in enumerate((one, two, moved)):
+        write_segment(folder, papyrus((3, 90, 100), seed=seed))
+    first = inkdask.run(one, **options)
+    kept = Path(first).read_bytes()
+    assert inkdask.run(two, **options) != first
+    for call in (inkdask.run, inkdask.check):
+        with pytest.raises(InkdaskError, match=rf"picture of {one}, .* set OUTPUT_PATH to another"):
+            call(moved, **options)
+    assert Path(first).read_bytes() == kept
+    assert inkdask.run(one, **options | {"stride": 64}) == first
+    assert inkdask.reduce(one, **options | {"stride": 64}) == first
 
 
 def test_job_with_long_names_and_glob_signs_makes_its_picture(tmp_path, weights):

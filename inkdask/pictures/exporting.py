@@ -232,12 +232,20 @@ def _level(shape: tuple[int, int], max_side: int | None) -> int:
     return level
 
 
+# Parameters that the command of an export may say.
+OF_COMMANDS = (
+    *(field.name for field in fields(Look) if field.name != "scale_bar_um"),
+    "add_scale_bar", "scale_bar_length_um", "pixel_resolution_um", "roi_xyxy",
+)  # fmt: skip
+
+
 def _command(
     picture: Picture, look: Look, pixel_um: float | None, roi: Region | None
 ) -> tuple[str, ...]:
     """Return the words of the command that exports the picture, without the file."""
     words: list[Any] = ["inkdask", "export", without_secrets(absolute(picture.uri))]
     shown = {field.name: getattr(look, field.name) for field in fields(look)}
+    shown["segment"] = without_secrets(absolute(look.segment))
     usual = Look()
     if shown.pop("scale_bar_um"):
         words.append("--add-scale-bar")

@@ -238,11 +238,13 @@ def zarr_node(uri: str) -> Array[Any] | Group:
 
     with decoded(uri):
         try:
-            return zarr.open(zarr_store(uri, read_only=True), mode="r")
+            node = zarr.open(zarr_store(uri, read_only=True), mode="r")
         except FileNotFoundError as error:
             if not exists(uri):
                 raise
             raise InkdaskError(f"{uri} is no zarr array and no zarr group.") from error
+        dict(node.attrs)  # fails where the attributes are no object
+        return node
 
 
 def zarr_array(uri: str) -> Array[Any]:
