@@ -71,7 +71,6 @@ def test_examples_are_the_four_notebooks():
     assert NOTEBOOKS == ["cluster.ipynb", "compare.ipynb", "explore.ipynb", "gpu.ipynb"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_is_committed_without_outputs(name):
     for cell in read(name).cells:
@@ -85,6 +84,7 @@ def shown(notebook):
     return [output.data for output in outputs if "data" in output]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "part"),
     [("explore.ipynb", "1,024 x 384", "384 x 512"), ("own", "1,400 x 1,300", "512 x 512")],
