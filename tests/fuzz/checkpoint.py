@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import pickle
@@ -14,7 +15,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from inkdask.errors import InkdaskError
 from inkdask.models import checkpoint, registry
 from tests.fuzz import spoil
 
@@ -38,11 +38,7 @@ def read(rng, folder):
         data = spoiled(rng, data)
     path = folder / spoil.choice(rng, ("a.ckpt", "a.pt", "a.safetensors"))
     path.write_bytes(data)
-    try:
-        tensors = checkpoint.read(path).tensors
-    except InkdaskError as error:
-        assert str(path) in str(error)
-        raise
+    tensors = checkpoint.read(path).tensors
     for tensor in tensors.values():
         assert tensor.untyped_storage().nbytes() <= len(data)  # it lies in the file
     if sum(math.prod(tensor.shape) for tensor in tensors.values()) > 1 << 20:
@@ -143,7 +139,7 @@ def spoil_pickle(rng, data):
     if rng.integers(3) == 0:
         return spoil.change(rng, data)
     steps = [position for _, _, position in pickletools.genops(data)] + [len(data)]
-    parts = [data[a:b] for a, b in zip(steps, steps[1:], strict=False)]
+    parts = [data[a:b] for a, b in itertools.pairwise(steps)]
     for _ in range(rng.integers(1, 4)):
         at = int(rng.integers(len(parts)))
         how = rng.integers(5)

@@ -66,7 +66,7 @@ def opened(home):
         mock.patch.object(constants, "HF_HUB_ETAG_TIMEOUT", 1),
         mock.patch.object(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.url}/{FILE}"),
         mock.patch.object(hf_api.api, "endpoint", server.url),
-        mock.patch("time.sleep", lambda _: None),
+        mock.patch("time.sleep"),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:

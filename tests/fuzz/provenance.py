@@ -2,9 +2,9 @@
 
 import contextlib
 import json
-import os
 import shutil
 import unicodedata
+from pathlib import Path
 
 import inkdask
 from inkdask import information, records
@@ -29,24 +29,25 @@ def opened(home):
     inkdask.export(stored, pictures[1:])
     grid = next((home / "grids").glob("*.zarr"))
     wanted = read_facts(uri).provenance.to_json()
-    sources = [*pictures, stored, str(grid), "record"]
+    sources = [*map(Path, (*pictures, stored)), grid, None]
     yield lambda rng, folder: read(rng, folder, spoil.choice(rng, sources), wanted)
 
 
 def read(rng, folder, source, wanted):
     """Spoil what a copy says of itself, and describe it."""
-    if source == "record":
+    if source is None:
         return read_record(rng, folder)
-    place = folder / os.path.basename(source)
+    place = folder / source.name
     changed = wanted
-    if os.path.isdir(source):
+    if source.is_dir():
         shutil.copytree(source, place)
-        path = spoil.choice(rng, sorted(place.rglob("zarr.json"), key=lambda it: len(it.parts))[:2])
+        found = sorted(place.rglob("zarr.json"), key=lambda it: len(it.parts))
+        path = spoil.choice(rng, found[:2])
         if rng.integers(6):
             path.write_bytes(spoil.change_text(rng, path.read_text()))
             changed = None
     else:
-        data = open(source, "rb").read()
+        data = source.read_bytes()
         if rng.integers(3) == 0:
             data, changed = spoil.change(rng, data), None
         elif rng.integers(6):
@@ -58,7 +59,7 @@ def read(rng, folder, source, wanted):
         assert isinstance(text, str), (name, text)
     for line in columns(rows).split("\n"):
         assert not any(unicodedata.category(sign) == "Cc" for sign in line), line
-    if changed is not None and not os.path.isdir(source):
+    if changed is not None and not source.is_dir():
         told = read_facts(str(place)).provenance
         if told is None or changed != wanted:  # lax types may read as others
             return "unjudged" if told is not None else "read"

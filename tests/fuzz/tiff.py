@@ -128,7 +128,7 @@ def change_tag(rng, data):
         return
     at, is_big = spoil.choice(rng, entries)
     long, size = ("Q", 20) if is_big else ("I", 12)
-    tag, kind, count = struct.unpack_from(f"{order}HH{long}", data, at)
+    _, kind, count = struct.unpack_from(f"{order}HH{long}", data, at)
     how = rng.integers(6)
     if how == 0:
         struct.pack_into(f"{order}H", data, at, spoil.choice(rng, TAGS))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import click
@@ -15,14 +16,15 @@ from tests.fuzz import spoil
 from tests.fuzz.campaign import environment
 
 VALUES = (
-    "", " ", "0", "1", "-1", "2", "3", "16", "64", "1e3", "1e30", "1e999", "nan", "inf", "-inf", "0.5",
-    "007", "+5", "1_000", "0x10", "١", "²", "true", "false", "TRUE", "yes", "none", "None", "auto",
-    "0:4", "4:0", "0:", ":", "0:1:2", "-3:2", "0:999999999", "1,2,3,4", "0,0,16,16", "0,0,1e9,1e9",
-    "0,0,99999999999999999999,16", "a,b,c,d", "tcp://", "tcp://h:1", "threads", "local", "hann",
-    "gaussian", "int8", "float32", "timesformer", "depth-cnn", "demo", "a/b", "a/b/../../x", "a/b@c",
-    "package://os/x", "package://inkdask.models/demo.safetensors", "https://huggingface.co/a/b",
-    "hf://a", "s3://", "s3a:/x", "ftp://x/y", "[x]*", "é\u0301", "\udcff", "x" * 300, "\x1b[2J", "a\nb",
-    "9" * 400, "1" * 5000, "./sub", "../input", "missing", "~nobody/x", "%d", "{}", "--", "-x",
+    "", " ", "0", "1", "-1", "2", "3", "16", "64", "1e3", "1e30", "1e999", "nan", "inf", "-inf",
+    "0.5", "007", "+5", "1_000", "0x10", "١", "²", "true", "false", "TRUE", "yes", "none", "None",
+    "auto", "0:4", "4:0", "0:", ":", "0:1:2", "-3:2", "0:999999999", "1,2,3,4", "0,0,16,16",
+    "0,0,1e9,1e9", "0,0,99999999999999999999,16", "a,b,c,d", "tcp://", "tcp://h:1", "threads",
+    "local", "hann", "gaussian", "int8", "float32", "timesformer", "depth-cnn", "demo", "a/b",
+    "a/b/../../x", "a/b@c", "package://os/x", "package://inkdask.models/demo.safetensors",
+    "https://huggingface.co/a/b", "hf://a", "s3://", "s3a:/x", "ftp://x/y", "[x]*", "é\u0301",
+    "\udcff", "x" * 300, "\x1b[2J", "a\nb", "9" * 400, "1" * 5000, "./sub", "../input", "missing",
+    "~nobody/x", "%d", "{}", "--", "-x",
 )  # fmt: skip
 # Only for commands that connect to nothing and write below the folder of the input.
 COMMANDS = ("info", "info", "check", "check", "models", "export", "prepare", "--version", "nothing")
@@ -34,7 +36,7 @@ def opened(home):
     """Yield the reader of one input."""
     write_layers(home / "segment" / "layers", random_volume((4, 70, 80)))
     clean = {variable: None for _, variable, _ in parameters()}
-    here = os.getcwd()
+    here = Path.cwd()
     with environment(**clean, HF_HUB_OFFLINE="1", HF_HOME=str(home / "hub")):
         with contextlib.redirect_stdout(io.StringIO()):  # imports take their time
             cli.main(["check", str(home / "segment"), "--model", "demo", "--model-in-chans", "4"])
