@@ -9,6 +9,7 @@ import collections
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import index
 from typing import IO, Any, cast
 
 import numpy as np
@@ -24,7 +25,7 @@ CUT_BYTES, CUT_ROWS = 1 << 20, 64  # limits of a piece where pieces can be chose
 
 HEAD = 8  # bytes of the shortest header
 MOST_SHRUNK = 1 << 16  # times that a codec makes zeros smaller
-MOST_VISITS = 20_000  # of one byte; pages may share what they say, but tifffile runs in circles
+MOST_VISITS = 1000  # of one byte, because tifffile follows pages in a circle without end
 
 _JPEG = (7, 33007)
 _SEVERAL = "several pages, of which the first is read"
@@ -46,6 +47,7 @@ def read_stack(uri: str, size: int, etag: str = "") -> list[TiffImage]:
     file = cast("IO[bytes]", _RangeFile(uri, size, etag))
     try:
         with tifffile.TiffFile(file, _multifile=False) as tif:
+            len(tif.pages)  # finds a circle of less than 100 pages
             images = list(_describe_all(uri, size, tif.pages.first, tif.series[0]))
             if len(images) == 1 and (tif.pages.is_multipage or tif.series[0].ndim > 3):
                 images = [replace(images[0], oddity=_SEVERAL)]
@@ -107,23 +109,25 @@ def _describe(uri: str, page: Any, starts: Sequence[int], counts: Sequence[int])
         raise InkdaskError(f"{uri} cannot be read: its values are {_MEANINGS[page.photometric]}.")
     if page.predictor not in (1, 2) or (page.predictor == 2 and page.compression in _JPEG):
         raise InkdaskError(f"{uri} has predictor {page.predictor!r}, which cannot be read.")
-    height, width = page.imagelength, page.imagewidth
+    height, width = index(page.imagelength), index(page.imagewidth)
     if not height * width:
         raise InkdaskError(f"{uri} has no pixels.")
     piece = (
-        (page.tilelength, page.tilewidth)
+        (index(page.tilelength), index(page.tilewidth))
         if page.is_tiled
-        else (min(page.rowsperstrip, height), width)
+        else (min(index(page.rowsperstrip), height), width)
     )
     if min(piece) < 1:
         raise InkdaskError(f"{uri} is corrupt: it is cut into pieces of {piece[1]} x {piece[0]}.")
     grid = (-(-height // piece[0]), -(-width // piece[1]))
     separate = page.planarconfig == 2
-    samples = 1 if separate else page.samplesperpixel
+    samples = 1 if separate else index(page.samplesperpixel)
     dtype = np.dtype(f"{page.parent.byteorder}u{bits // 8}")
     # The tables begin with the pieces of the first plane.
-    offsets = np.array(starts[: grid[0] * grid[1]], np.int64).reshape(grid)
-    sizes = np.array(counts[: grid[0] * grid[1]], np.int64).reshape(grid)
+    offsets, sizes = (
+        np.array(table[: grid[0] * grid[1]]).astype(np.int64, casting="same_kind").reshape(grid)
+        for table in (starts, counts)
+    )
     words = _words(page, piece, grid)
     if not page.is_tiled and page.compression == 1 and page.predictor == 1:
         row_bytes = width * samples * dtype.itemsize
