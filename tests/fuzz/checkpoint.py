@@ -34,7 +34,7 @@ def read(rng, folder):
     if rng.integers(6) == 0:
         return read_description(rng, folder)
     data = spoil.choice(rng, files())
-    if rng.integers(12):
+    if rng.integers(4):
         data = spoiled(rng, data)
     path = folder / spoil.choice(rng, ("a.ckpt", "a.pt", "a.safetensors"))
     path.write_bytes(data)

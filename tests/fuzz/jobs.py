@@ -105,11 +105,10 @@ def try_one(rng, folder, said):
         if how in ("predict", "array"):
             given = source if how == "predict" else array_of(rng, volume)
             got = inkdask.predict(given, **settings).map.compute()
-            atol = tolerance(settings) if is_demo else 2e-5
-            np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
+            np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance(settings))
         else:
             uri = run(source, settings, int(rng.integers(2, 5)) if how == "parts" else 1)
-            check(read_picture(uri), expected, settings, is_demo)
+            check(read_picture(uri), expected, settings)
             assert (folder / "result.txt").read_text() == uri
     named = ("progressive", "force_reverse", "reverse_video", "roi_xyxy", "mask_path",
              "model_in_chans")  # fmt: skip
@@ -212,22 +211,21 @@ def run(source, settings, parts):
 
 
 def tolerance(settings):
-    """Return how far probabilities of the demo's network may be off."""
+    """Return how far probabilities may be off: by float32, or by the arithmetic of the network."""
+    if settings["model"] != "demo":
+        return 2e-5
     return 0.05 if settings["precision"] == "bfloat16" else 1e-3
 
 
-def check(got, expected, settings, is_demo):
-    """Compare a picture with the map that it must show; roundings may differ by one."""
-    wanted = picture(expected)
+def check(got, expected, settings):
+    """Check that each pixel shows a probability that is near enough; grids store 65,534 steps."""
+    near = tolerance(settings) + 0.5 / 65534
+    least, most = picture(expected - near), picture(expected + near)
     if settings["reverse_video"]:
-        wanted = 255 - wanted
-    off = np.abs(got.astype(int) - wanted)
-    assert got.shape == wanted.shape
-    if is_demo:
-        assert off.max() <= 1 + 255 * tolerance(settings), off.max()
-        return
-    assert off.max() <= 1, off.max()
-    assert np.count_nonzero(off) <= 5 + 2e-3 * off.size, np.count_nonzero(off)
+        least, most = 255 - most, 255 - least
+    assert got.shape == expected.shape
+    wrong = (got < least) | (got > most)
+    assert not wrong.any(), f"{np.count_nonzero(wrong)} of {wrong.size} pixels"
 
 
 def write(rng, folder, volume):
