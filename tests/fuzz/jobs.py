@@ -69,7 +69,10 @@ def main(arguments=None):
                 tally.update(try_one(rng, Path(folder), said))
             except Exception:
                 wrong.append(at)
-                print(f"job {at}: {json.dumps(said, default=str)}\n{traceback.format_exc()}")
+                print(
+                    f"job {at}: {json.dumps(said, default=str)}\n{traceback.format_exc()}",
+                    flush=True,
+                )
     rows = "\n".join(f"| {what} | {count} |" for what, count in sorted(tally.items()))
     print(f"| jobs with | |\n|---|---|\n{rows}\n")
     seconds = time.monotonic() - start
