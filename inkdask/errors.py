@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST = 1000  # signs of a sentence; a damaged file or a wrong value may be any long
+
 
 class InkdaskError(Exception):
     """A mistake or a misfortune that the user can act on.
@@ -12,6 +14,16 @@ class InkdaskError(Exception):
     """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        half = LONGEST // 2
+        return text if len(text) <= LONGEST else f"{text[:half]} [...] {text[-half:]}"
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says, or else its type, on one line and without a full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 class UnavailableError(InkdaskError):

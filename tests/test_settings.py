@@ -298,3 +298,11 @@ def test_empty_devices_are_given():
 def test_value_that_can_mean_nothing_is_one_sentence(name, value):
     with pytest.raises(SettingsError, match=rf"^{env_name(name)}: [^\n]*\.$"):
         Settings.of(**{name: value, **({"start_layer": 0} if name == "end_layer" else {})})
+
+
+def test_endless_value_makes_no_endless_sentence():
+    with pytest.raises(
+        SettingsError, match=r"^BLEND_MODE: .*, but is 'x+ \[\.\.\.\] x+'\.$"
+    ) as caught:
+        Settings.of(blend_mode="x" * 100_000)
+    assert len(str(caught.value)) < 1100

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -365,6 +367,24 @@ def test_silent_server_is_an_error_within_a_minute(s3, faults, monkeypatch):
     with pytest.raises(UnavailableError, match=f"^{s3}/layers does not answer at {faults.url} "):
         storage.list_folder(f"{s3}/layers")
     assert faults.injected() == {"stall": s3_module.TRIES_IN_SILENCE}
+
+
+@pytest.mark.parametrize("header", ["Last-Modified: by and by", "Content-Length: much", "A: b"])
+def test_server_that_is_not_s3_is_named(no_credentials, monkeypatch, header):
+    def answer(listener):
+        while True:
+            connection, _ = listener.accept()
+            connection.recv(65536)
+            connection.sendall(f"HTTP/1.1 200 OK\r\n{header}\r\n\r\n".encode())
+            connection.close()
+
+    monkeypatch.setattr(s3_module, "TRIES", 1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        threading.Thread(target=answer, args=(listener,), daemon=True).start()
+        with pytest.raises(InkdaskError, match=r"s3://b/x.*\.$"):
+            storage.entry("s3://b/x")
 
 
 def test_unreachable_endpoint_is_named(no_credentials, monkeypatch):

@@ -245,6 +245,50 @@ def test_header_of_unreadable_file_is_refused(tmp_path, data, message):
         open_image(data, tmp_path, "odd.tif")
 
 
+def with_tag(data, tag, value, kind=None):
+    """Change the value in the entry of a tag, and its type."""
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
+        at = tif.pages.first.tags[tag].offset
+    head = struct.pack("<HH", tag, kind) if kind else data[at : at + 4]
+    return data[:at] + head + data[at + 4 : at + 8] + struct.pack("<I", value) + data[at + 12 :]
+
+
+@pytest.mark.parametrize(
+    ("options", "tag", "value", "kind", "message"),
+    [
+        ({}, 273, 0, None, "is corrupt: its pixels are not where it says"),
+        ({}, 278, 2**32 - 1, 9, "is corrupt: it is cut into pieces of 64 x -1"),
+        ({}, 279, 2000, 11, "cannot be read as a TIFF: Cannot cast"),  # a float, nearly 0
+        ({"tile": (16, 16), "compression": "jpeg"}, 322, 2**31, None, "is corrupt: its pixels are"),
+        ({"photometric": "rgb"}, 284, 0, None, "has PlanarConfiguration 0"),
+    ],
+)
+def test_tags_without_sense_are_refused(tmp_path, options, tag, value, kind, message):
+    pixels = random_volume((64, 64, 3) if "photometric" in options else (64, 64, 1), "|u1")
+    data = encode(pixels.squeeze(), **options)
+    with pytest.raises(InkdaskError, match=rf"odd\.tif {message}"):
+        open_image(with_tag(data, tag, value, kind), tmp_path, "odd.tif")
+
+
+@pytest.mark.timeout(60)
+def test_pages_in_a_circle_are_one_page(tmp_path):
+    data = bytearray(encode(random_volume(SHAPE)[0], metadata=None))
+    count = struct.unpack_from("<H", data, 8)[0]
+    data[10 + 12 * count : 14 + 12 * count] = struct.pack("<I", len(data))  # the next page
+    again = struct.pack("<HHHIII", 1, 256, 4, 1, 10, len(data))  # a page before itself
+    image = open_image(bytes(data) + again, tmp_path)
+    np.testing.assert_array_equal(image.decode(), random_volume(SHAPE)[0] >> 8)
+
+
+def test_decoder_that_says_nothing_is_named(tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(tiff.Layout, "decode", fail)
+    with pytest.raises(InkdaskError, match=r"image\.tif is corrupt at .*: MemoryError\.$"):
+        open_image(encode(random_volume(SHAPE)[0]), tmp_path).decode()
+
+
 @pytest.mark.parametrize("codec", [None, "lzw"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_header_of_truncated_file_is_refused(tmp_path, codec, layout):

@@ -381,3 +381,35 @@ def test_corrupt_chunk_names_array_and_position(tmp_path):
         InkdaskError, match=r"x\.zarr cannot be read at rows 0 to 64, columns 0 to 64"
     ):
         segment.volume.compute()
+
+
+@pytest.mark.parametrize("attributes", ["[]", "7", '"text"'])
+def test_attributes_that_are_no_object_are_named(tmp_path, attributes):
+    uri = tmp_path / "x.zarr"
+    create(str(uri), random_volume((4, 30, 20), "|u1"), chunks=(4, 8, 8), zarr_format=2)
+    (uri / ".zattrs").write_text(attributes)
+    with pytest.raises(InkdaskError, match=r"x\.zarr cannot be read \(TypeError: its attributes"):
+        open_segment(str(uri))
+
+
+@pytest.mark.parametrize(
+    "numbers", [[0, 1, 2], [3, 2, 1, 0], [1, 1, 2, 3], ["a", 1, 2, 3], 5, [{}]]
+)
+def test_numbers_that_are_not_those_of_the_layers_are_refused(tmp_path, numbers):
+    uri = str(tmp_path / "x.zarr")
+    data = random_volume((4, 30, 20), "|u1")
+    create(uri, data, chunks=(4, 8, 8), attributes={"layers": numbers})
+    with pytest.raises(
+        InkdaskError, match=r"x\.zarr (cannot be read|does not number its 4 layers)"
+    ):
+        open_segment(uri)
+
+
+def test_bucket_that_is_gone_is_no_volume_of_zeros(s3):
+    data = random_volume((4, 30, 20), "|u1")
+    create(f"{s3}/x.zarr", data, chunks=(4, 8, 8))
+    segment = open_segment(f"{s3}/x.zarr")
+    assert_reads(segment, data)
+    storage.s3_filesystem().rm(s3, recursive=True)
+    with pytest.raises(InkdaskError, match=r"x\.zarr cannot be read at rows 0 .*does not exist\.$"):
+        segment.volume.compute()

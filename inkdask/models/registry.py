@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from inkdask import storage
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, reason
 from inkdask.models import hub
 from inkdask.models.callables import resolve_callable
 from inkdask.models.sources import Repo, WeightsSource, sha256
@@ -258,7 +258,9 @@ def _read_sidecar(path: Path, shown: str) -> dict[str, Any]:
         with storage.explained(shown):
             values = parse(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InkdaskError(f"The model description {shown} cannot be read: {error}.") from error
+        raise InkdaskError(
+            f"The model description {shown} cannot be read: {reason(error)}."
+        ) from error
     if not isinstance(values, dict) or not values.keys() & _WORDS.keys():
         return {}
     for word, value in values.items():

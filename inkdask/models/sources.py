@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hf
 
 from inkdask import storage
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, reason
 
 _IS_MD5 = re.compile(r"[0-9a-f]{32}")
 _IS_SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -228,7 +228,9 @@ class Bucket:
                     _check(uri, size, etag, part)
                     part.replace(path)
         except OSError as error:
-            raise InkdaskError(f"{uri} cannot be kept in the cache {cache}: {error}.") from error
+            raise InkdaskError(
+                f"{uri} cannot be kept in the cache {cache}: {reason(error)}."
+            ) from error
         return path
 
 

@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 
 from inkdask import storage
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, reason
 from inkdask.identity import Provenance
 from inkdask.pictures.exporting import KINDS, kind_of
 from inkdask.pictures.picture import open_picture, provenance_in
@@ -58,7 +58,7 @@ def read_facts(uri: str) -> Facts:
         with fs.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead") as file:
             return read(file, uri)
     except Exception as error:
-        raise InkdaskError(f"{uri} cannot be read as a picture: {error}.") from error
+        raise InkdaskError(f"{uri} cannot be read as a picture: {reason(error)}.") from error
 
 
 def _of_zarr(uri: str) -> Facts:

@@ -26,7 +26,7 @@ import zarr
 from tifffile.tifffile import jpeg_shape
 
 from inkdask import storage
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, reason
 from inkdask.failures import dask_worker
 from inkdask.storage.parallel import for_each
 
@@ -107,7 +107,7 @@ class ImageFile:
         except InkdaskError:
             raise
         except Exception as error:
-            raise InkdaskError(f"{self.uri} is truncated or corrupt: {error}.") from error
+            raise InkdaskError(f"{self.uri} is truncated or corrupt: {reason(error)}.") from error
         if self.is_mask:  # All colours count, however dark; alpha does not.
             if pixels.shape[:2] != self.shape:  # A TIFF may hold one colour after the other.
                 pixels = np.moveaxis(pixels, 0, -1)
@@ -143,7 +143,7 @@ def _parse(uri: str, head: bytes) -> ImageFile:
         else:
             bits, height, width, channels = jpeg_shape(head)
     except Exception as error:
-        raise InkdaskError(f"{uri} cannot be read as a PNG or JPEG: {error}.") from error
+        raise InkdaskError(f"{uri} cannot be read as a PNG or JPEG: {reason(error)}.") from error
     if not height * width:
         raise InkdaskError(f"{uri} has no pixels.")
     if 8 < bits < 16:

@@ -18,7 +18,7 @@ import tifffile
 
 from inkdask import storage
 from inkdask.box import Box, Slices
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, reason
 from inkdask.memory import map_large_blocks
 from inkdask.reading import lzw
 from inkdask.storage.parallel import for_each
@@ -285,7 +285,7 @@ class _Run:
             except Exception as error:
                 raise InkdaskError(
                     f"{uri} is corrupt at row {row}, column {column} "
-                    f"(bytes {start + offset} to {start + offset + count}): {error}."
+                    f"(bytes {start + offset} to {start + offset + count}): {reason(error)}."
                 ) from error
             _narrow(piece[inside], out[self.z][target])
 

@@ -5,21 +5,27 @@ The terms are those of the TIFF 6.0 specification (Adobe, 1992).
 
 from __future__ import annotations
 
+import collections
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import index
 from typing import IO, Any, cast
 
 import numpy as np
 import tifffile
 
 from inkdask import storage
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, reason
 from inkdask.reading.images import PLAIN
 from inkdask.reading.tiff import Layout, TiffImage
 
 HEADER_READ = 4096  # bytes, which hold the tags of most files
 CUT_BYTES, CUT_ROWS = 1 << 20, 64  # limits of a piece where pieces can be chosen
+
+HEAD = 8  # bytes of the shortest header
+MOST_SHRUNK = 1 << 16  # times that a codec makes zeros smaller
+MOST_VISITS = 1000  # of one byte, because tifffile follows pages in a circle without end
 
 _JPEG = (7, 33007)
 _SEVERAL = "several pages, of which the first is read"
@@ -41,20 +47,32 @@ def read_stack(uri: str, size: int, etag: str = "") -> list[TiffImage]:
     file = cast("IO[bytes]", _RangeFile(uri, size, etag))
     try:
         with tifffile.TiffFile(file, _multifile=False) as tif:
+            len(tif.pages)  # finds a circle of less than 100 pages
             images = list(_describe_all(uri, size, tif.pages.first, tif.series[0]))
             if len(images) == 1 and (tif.pages.is_multipage or tif.series[0].ndim > 3):
                 images = [replace(images[0], oddity=_SEVERAL)]
     except InkdaskError:
         raise
     except Exception as error:
-        raise InkdaskError(f"{uri} cannot be read as a TIFF: {error}.") from error
-    # Ignore pieces of no bytes, because their offsets mean nothing.
-    ends = [(it.offsets + it.counts).max(initial=0, where=it.counts > 0) for it in images]
-    if max(ends) > size:
-        raise InkdaskError(
-            f"{uri} is truncated: its pixels reach to byte {max(ends)}, the file has {size} bytes."
-        )
+        raise InkdaskError(f"{uri} cannot be read as a TIFF: {reason(error)}.") from error
+    for image in images:
+        _check_places(image, size)
     return [replace(it, etag=etag, page=i * (len(images) > 1)) for i, it in enumerate(images, 1)]
+
+
+def _check_places(image: TiffImage, size: int) -> None:
+    """Check that all pieces lie in a file of ``size`` bytes, and may hold their pixels."""
+    # Ignore pieces of no bytes, because their offsets mean nothing.
+    places, counts = image.offsets[image.counts != 0], image.counts[image.counts != 0]
+    height, width = image.layout.piece
+    least = -(-height * width * image.layout.pixel_bytes // MOST_SHRUNK)
+    if places.min(initial=HEAD) < HEAD or counts.min(initial=least) < least:
+        raise InkdaskError(f"{image.uri} is corrupt: its pixels are not where it says.")
+    end = (places.astype(np.uint64) + counts.astype(np.uint64)).max(initial=0)  # no overflow
+    if end > size:
+        raise InkdaskError(
+            f"{image.uri} is truncated: its pixels reach to byte {end}, the file has {size} bytes."
+        )
 
 
 def _describe_all(uri: str, size: int, page: Any, series: Any) -> Iterator[TiffImage]:
@@ -85,25 +103,31 @@ def _describe(uri: str, page: Any, starts: Sequence[int], counts: Sequence[int])
             raise InkdaskError(f"{uri} has {tag} {int(value)}, and only 1 can be read: {PLAIN}.")
     if page.compression not in (*_BYTES, *_JPEG):
         raise InkdaskError(f"{uri} is compressed by {page.compression!r}, which cannot be read.")
+    if page.planarconfig not in (1, 2):
+        raise InkdaskError(f"{uri} has PlanarConfiguration {page.planarconfig}: save it anew.")
     if page.photometric in _MEANINGS:
         raise InkdaskError(f"{uri} cannot be read: its values are {_MEANINGS[page.photometric]}.")
     if page.predictor not in (1, 2) or (page.predictor == 2 and page.compression in _JPEG):
         raise InkdaskError(f"{uri} has predictor {page.predictor!r}, which cannot be read.")
-    height, width = page.imagelength, page.imagewidth
+    height, width = index(page.imagelength), index(page.imagewidth)
     if not height * width:
         raise InkdaskError(f"{uri} has no pixels.")
     piece = (
-        (page.tilelength, page.tilewidth)
+        (index(page.tilelength), index(page.tilewidth))
         if page.is_tiled
-        else (min(page.rowsperstrip, height), width)
+        else (min(index(page.rowsperstrip), height), width)
     )
+    if min(piece) < 1:
+        raise InkdaskError(f"{uri} is corrupt: it is cut into pieces of {piece[1]} x {piece[0]}.")
     grid = (-(-height // piece[0]), -(-width // piece[1]))
     separate = page.planarconfig == 2
-    samples = 1 if separate else page.samplesperpixel
+    samples = 1 if separate else index(page.samplesperpixel)
     dtype = np.dtype(f"{page.parent.byteorder}u{bits // 8}")
     # The tables begin with the pieces of the first plane.
-    offsets = np.array(starts[: grid[0] * grid[1]], np.int64).reshape(grid)
-    sizes = np.array(counts[: grid[0] * grid[1]], np.int64).reshape(grid)
+    offsets, sizes = (
+        np.array(table[: grid[0] * grid[1]]).astype(np.int64, casting="same_kind").reshape(grid)
+        for table in (starts, counts)
+    )
     words = _words(page, piece, grid)
     if not page.is_tiled and page.compression == 1 and page.predictor == 1:
         row_bytes = width * samples * dtype.itemsize
@@ -165,6 +189,7 @@ class _RangeFile(io.RawIOBase):
         self._etag = etag
         self._position = 0
         self._held: list[tuple[int, bytes]] = []
+        self._visits = collections.Counter[int]()
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
@@ -182,6 +207,9 @@ class _RangeFile(io.RawIOBase):
 
     def read(self, size: int = -1, /) -> bytes:
         start = min(self._position, self._size)
+        self._visits[start] += 1
+        if self._visits[start] > MOST_VISITS:
+            raise ValueError("its pages follow each other in a circle")
         stop = self._size if size < 0 else min(start + size, self._size)
         self._position = stop
         for held, data in self._held:

@@ -19,7 +19,7 @@ import numpy as np
 import zarr
 
 from inkdask import storage
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, reason
 from inkdask.memory import map_large_blocks
 from inkdask.reading.volume import WHOLE_BYTES, MadeOf, Occupied, check_size, whole_units
 
@@ -149,7 +149,7 @@ class ZarrBlock:
             raise InkdaskError(
                 f"{source.name} cannot be read at rows "
                 f"{self.rows.start} to {self.rows.stop}, columns {self.columns.start} to "
-                f"{self.columns.stop}: {error}."
+                f"{self.columns.stop}: {reason(error)}."
             ) from error
         pixels = np.transpose(pixels, source.axes)[:: source.stride]
         if pixels.dtype.itemsize > np.dtype(dtype).itemsize:
@@ -162,12 +162,16 @@ def open_zarr(uri: str, level: str = "0", wanted: int = 0) -> ZarrSource:
 
     Axes without names are guessed such that there are ``wanted`` layers.
     """
+    with storage.decoded(uri):  # because attributes may hold anything
+        return _open(uri, level, wanted)
+
+
+def _open(uri: str, level: str, wanted: int) -> ZarrSource:
     node: Any = storage.zarr_node(uri)
     names: Any = None
     name, path = uri, ""
     if isinstance(node, zarr.Group):
-        with storage.decoded(uri):
-            path, names = _level(node, uri, level)
+        path, names = _level(node, uri, level)
         name = storage.join(uri, path)
         node = storage.zarr_array(name)
     if node.attrs.get(FINISHED_ATTRIBUTE) is False:
@@ -185,7 +189,9 @@ def open_zarr(uri: str, level: str = "0", wanted: int = 0) -> ZarrSource:
     if depth * math.prod(pieces) // pieces[axes[0]] > WHOLE_BYTES:
         pieces = node.chunks[-3:]
     kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
-    numbers = kept or range(depth)
+    numbers = [*(kept or range(depth))]
+    if len(numbers) != depth or numbers != sorted({*map(int, numbers)}):
+        raise InkdaskError(f"{name} does not number its {depth} layers: run inkdask prepare again.")
     chunks = " x ".join(str(length) for length in node.chunks)
     return ZarrSource(
         uri=uri,
@@ -198,7 +204,7 @@ def open_zarr(uri: str, level: str = "0", wanted: int = 0) -> ZarrSource:
         axes=axes,
         unit=(pieces[axes[1]], pieces[axes[2]]),
         thickness=min(pieces[axes[0]], depth),
-        numbers=tuple(int(number) for number in numbers),
+        numbers=tuple(numbers),
         is_numbered=bool(kept),
         words=f"zarr {node.metadata.zarr_format}, {chunks} chunks"
         + (" in shards" if node.shards else ""),

@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from uuid import uuid4
 from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 
-from inkdask.errors import DamagedError, InkdaskError, UnavailableError
+from inkdask.errors import DamagedError, InkdaskError, UnavailableError, reason
 from inkdask.storage.counting import count
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from inkdask.storage.s3 import S3FileSystem
 
+_OF_S3 = ("s3fs", "botocore", "aiobotocore")
 SAMPLE_BYTES = 4096  # tell apart files of one name, size and time
 
 
@@ -243,7 +245,8 @@ def zarr_node(uri: str) -> Array[Any] | Group:
             if not exists(uri):
                 raise
             raise InkdaskError(f"{uri} is no zarr array and no zarr group.") from error
-        dict(node.attrs)  # fails where the attributes are no object
+        if not isinstance(node.metadata.attributes, dict):
+            raise TypeError("its attributes are no object of JSON")
         return node
 
 
@@ -287,7 +290,10 @@ def explain(error: BaseException, uri: str) -> InkdaskError:
         return UnavailableError(f"{uri} cannot be reached{_endpoint()}: nothing answers there.")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return InkdaskError(f"No space is left to write {uri}.")
-    return InkdaskError(f"{uri}: {_one_line(error)}.")
+    if not isinstance(error, OSError) and _is_odd(error):
+        said = f"{type(error).__name__}: {reason(error)}"
+        return InkdaskError(f"What answers for {uri}{_endpoint()} is not S3 ({said}).")
+    return InkdaskError(f"{uri}: {reason(error)}.")
 
 
 @contextmanager
@@ -316,14 +322,22 @@ def decoded(uri: str, remedy: str = "") -> Iterator[None]:
     except InkdaskError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {_one_line(error)}"
-        raise DamagedError(f"{uri} cannot be read ({reason}){remedy}.") from error
+        what = f"{type(error).__name__}: {reason(error)}"
+        raise DamagedError(f"{uri} cannot be read ({what}){remedy}.") from error
 
 
 def _is_of_storage(error: Exception) -> bool:
     """Whether a file system or network raised the error; bugs must keep their traceback."""
     home = type(error).__module__.split(".")[0]
-    return isinstance(error, OSError) or home in ("botocore", "aiobotocore", "aiohttp", "fsspec")
+    return isinstance(error, OSError) or home in (*_OF_S3, "aiohttp", "fsspec") or _is_odd(error)
+
+
+def _is_odd(error: BaseException) -> bool:
+    """Whether a library of S3 raised an error of Python, because it trusts the answer."""
+    frames = traceback.walk_tb(error.__traceback__)
+    homes = [frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in frames]
+    ours = [home for home in homes if home in ("inkdask", *_OF_S3)]
+    return type(error).__module__ == "builtins" and ours[-1:] != ["inkdask"] and bool(ours)
 
 
 def _read_local(path: str, start: int, stop: int) -> bytes:
@@ -345,8 +359,3 @@ def _endpoint() -> str:
 
     variable = endpoint_variable()
     return f" at {os.environ[variable]} ({variable})" if variable else ""
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.rstrip(".")

@@ -98,7 +98,13 @@ class S3FileSystem(s3fs.S3FileSystem):
 
         async def get() -> bytes:
             count(requests=1)
-            response = await super(S3FileSystem, self)._call_s3("get_object", **request)
+            try:
+                response = await super(S3FileSystem, self)._call_s3("get_object", **request)
+            except FileNotFoundError as error:
+                if _code(error) == "NoSuchKey":
+                    raise
+                # Because zarr reads zeros for what is not there, a proxy's page included.
+                raise OSError(f"no answer of S3: {error}") from error.__cause__
             async with response["Body"] as body:
                 data: bytes = await body.read()
             if len(data) != response["ContentLength"]:
@@ -172,6 +178,11 @@ def endpoint_variable(service: str = "S3") -> str | None:
     """Name of the environment variable that holds the endpoint of a service, or None."""
     variables = (f"AWS_ENDPOINT_URL_{service}", "AWS_ENDPOINT_URL")  # in the order of botocore
     return next((variable for variable in variables if os.environ.get(variable)), None)
+
+
+def _code(error: BaseException) -> str:
+    """Return what S3 calls an error; empty for an answer that is no error of S3."""
+    return str(getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", ""))
 
 
 def refusal(error: BaseException, is_anonymous: bool) -> str:
