@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -19,6 +21,7 @@ from rich.console import Console
 import inkdask
 from inkdask.errors import InkdaskError
 from inkdask.settings import Settings, parameters
+from inkdask.specs import normalisation
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
@@ -271,16 +274,24 @@ def info(path: str, **given: Any) -> None:
 
 
 @inkdask_.command()
-def models() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def models(as_json: bool) -> None:
     """List the models that have a key."""
     from inkdask.models.registry import known
 
-    console = Console(highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps([asdict(spec) for spec in known().values()], indent=1))
+        return
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     for spec in known().values():
-        console.print(f"[bold]{spec.key}[/]  {spec.weights}")
+        revision = f" at {spec.revision[:12]}" if spec.revision else ""
+        file = f":{spec.filename}" if spec.filename else ""
+        scan = f" of scans of {spec.pixel_um:g} um" if spec.pixel_um else ""
+        console.print(spec.key, style="bold", end="")
+        console.print(f"  {spec.weights}{file}{revision}")
         console.print(
-            f"    {spec.architecture}: {spec.layers} layers, tile {spec.tile}, stride "
-            f"{spec.stride}, voxels clipped to {spec.clip:g} and divided by {spec.divisor:g}"
+            f"    {spec.architecture}: {spec.layers} layers{scan}, tile {spec.tile}, stride "
+            f"{spec.stride}; voxels {normalisation(spec.clip, spec.divisor)}"
         )
         if spec.licence:
             console.print(f"    licence: {spec.licence}")

@@ -96,8 +96,8 @@ class Recipe(_Value):
     model: str
     architecture: str
     weights: str
-    clip: float
-    divisor: float
+    clip: float | None
+    divisor: float | None
     precision: Precision
     tile: int
     stride: int
@@ -162,8 +162,8 @@ class Said(_Value):
     z_downsample_mean_factor: int
     model: str
     model_in_chans: int
-    clip: float
-    divisor: float
+    clip: float | None
+    divisor: float | None
     precision: str
     tile: int
     stride: int

@@ -146,8 +146,10 @@ def _command(plan: Plan, origin: Origin, model: str) -> list[Any]:
     start, end = origin.layer_range
     words: list[Any] = ["inkdask", "run", origin.source, "--model", _model(model)]
     words += ["--layers", f"{start}:{end}", "--tile", plan.tiling.tile]
-    words += ["--stride", plan.tiling.stride, "--clip", f"{plan.network.clip:.15g}"]
-    words += ["--divisor", f"{plan.network.divisor:.15g}"]
+    words += ["--stride", plan.tiling.stride]
+    for name in ("clip", "divisor"):
+        if (value := getattr(plan.network, name)) is not None:
+            words += [f"--{name}", f"{value:.15g}"]
     if origin.volume != origin.source:
         words += ["--surface-volume-zarr", origin.volume]
     if plan.mask_path:

@@ -36,8 +36,9 @@ from inkdask.specs import BlendMode, Precision
 F = TypeVar("F", bound=Callable[..., Any])
 LAYERS = FieldInfo(default=None, annotation=Any)  # start_layer and end_layer in one word
 ModelType = Literal[
-    "timesformer", "resnet3d-50", "resnet3d-101", "resnet3d-152", "resnet3d-152-3d-decoder"
-]
+    "timesformer", "resnet3d-50", "resnet3d-101", "resnet3d-152", "resnet3d-152-3d-decoder",
+    "hecate-2.4um", "hecate-9.6um", "hybrid-3d2d",
+]  # fmt: skip
 
 
 def layer_range(layers: Any) -> tuple[int, int]:
@@ -148,8 +149,8 @@ class Settings(BaseSettings):
     )
     model_type: ModelType | None = Field(
         None,
-        description="Architecture of a checkpoint that is not a known model. Default: that of the "
-        "checkpoint's own description, else timesformer.",
+        description="Architecture of a checkpoint that does not tell it. Default: that of the "
+        "description beside it, of its own facts or of the names of its tensors, else timesformer.",
     )
     model_version: str | None = Field(
         None,
