@@ -72,7 +72,8 @@ class InkMap:
     @property
     def so_far(self) -> da.Array:
         """Picture of all tiles that the background has run, dask float32 (y, x); else 0."""
-        grid, window = self.background.grid, (self.blend_mode, self.gaussian_sigma)
+        grid = self.background.grid
+        window = self.blend_mode, self.gaussian_sigma, self.plan.family
         return blend(grid.grid(), grid.valid(), self.tiling, *window)[self.plan.region.slices]
 
     @property

@@ -14,6 +14,7 @@ from inkdask.box import Box
 from inkdask.engine import has_gpus
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.failures import fallible, read_or_fail
+from inkdask.families import Family, family_of
 from inkdask.identity import Region
 from inkdask.models.registry import resolve, who_says_layers
 from inkdask.segment import Segment, find_mask, open_segment
@@ -89,7 +90,7 @@ class Plan:
         given = segment.layers if segment else tuple(range(opened.shape[0]))
         path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
         asked = settings.layers if path else None
-        kept = _kept_layers(len(given), settings, None if asked else network)
+        kept = _kept_layers(len(given), settings, network, is_range=asked is not None)
         layers, factor = given[kept], settings.z_downsample_mean_factor
         network = network or _network(settings, len(layers) // factor)
         _check_layers(given, layers, network, factor)
@@ -131,6 +132,11 @@ class Plan:
         """First layer (inclusive) and last (exclusive) of those that were opened."""
         layers = self.segment.layers if self.segment else self.layers
         return min(layers), max(layers) + 1
+
+    @property
+    def family(self) -> Family:
+        """Rules of the people of the network."""
+        return family_of(self.network.model.architecture, has_mask=self.mask is not None)
 
     @property
     def averaged(self) -> int:
@@ -203,6 +209,8 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
         return source
     if isinstance(source, str | os.PathLike):
         wanted = network.layers * settings.z_downsample_mean_factor if network else None
+        if network and family_of(network.model.architecture) != Family():
+            wanted = None  # because which layers are the middle ones is for its family to say
         place, mask = os.fspath(source), settings.mask_path
         if settings.surface_volume_zarr:  # the mask stays where the segment is
             mask = mask or find_mask(place)
@@ -223,16 +231,15 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
     return lazy if lazy.dtype == np.uint8 else (lazy >> 8).astype(np.uint8)
 
 
-def _kept_layers(depth: int, settings: Settings, network: Network | None) -> slice:
-    """Return the slice of the layers to read: the middle ones, or all without a network."""
+def _kept_layers(depth: int, settings: Settings, network: Network | None, is_range: bool) -> slice:
+    """Return the slice of the layers to read: the middle ones, or all of a range or callable."""
     factor, count = settings.z_downsample_mean_factor, depth
-    if wanted := settings.model_in_chans or (network and network.layers):
+    of_model = network.layers if network and not is_range else None
+    if wanted := settings.model_in_chans or of_model:
         count = min(wanted * factor, depth)
     count -= count % factor  # the same layers in both directions
-    first = (depth - count) // 2
-    kept = range(depth)[first : first + count]
-    if settings.force_reverse:
-        kept = kept[::-1]
+    family = family_of(network.model.architecture) if network else Family()
+    kept = family.centre(depth, count, settings.force_reverse)
     # A range that runs down to layer 0 stops before -1, which a slice would take for the last.
     return slice(kept.start, kept.stop if kept.stop >= 0 else None, kept.step)
 

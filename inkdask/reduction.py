@@ -14,6 +14,7 @@ import numpy as np
 
 from inkdask.blending import blend
 from inkdask.errors import InkdaskError
+from inkdask.families import family_of
 from inkdask.identity import Provenance, differences
 from inkdask.job import Job
 from inkdask.parts import assign
@@ -96,7 +97,9 @@ def tell_of_replaced(uri: str, made_of: Provenance) -> None:
 def write(job: Job, target: str) -> None:
     """Write the picture as ``<target>.png`` and ``<target>.zarr``, each whole or not at all."""
     region, grid, how = job.region, job.grid, job.rendering
-    ink = blend(grid.grid(), grid.valid(), grid.tiling, how.blend_mode, how.gaussian_sigma)
+    family = family_of(job.recipe.architecture, has_mask=job.recipe.mask is not None)
+    window = how.blend_mode, how.gaussian_sigma, family
+    ink = blend(grid.grid(), grid.valid(), grid.tiling, *window)
     grey = da.map_blocks(to_uint8, ink[region.slices], dtype=np.uint8)
     corner = region.shift(*job.recipe.corner).corner
 

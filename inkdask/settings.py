@@ -195,7 +195,9 @@ class Settings(BaseSettings):
         "Each pass leaves a picture of the whole, `..._preview.png`.",
     )
     blend_mode: BlendMode = Field(
-        "hann", description="Blending window, which weighs the pixels of a tile."
+        "hann",
+        description="Blending window, which weighs the pixels of a tile. upstream: window and "
+        "borders as the programs of the model's people have them.",
     )
     gaussian_sigma: float = Field(
         0.0,

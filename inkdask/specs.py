@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
-BlendMode = Literal["hann", "gaussian"]  # the blending window
+BlendMode = Literal["hann", "gaussian", "upstream"]  # the blending window
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
 NO_MASK = "none"  # in the place of a mask's path
 

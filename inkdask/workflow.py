@@ -60,9 +60,8 @@ def predict(
     settings.export_token()
     plan = Plan.of(source, settings)
     inferred = infer(plan.volume, plan.tiling, plan.network, plan.mask)
-    ink = blend(
-        inferred.grid, inferred.valid, plan.tiling, settings.blend_mode, settings.gaussian_sigma
-    )
+    window = settings.blend_mode, settings.gaussian_sigma, plan.family
+    ink = blend(inferred.grid, inferred.valid, plan.tiling, *window)
     return InkMap(
         map=ink[plan.region.slices],
         grid=inferred.grid,
