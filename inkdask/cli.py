@@ -166,8 +166,8 @@ def check(**given: Any) -> None:
 @inkdask_.command()
 @click.argument("s3_path", required=False)
 @_settings_options(
-    "model", "start_layer", "end_layer", "model_in_chans", "force_reverse",
-    "z_downsample_mean_factor", "tile", "stride", "clip", "divisor", "precision", "roi_xyxy",
+    "model", "start_layer", "end_layer", "model_in_chans", "force_reverse", "direction",
+    "z_downsample_mean_factor", "tile", "stride", "clip", "divisor", "precision", "tta", "roi_xyxy",
     "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um", "add_scale_bar",
     "scale_bar_length_um", "grid", "zarr_output_dir", "num_parts", "output_path", "result_file",
     "cluster", "scheduler_address", "report",

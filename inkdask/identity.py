@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from inkdask.errors import InkdaskError
-from inkdask.specs import BlendMode, Precision
+from inkdask.specs import BlendMode, Precision, Tta
 
-FORMAT = 4  # of stored grids; a grid of another number is never resumed
+FORMAT = 5  # of stored grids; a grid of another number is never resumed
 Direction = Literal["forward", "reverse"]
 Region = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels of the segment
 
@@ -78,7 +78,7 @@ class Recipe(_Value):
         (No field is a ``shape``: tifffile takes a description that has one for its own.)
     model, architecture, weights
         Key, architecture, and SHA-256 of the weights.
-    clip, divisor, precision
+    clip, divisor, precision, tta
         As in `Network`: the precision is the one that was asked for.
     tile, stride, k
         Tiles in pixels, and side of a tile's probabilities.
@@ -99,6 +99,7 @@ class Recipe(_Value):
     clip: float | None
     divisor: float | None
     precision: Precision
+    tta: Tta
     tile: int
     stride: int
     k: int
@@ -165,6 +166,7 @@ class Said(_Value):
     clip: float | None
     divisor: float | None
     precision: str
+    tta: str
     tile: int
     stride: int
     roi_xyxy: Region | None

@@ -100,7 +100,7 @@ class Job:
         else:
             grid = GridStore.of(settings.zarr_output_dir, shortened(plan.name), recipe)
             folder = settings.zarr_output_dir
-        target = output_stem(settings.output_path, origin, recipe.model)
+        target = output_stem(settings.output_path, origin, recipe.model, _way(settings))
         said = said_of(plan, origin, settings)
         rendering = rendering_of(settings, origin)
         return cls(recipe, origin, said, grid, target, rendering, folder, plan)
@@ -126,7 +126,8 @@ class Job:
             if changed := changed_input(label.recipe, label.origin):
                 raise InkdaskError(f"The tile grid {uri} is old: {changed}; {first} first.")
         origin = replace(label.origin, roi_xyxy=settings.roi_xyxy or label.origin.roi_xyxy)
-        target = output_stem(settings.output_path, origin, label.recipe.model)
+        way = _way(settings)
+        target = output_stem(settings.output_path, origin, label.recipe.model, way)
         rendering = rendering_of(settings, origin)
         return cls(label.recipe, origin, label.said, grid, target, rendering)
 
@@ -213,13 +214,18 @@ def _digest_of(weights: str | None) -> str | None:
     return sha256(Path(str(weights))) if is_file else None
 
 
-def output_stem(folder: str | None, origin: Origin, model: str) -> str:
+def _way(settings: Settings) -> str:
+    """Return what tells the picture of the reverse from the other, where DIRECTION is used."""
+    return "_reverse" if settings.direction and settings.is_reversed else ""
+
+
+def output_stem(folder: str | None, origin: Origin, model: str, way: str = "") -> str:
     """Where the outputs go, without their endings: ``.../prediction_<MODEL>_<START>_<END>``."""
     folder = folder or storage.join(str(origin.source), "predictions")
     if storage.is_local(folder):  # the reader of the result file may be in another folder
         folder = str(Path(storage.filesystem(folder)[1]).absolute())
     start, end = origin.layer_range
-    name = f"prediction_{_name_of(model, origin.weights_from or '')}_{start:02d}_{end:02d}"
+    name = f"prediction_{_name_of(model, origin.weights_from or '')}_{start:02d}_{end:02d}{way}"
     if roi := origin.roi_xyxy:  # a part must not take the place of the whole
         name += "_{}-{}-{}-{}".format(*roi)
     return storage.join(folder, name)
@@ -228,7 +234,7 @@ def output_stem(folder: str | None, origin: Origin, model: str) -> str:
 def _name_of(model: str, weights: str) -> str:
     """Return a model as file names say it: a checkpoint in a folder or bucket by its last parts."""
     if model in known() or not (weights.startswith("/") or "://" in weights):
-        return shortened(model.replace("/", "_"))
+        return shortened(re.sub("[/:]", "_", model))
     last = "_".join(PurePosixPath(weights).with_suffix("").parts[-2:])
     return shortened(re.sub(r"[^\w.-]+", "_", last).strip("_"), weights)
 

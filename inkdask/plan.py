@@ -90,7 +90,10 @@ class Plan:
         given = segment.layers if segment else tuple(range(opened.shape[0]))
         path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
         asked = settings.layers if path else None
-        kept = _kept_layers(len(given), settings, network, is_range=asked is not None)
+        kept, turned = (
+            _kept_layers(len(given), settings, network, asked is not None, is_reversed)
+            for is_reversed in (settings.is_reversed, not settings.is_reversed)
+        )
         layers, factor = given[kept], settings.z_downsample_mean_factor
         network = network or _network(settings, len(layers) // factor)
         _check_layers(given, layers, network, factor)
@@ -103,6 +106,8 @@ class Plan:
         if isinstance(opened, Segment):  # reads less than slices of its volume would
             inside = opened.take(kept).crop(*reach.slices)
             volume, mask = inside.lazy(read_or_fail)
+            if settings.direction == "both":
+                volume, mask = _shared(opened.crop(*reach.slices), kept, turned)
         else:
             inside, volume, mask = None, opened[(kept, *reach.slices)], None
         corner = inside.box.corner if inside and inside.box else reach.corner
@@ -114,7 +119,7 @@ class Plan:
             mask_path=settings.mask_path if path else None,
             layers=layers,
             layer_range=asked or (min(layers), max(layers) + 1),
-            is_reversed=settings.force_reverse,
+            is_reversed=settings.is_reversed,
             volume=_average(volume, factor),
             mask=mask,
             tiling=Tiling.of(reach.shape, network.tile, stride, chunk),
@@ -172,11 +177,12 @@ class Plan:
         means = f" as means of {self.averaged}" if self.averaged > 1 else ""
         mask_uri = self.segment.mask_uri if self.segment else None
         mask = f", mask {mask_uri.rsplit('/', 1)[-1]}" if mask_uri else ""
+        mirrored = ", four passes for mirror images" if self.network.tta == "mirror" else ""
         return (
             f"{self.segment.uri if self.segment else 'array'}: {height:,} x {width:,} pixels, "
             f"{count} ({span(self.layers)}){means}, {self.tiling.tiles:,} tiles "
             f"of {self.tiling.tile} px at stride {self.tiling.stride}, model "
-            f"{self.network.model.key}{mask}"
+            f"{self.network.model.key}{mask}{mirrored}"
         )
 
 
@@ -197,6 +203,7 @@ def _network(settings: Settings, depth: int | None = None) -> Network:
         clip=settings.clip,
         divisor=settings.divisor,
         precision=settings.precision,
+        tta=settings.tta,
         batch_size=settings.batch_size,
         compile=settings.compile,
         compile_mode=settings.compile_mode,
@@ -231,7 +238,24 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
     return lazy if lazy.dtype == np.uint8 else (lazy >> 8).astype(np.uint8)
 
 
-def _kept_layers(depth: int, settings: Settings, network: Network | None, is_range: bool) -> slice:
+def _shared(segment: Segment, kept: slice, turned: slice) -> tuple[da.Array, da.Array | None]:
+    """Return some layers, and the mask, so that the other direction reads the same blocks."""
+    mine, other = (range(len(segment.layers))[layers] for layers in (kept, turned))
+    first, last = min(*mine, *other), max(*mine, *other)
+    volume, mask = segment.take(slice(first, last + 1)).lazy(read_or_fail)
+    return volume[_as_slice(mine, first)], mask
+
+
+def _as_slice(positions: range, first: int = 0) -> slice:
+    """Return positions as a slice of what begins at ``first``."""
+    stop = positions.stop - first
+    # A range that runs down to layer 0 stops before -1, which a slice would take for the last.
+    return slice(positions.start - first, stop if stop >= 0 else None, positions.step)
+
+
+def _kept_layers(
+    depth: int, settings: Settings, network: Network | None, is_range: bool, is_reversed: bool
+) -> slice:
     """Return the slice of the layers to read: the middle ones, or all of a range or callable."""
     factor, count = settings.z_downsample_mean_factor, depth
     of_model = network.layers if network and not is_range else None
@@ -239,9 +263,7 @@ def _kept_layers(depth: int, settings: Settings, network: Network | None, is_ran
         count = min(wanted * factor, depth)
     count -= count % factor  # the same layers in both directions
     family = family_of(network.model.architecture) if network else Family()
-    kept = family.centre(depth, count, settings.force_reverse)
-    # A range that runs down to layer 0 stops before -1, which a slice would take for the last.
-    return slice(kept.start, kept.stop if kept.stop >= 0 else None, kept.step)
+    return _as_slice(family.centre(depth, count, is_reversed))
 
 
 def _check_layers(

@@ -24,7 +24,7 @@ SOFTWARE = ("inkdask", "torch", "dask", "zarr", "numpy")
 # change only the picture.
 OF_GRIDS = (
     "ome_zarr_level", "z_downsample_mean_factor", "force_reverse", "model_type", "model_in_chans",
-    "precision", "chunk_size",
+    "precision", "tta", "chunk_size",
 )  # fmt: skip
 OF_PICTURES = (
     "roi_xyxy", "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um",
@@ -51,6 +51,7 @@ def recipe_of(plan: Plan) -> Recipe:
         clip=network.clip,
         divisor=network.divisor,
         precision=network.precision,
+        tta=network.tta,
         tile=tiling.tile,
         stride=tiling.stride,
         k=network.k,
@@ -83,9 +84,10 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
     origin = without_secrets(origin)
     if plan.network.function is not None:
         return origin
+    settled = {"ome_zarr_level": origin.ome_zarr_level, "force_reverse": plan.is_reversed}
     words = (
         *_command(plan, origin, settings.model),
-        *_options(OF_GRIDS, {**dict(settings), "ome_zarr_level": origin.ome_zarr_level}),
+        *_options(OF_GRIDS, {**dict(settings), **settled}),
     )
     return replace(origin, command=tuple(map(str, words)))
 
@@ -107,6 +109,7 @@ def said_of(plan: Plan, origin: Origin, settings: Settings) -> Said | None:
         clip=plan.network.clip,
         divisor=plan.network.divisor,
         precision=plan.network.precision,
+        tta=plan.network.tta,
         tile=plan.tiling.tile,
         stride=plan.tiling.stride,
         roi_xyxy=origin.roi_xyxy,
@@ -121,6 +124,7 @@ def asked_of(settings: Settings) -> dict[str, Any]:
         for name in Said.__dataclass_fields__
         if name in UNSAID or (name in settings.model_fields_set and name != "model")
     }
+    asked["force_reverse"] = settings.is_reversed
     asked |= {"layers": settings.layers, "s3_path": without_secrets(absolute(settings.s3_path))}
     if settings.model is not None:
         asked["model"] = _model(settings.model)

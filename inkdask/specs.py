@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BlendMode = Literal["hann", "gaussian", "upstream"]  # the blending window
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
+Tta = Literal["none", "mirror"]  # mean over images of a tile
 NO_MASK = "none"  # in the place of a mask's path
 
 
@@ -101,6 +102,8 @@ class Network:
     precision
         ``auto`` is bfloat16 where the hardware has it, float32 elsewhere. ``int8`` is of the wide
         layers of TimeSformer on a CPU.
+    tta
+        ``mirror`` is the mean probability of a tile and its three mirror images.
     batch_size
         Tiles per forward pass; ``None`` is chosen for the device.
     compile, compile_mode
@@ -117,6 +120,7 @@ class Network:
     divisor: float | None
     digest: str
     precision: Precision = "auto"
+    tta: Tta = "none"
     batch_size: int | None = None
     compile: bool = True
     compile_mode: str = "reduce-overhead"

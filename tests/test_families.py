@@ -1,6 +1,7 @@
 """Maps as the people of a network make them: layers, window and borders."""
 
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,15 +9,17 @@ import tifffile
 import torch
 
 import inkdask
-from inkdask import memory
+from inkdask import memory, plan, storage
 from inkdask.blending import blend_chunk
 from inkdask.families import Family, family_of
 from inkdask.models.hybrid_3d2d import ink_hybrid_3d2d
 from inkdask.models.networks import BUILDERS
+from inkdask.settings import Settings
+from inkdask.specs import ModelSpec, Network
 from inkdask.store import decode, encode
 from inkdask.tiling import Tiling
 from tests.files import read_picture
-from tests.oracle import naive_map
+from tests.oracle import depth_slope, naive_map, papyrus
 from tests.upstream import golden, hecate_file, hybrid_file, of_hecate, state_of, volume
 
 
@@ -65,13 +68,12 @@ def off(uri, name):
     return np.abs(read_picture(uri).astype(int) - expected).max()
 
 
-def test_job_makes_the_map_of_hecate(hecate, options, tmp_path):
+def test_job_makes_both_maps_of_hecate(hecate, options, tmp_path):
     values = volume("hecate_9.6um-map", (21, 80, 100), (0, 30, 0, 37))
-    uri = inkdask.run(segment(tmp_path, values), model=hecate, chunk_size=64, **options)
-    assert off(uri, "hecate_9.6um-map") <= 1
-    options["force_reverse"] = True
-    uri = inkdask.run(tmp_path, model=hecate, **options)
-    assert off(uri, "hecate_9.6um-map-reverse") <= 1
+    uris = inkdask.run(segment(tmp_path, values), model=hecate, direction="both", **options)
+    forward, reverse = uris.splitlines()
+    assert off(forward, "hecate_9.6um-map") <= 1
+    assert off(reverse, "hecate_9.6um-map-reverse") <= 1
 
 
 def test_job_makes_the_map_of_the_hybrid(hybrid, options, tmp_path):
@@ -151,3 +153,77 @@ def test_probabilities_take_the_memory_that_is_expected():
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert 10 < peak / probabilities.size < memory.PROBABILITY
+
+
+def test_both_directions_come_from_one_read(options, tmp_path):
+    rng = np.random.default_rng(3)
+    folder = segment(tmp_path, rng.integers(1, 256, (5, 300, 400), dtype=np.uint8))
+
+    def run(**how):
+        before = storage.counters()
+        uris = inkdask.run(
+            folder, model=depth_slope, layers=(0, 5), chunk_size=128, **options | how
+        )
+        return uris.splitlines(), (storage.counters() - before).bytes_read
+
+    options["zarr_output_dir"] = str(tmp_path / "both")
+    both, read = run(direction="both")
+    assert [Path(uri).name for uri in both] == [
+        "prediction_depth_slope_00_05.png", "prediction_depth_slope_00_05_reverse.png",
+    ]  # fmt: skip
+    pictures = [read_picture(uri) for uri in both]
+    assert (tmp_path / "result.txt").read_text().splitlines() == both
+    options["zarr_output_dir"] = str(tmp_path / "single")
+    read_alone = 0
+    for expected, way in zip(pictures, (False, True), strict=True):
+        (uri,), bytes_read = run(force_reverse=way, output_path=str(tmp_path / f"{way}"))
+        np.testing.assert_array_equal(read_picture(uri), expected)
+        read_alone += bytes_read
+    assert np.abs(pictures[0].astype(int) - pictures[1]).max() > 10
+    assert read < 0.6 * read_alone
+    # What is stored serves a later reduce.
+    options["zarr_output_dir"] = str(tmp_path / "both")
+    for uri in both:
+        Path(uri).unlink()
+    del options["precision"]
+    again = inkdask.reduce(folder, model=depth_slope, direction="both", layers=(0, 5), **options)
+    assert again.splitlines() == both
+
+
+def test_directions_of_a_family_read_other_layers_of_one_read(tmp_path):
+    folder = segment(
+        tmp_path, np.arange(1, 22, dtype=np.uint8)[:, None, None].repeat(70, 1).repeat(70, 2)
+    )
+    spec = ModelSpec("mine", "ink_hecate_9_6um", "nowhere", layers=16, clip=None)
+    network = Network(spec, 16, 64, 64, None, 255.0, "0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "resolve", lambda *_, **__: network)
+        made = [
+            plan.Plan.of(str(folder), way)
+            for way in Settings(model="mine", direction="both").each_way()
+        ]
+    shared = [each.volume.dask.layers.keys() for each in made]
+    assert any(name.startswith("read-") for name in shared[0] & shared[1])
+    assert [each.volume[:, 0, 0].compute().tolist() for each in made] == [
+        list(range(3, 19)), list(range(19, 3, -1)),
+    ]  # fmt: skip
+    assert [each.layers[0] for each in made] == [2, 18]
+
+
+def test_mirrors_are_averaged():
+    values = papyrus((3, 70, 81))
+
+    def lopsided(x):
+        return 20 * torch.nn.functional.adaptive_avg_pool2d(x[:, :, 0] - x[:, :, 2], 4).cumsum(-1)
+
+    def mirrored(x):
+        images = [(), (-1,), (-2,), (-2, -1)]
+        parts = [lopsided(x.flip(axes)).flip(axes).sigmoid() for axes in images]
+        return torch.logit(sum(parts) / 4, eps=1e-9)
+
+    plain = inkdask.predict(values, lopsided, tile=32, stride=16).map.compute()
+    ink = inkdask.predict(values, lopsided, tile=32, stride=16, tta="mirror")
+    expected = naive_map(values, mirrored, 32, 16)
+    assert np.abs(plain - expected).max() > 0.05
+    assert np.abs(ink.map.compute() - expected).max() < 1e-5
+    assert "four passes" in str(ink.plan)

@@ -22,7 +22,7 @@ from inkdask.errors import InkdaskError
 from inkdask.models import hub
 from inkdask.models.callables import resolve_callable
 from inkdask.models.sources import Repo, WeightsSource, sha256
-from inkdask.specs import ModelSpec, Network, Precision, normalisation
+from inkdask.specs import ModelSpec, Network, Precision, Tta, normalisation
 
 ENTRY_POINTS = "inkdask.models"
 
@@ -186,6 +186,7 @@ def resolve(
     clip: float | None = None,
     divisor: float | None = None,
     precision: Precision = "auto",
+    tta: Tta = "none",
     batch_size: int | None = None,
     compile: bool = True,  # noqa: A002  the name of the setting
     compile_mode: str = "reduce-overhead",
@@ -206,7 +207,7 @@ def resolve(
         Number of layers that the network reads, and side of its tiles in pixels.
     clip, divisor
         In place of those of the model (`ModelSpec`), where it has them.
-    precision, batch_size, compile, compile_mode
+    precision, tta, batch_size, compile, compile_mode
         As in `Network`.
 
     Returns
@@ -229,6 +230,7 @@ def resolve(
         divisor=spec.divisor if divisor is None else divisor,
         digest=digest,
         precision=spec.precision if precision == "auto" else precision,
+        tta=tta,
         batch_size=batch_size,
         compile=compile,
         compile_mode=compile_mode,
