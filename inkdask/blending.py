@@ -8,7 +8,8 @@ window,
     weight[y, x] = sum_{i,j} wy[y, i] M[i, j] wx[x, j]
 
 where By[y, (i,a)] = w(y - y_i) u_a(y - y_i), Bx likewise, and M is 1 where a tile ran. Any origin
-y_i works, so the last tile touches the border. The same code runs on NumPy, and on CuPy where the
+y_i works, so the last tile touches the border. The windows of other programs are not separable, and
+`overlap_add` takes tile after tile. The same code runs on NumPy, and on CuPy where the
 process computes on a GPU and CuPy has built its kernels; a task returns NumPy arrays.
 """
 
@@ -25,6 +26,7 @@ import numpy as np
 from dask.array.overlap import overlap
 from einops import rearrange
 
+from inkdask.families import Family
 from inkdask.specs import BlendMode
 from inkdask.tiling import Axis, Tiling
 
@@ -38,7 +40,12 @@ _cupy_is_ready = threading.Event()
 
 
 def blend(
-    grid: da.Array, valid: da.Array, tiling: Tiling, window: BlendMode = "hann", sigma: float = 0.0
+    grid: da.Array,
+    valid: da.Array,
+    tiling: Tiling,
+    window: BlendMode = "hann",
+    sigma: float = 0.0,
+    family: Family = Family(),  # noqa: B008  it is frozen
 ) -> da.Array:
     """Blend tile probabilities to the ink map, a lazy float32 (y, x) in [0, 1].
 
@@ -51,7 +58,9 @@ def blend(
     tiling
         Places of the tiles.
     window, sigma
-        As in `taper`.
+        As in `taper`; ``upstream`` is that of the ``family``.
+    family
+        Rules of the people of the network.
     """
     before = {
         axis: (along.depth if len(along.chunks) > 1 else 0, 0)
@@ -68,6 +77,7 @@ def blend(
         tiling=tiling,
         window=window,
         sigma=sigma,
+        family=family,
         adjust_chunks={"y": tiling.chunks[0], "x": tiling.chunks[1]},
         align_arrays=False,
         concatenate=True,
@@ -83,6 +93,7 @@ def blend_chunk(
     tiling: Tiling,
     window: BlendMode,
     sigma: float,
+    family: Family = Family(),  # noqa: B008  it is frozen
 ) -> np.ndarray:
     """Blend the pixels of one chunk: float32 (y, x).
 
@@ -95,6 +106,9 @@ def blend_chunk(
     row, column
         Place of the chunk, int (1,) each.
     """
+    if window == "upstream":
+        places = tiling.y.reaching_origins(int(row[0])), tiling.x.reaching_origins(int(column[0]))
+        return overlap_add(grid, valid, *places, tiling.tile, family)
     y = strips(tiling.y, int(row[0]), grid.shape[-1], window, sigma)
     x = strips(tiling.x, int(column[0]), grid.shape[-1], window, sigma)
     return multiply(grid, valid, y, x)
@@ -131,6 +145,29 @@ def _products(xp: Any, grid: Any, valid: Any, ys: Strips, xs: Strips) -> Any:
             covered = valid[y.pixels, x.pixels] & (weight > 0)
             ink[y.pixels, x.pixels] = xp.where(covered, total / xp.where(covered, weight, 1), 0)
     return ink
+
+
+def overlap_add(
+    grid: np.ndarray, valid: np.ndarray, ys: np.ndarray, xs: np.ndarray, tile: int, family: Family
+) -> np.ndarray:
+    """Blend a chunk as the people of its network do: float32 (y, x).
+
+    Their window is a symmetric Hann, divided by its maximum and with a floor. Tiles that did not
+    run count nowhere; where pixels without data are 0, no such tile touches another pixel.
+    """
+    along, u = np.hanning(tile), upsampling(tile, grid.shape[-1])
+    window = np.outer(along, along)
+    window = np.maximum(window / window.max(), family.floor)
+    # With a tile of room on each side, because tiles reach beyond the chunk.
+    total, weight = np.zeros((2, *(side + 2 * tile for side in valid.shape)))
+    for i, j in np.argwhere(~np.isnan(grid[:, :, 0, 0])):
+        y, x = ys[i] + tile, xs[j] + tile
+        total[y : y + tile, x : x + tile] += window * (u @ grid[i, j] @ u.T)
+        weight[y : y + tile, x : x + tile] += window
+    total, weight = (a[tile:-tile, tile:-tile] for a in (total, weight))
+    covered = (weight > 0) & (valid | (not family.is_masked))
+    ink = np.divide(total, weight, out=np.zeros(valid.shape), where=covered)
+    return ink.astype(np.float32)
 
 
 def array_library() -> Any:

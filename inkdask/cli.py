@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -21,6 +23,7 @@ import inkdask
 from inkdask.errors import InkdaskError
 from inkdask.progress import columns, printable
 from inkdask.settings import Settings, parameters
+from inkdask.specs import normalisation
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
@@ -187,8 +190,8 @@ def check(**given: Any) -> None:
 @inkdask_.command()
 @click.argument("s3_path", required=False)
 @_settings_options(
-    "model", "start_layer", "end_layer", "model_in_chans", "force_reverse",
-    "z_downsample_mean_factor", "tile", "stride", "clip", "divisor", "precision", "roi_xyxy",
+    "model", "start_layer", "end_layer", "model_in_chans", "force_reverse", "direction",
+    "z_downsample_mean_factor", "tile", "stride", "clip", "divisor", "precision", "tta", "roi_xyxy",
     "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um", "add_scale_bar",
     "scale_bar_length_um", "grid", "zarr_output_dir", "num_parts", "output_path", "result_file",
     "cluster", "scheduler_address", "report",
@@ -294,16 +297,24 @@ def info(path: str, **given: Any) -> None:
 
 
 @inkdask_.command()
-def models() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def models(as_json: bool) -> None:
     """List the models that have a key."""
     from inkdask.models.registry import known
 
-    console = Console(highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps([asdict(spec) for spec in known().values()], indent=1))
+        return
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     for spec in known().values():
-        console.print(f"[bold]{spec.key}[/]  {spec.weights}")
+        revision = f" at {spec.revision[:12]}" if spec.revision else ""
+        file = f":{spec.filename}" if spec.filename else ""
+        scan = f" of scans of {spec.pixel_um:g} um" if spec.pixel_um else ""
+        console.print(spec.key, style="bold", end="")
+        console.print(f"  {spec.weights}{file}{revision}")
         console.print(
-            f"    {spec.architecture}: {spec.layers} layers, tile {spec.tile}, stride "
-            f"{spec.stride}, voxels clipped to {spec.clip:g} and divided by {spec.divisor:g}"
+            f"    {spec.architecture}: {spec.layers} layers{scan}, tile {spec.tile}, stride "
+            f"{spec.stride}; voxels {normalisation(spec.clip, spec.divisor)}"
         )
         if spec.licence:
             console.print(f"    licence: {spec.licence}")

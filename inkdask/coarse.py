@@ -15,7 +15,8 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from inkdask.blending import multiply, strips_of
+from inkdask.blending import multiply, overlap_add, strips_of
+from inkdask.families import Family
 from inkdask.specs import BlendMode
 from inkdask.store import GridStore
 from inkdask.tiling import Axis
@@ -24,7 +25,11 @@ OVERLAP = 4  # windows of neighbours share at least a tile divided by this
 
 
 def so_far(
-    store: GridStore, passes: np.ndarray, window: BlendMode = "hann", sigma: float = 0.0
+    store: GridStore,
+    passes: np.ndarray,
+    window: BlendMode = "hann",
+    sigma: float = 0.0,
+    family: Family = Family(),  # noqa: B008  it is frozen
 ) -> da.Array:
     """Blend what a stored grid has, a lazy float32 (y, x) in [0, 1]; else 0.
 
@@ -34,43 +39,59 @@ def so_far(
         The grid.
     passes
         Last pass of each chunk, int (rows, columns); -1 for none.
-    window, sigma
+    window, sigma, family
         As for `blending.blend`.
     """
-    blend = partial(_block, store=store, window=window, sigma=sigma)
+    blend = partial(_block, store=store, window=window, sigma=sigma, family=family)
     last = da.from_array(passes, (1, 1))
     return da.map_blocks(blend, last, chunks=store.tiling.chunks, dtype=np.float32)
 
 
 def blend_stored(
-    store: GridStore, place: tuple[int, int], last: int, window: BlendMode, sigma: float
+    store: GridStore,
+    place: tuple[int, int],
+    last: int,
+    window: BlendMode,
+    sigma: float,
+    family: Family,
 ) -> np.ndarray:
     """Blend a chunk of a stored grid with its tiles up to pass ``last``: float32 (y, x)."""
     axes, tiling = zip((store.tiling.y, store.tiling.x), place, strict=True), store.tiling
-    pixels, tiles, strips = [], [], []
+    pixels, tiles, origins, margins = [], [], [], []
     for axis, index in axes:
-        margin = _margin(axis, last)
+        margin = 0 if window == "upstream" else _margin(axis, last)
         start, stop = axis.edges[index : index + 2].tolist()
         reaching = (axis.origins - margin < stop) & (axis.origins + axis.tile + margin > start)
         tiles.append(np.flatnonzero(reaching & (axis.pass_of_tile <= last)))
-        origins = tuple((axis.origins[tiles[-1]] - start).tolist())
+        origins.append(axis.origins[tiles[-1]] - start)
+        margins.append(margin)
         pixels.append(slice(start, stop))
-        strips.append(strips_of(origins, stop - start, tiling.tile, store.k, window, sigma, margin))
     y, x = [slice(int(of[0]), int(of[-1]) + 1) for of in tiles]
     grid, valid = store.read((y, x), (pixels[0], pixels[1]))
     grid = grid[np.ix_(tiles[0] - y.start, tiles[1] - x.start)]
+    if window == "upstream":
+        return overlap_add(grid, valid, origins[0], origins[1], tiling.tile, family)
+    strips = [
+        strips_of(tuple(at.tolist()), side, tiling.tile, store.k, window, sigma, margin)
+        for at, side, margin in zip(origins, valid.shape, margins, strict=True)
+    ]
     return multiply(grid, valid, strips[0], strips[1])
 
 
 def _block(
-    last: np.ndarray, store: GridStore, window: BlendMode, sigma: float, block_info: Any = None
+    last: np.ndarray,
+    store: GridStore,
+    window: BlendMode,
+    sigma: float,
+    family: Family,
+    block_info: Any = None,
 ) -> np.ndarray:
     if not last.size:  # Dask asks for the type of the result
         return np.empty((0, 0), np.float32)
     location = block_info[0]["chunk-location"]
     if last.item() < 0:
         return np.zeros(block_info[None]["chunk-shape"], np.float32)
-    return blend_stored(store, location, last.item(), window, sigma)
+    return blend_stored(store, location, last.item(), window, sigma, family)
 
 
 def _margin(axis: Axis, last: int) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import dask.array as da
 import numpy as np
-from dask import delayed
+from dask import delayed, optimize
 from dask.delayed import Delayed
 
 from inkdask import engine
@@ -29,13 +31,30 @@ def check_weights(network: Network) -> None:
         weights.load(network)
 
 
-def fill(grid: GridStore, plan: Plan, mine: np.ndarray, summary: Summary, last: int) -> None:
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Chunks to compute.
+
+    Attributes
+    ----------
+    grid, plan
+        Where they are stored, and what computes them.
+    mine
+        The chunks, bool (rows, columns).
+    """
+
+    grid: GridStore
+    plan: Plan
+    mine: np.ndarray
+
+
+def fill(work: Sequence[Work], summary: Summary, last: int) -> None:
     """Compute the missing tiles of some chunks up to a pass; store each chunk once it is done.
 
     Parameters
     ----------
-    mine
-        The chunks, bool (rows, columns).
+    work
+        Grids of one tiling; those of both directions share what they read.
     last
         The last pass to run.
 
@@ -44,14 +63,16 @@ def fill(grid: GridStore, plan: Plan, mine: np.ndarray, summary: Summary, last: 
     InkdaskError
         When chunks failed for good; the other chunks are stored.
     """
-    passes = Passes(grid.passes_done(), last)
-    missing = np.argwhere((passes.done < last) & mine)
-    if not len(missing):
+    passes = [Passes(each.grid.passes_done(), last) for each in work]
+    missing = np.stack([(p.done < last) & w.mine for p, w in zip(passes, work, strict=True)])
+    if not missing.any():
         return
-    check_weights(plan.network)
-    tasks = together(missing, plan, grid, passes)
-    tiles = plan.tiling.tiles_until(last) - plan.tiling.tiles_there(passes.done)
-    total = int(tiles[(passes.done < last) & mine].sum())
+    check_weights(work[0].plan.network)
+    places = np.argwhere(missing.transpose(1, 2, 0))  # row, column, number of the grid
+    tasks = together(places, work, passes)
+    tiling = work[0].plan.tiling
+    tiles = np.stack([tiling.tiles_until(last) - tiling.tiles_there(p.done) for p in passes])
+    total = int(tiles[missing].sum())
     before = summary.progress
     # Peek at the tiles of this process, because a chunk of thousands of tiles reports late.
     with Meter("ink", total, "tiles", peek=lambda: summary.progress - before) as meter:
@@ -61,30 +82,38 @@ def fill(grid: GridStore, plan: Plan, mine: np.ndarray, summary: Summary, last: 
             meter.add(chunk.ran + chunk.empty)
 
         def again(number: int) -> Delayed:
-            row, column = missing[number].tolist()
-            return alone(row, column, plan, grid, passes)
+            row, column, which = places[number].tolist()
+            return alone(row, column, work[which].plan, work[which].grid, passes[which])
 
         account = engine.compute_each(tasks, on_report, again)
     summary.inferring += meter.seconds
     summary.lost += account.lost
     if account.failed:
         summary.failed = len(tasks) - account.succeeded
-        summary.say(grid.uri)
+        summary.say(work[0].grid.uri)
         raise failure(account, summary)
 
 
-def together(places: np.ndarray, plan: Plan, grid: GridStore, passes: Passes) -> list[Delayed]:
-    """Return one task for each of many chunks; the tasks share what they read."""
-    chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask, passes).chunks
-    saved = da.map_blocks(
-        save_chunk,
-        chunks,
-        store=grid,
-        passes=passes,
-        meta=np.empty((0, 0), object),
-        enforce_ndim=False,
-    ).to_delayed()
-    return [saved[row, column] for row, column in places]
+def together(places: np.ndarray, work: Sequence[Work], passes: Sequence[Passes]) -> list[Delayed]:
+    """Return one task for each of many chunks (row, column, number of the work).
+
+    The tasks share what they read.
+    """
+    saved = [
+        da.map_blocks(
+            save_chunk,
+            infer(plan.volume, plan.tiling, plan.network, plan.mask, some).chunks,
+            store=each.grid,
+            passes=some,
+            meta=np.empty((0, 0), object),
+            enforce_ndim=False,
+        )
+        for each, some in zip(work, passes, strict=True)
+        for plan in [each.plan]
+    ]
+    # At once, because a read that is fused into the tasks of one grid is no more shared.
+    tasks = [each.to_delayed(optimize_graph=False) for each in optimize(*saved)]
+    return [tasks[which][row, column] for row, column, which in places]
 
 
 def alone(row: int, column: int, plan: Plan, grid: GridStore, passes: Passes) -> Delayed:

@@ -16,9 +16,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from inkdask.errors import InkdaskError
-from inkdask.specs import BlendMode, Precision
+from inkdask.specs import BlendMode, Precision, Tta
 
-FORMAT = 4  # of stored grids; a grid of another number is never resumed
+FORMAT = 5  # of stored grids; a grid of another number is never resumed
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Place = Annotated[int, Field(ge=0, le=10_000_000)]
 Direction = Literal["forward", "reverse"]
@@ -80,7 +80,7 @@ class Recipe(_Value):
         (No field is a ``shape``: tifffile takes a description that has one for its own.)
     model, architecture, weights
         Key, architecture, and SHA-256 of the weights.
-    clip, divisor, precision
+    clip, divisor, precision, tta
         As in `Network`: the precision is the one that was asked for.
     tile, stride, k
         Tiles in pixels, and side of a tile's probabilities.
@@ -98,9 +98,10 @@ class Recipe(_Value):
     model: str
     architecture: str
     weights: str
-    clip: float
-    divisor: float
+    clip: float | None
+    divisor: float | None
     precision: Precision
+    tta: Tta
     tile: Count
     stride: Count
     k: Count
@@ -164,9 +165,10 @@ class Said(_Value):
     z_downsample_mean_factor: int
     model: str
     model_in_chans: int
-    clip: float
-    divisor: float
+    clip: float | None
+    divisor: float | None
     precision: str
+    tta: str
     tile: int
     stride: int
     roi_xyxy: Region | None

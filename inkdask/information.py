@@ -22,6 +22,7 @@ from inkdask.progress import amount, size
 from inkdask.reading.tiff_header import read_stack
 from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
+from inkdask.specs import normalisation
 from inkdask.store import GridStore
 from inkdask.tiling import CHUNK, Tiling
 
@@ -140,7 +141,7 @@ def _of_job(
     place = f" from {origin.weights_from}" if origin.weights_from else ""
     yield "model", f"{recipe.model} ({recipe.architecture}){place}"
     yield "weights", f"sha256 {recipe.weights}"
-    yield "voxels", f"clipped to {recipe.clip:g}, divided by {recipe.divisor:g}"
+    yield "voxels", normalisation(recipe.clip, recipe.divisor)
     tiles = f"{recipe.tile} px at stride {recipe.stride}"
     if picture:
         tiles += f", {picture.blend_mode} window"

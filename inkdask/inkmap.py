@@ -76,7 +76,8 @@ class InkMap:
     def so_far(self) -> da.Array:
         """Picture of all tiles that the background has run, dask float32 (y, x); else 0."""
         grid, passes = self.background.grid, self.background.passes.copy()
-        ink = coarse.so_far(grid, passes, self.blend_mode, self.gaussian_sigma)
+        window = self.blend_mode, self.gaussian_sigma, self.plan.family
+        ink = coarse.so_far(grid, passes, *window)
         return ink[self.plan.region.slices]
 
     @property

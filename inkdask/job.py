@@ -100,7 +100,7 @@ class Job:
         else:
             grid = GridStore.of(settings.zarr_output_dir, shortened(plan.name), recipe)
             folder = settings.zarr_output_dir
-        target = output_stem(settings.output_path, origin, recipe.model)
+        target = output_stem(settings.output_path, origin, recipe.model, _way(settings))
         said = said_of(plan, origin, settings)
         rendering = rendering_of(settings, origin)
         return cls(recipe, origin, said, grid, target, rendering, folder, plan)
@@ -126,7 +126,8 @@ class Job:
             if changed := changed_input(label.recipe, label.origin):
                 raise InkdaskError(f"The tile grid {uri} is old: {changed}; {first} first.")
         origin = replace(label.origin, roi_xyxy=settings.roi_xyxy or label.origin.roi_xyxy)
-        target = output_stem(settings.output_path, origin, label.recipe.model)
+        way = _way(settings)
+        target = output_stem(settings.output_path, origin, label.recipe.model, way)
         rendering = rendering_of(settings, origin)
         return cls(label.recipe, origin, label.said, grid, target, rendering)
 
@@ -213,7 +214,12 @@ def _digest_of(weights: str | None) -> str | None:
     return sha256(Path(str(weights))) if is_file else None
 
 
-def output_stem(folder: str | None, origin: Origin, model: str) -> str:
+def _way(settings: Settings) -> str:
+    """Return what tells the picture of the reverse from the other, where DIRECTION is used."""
+    return "_reverse" if settings.direction and settings.is_reversed else ""
+
+
+def output_stem(folder: str | None, origin: Origin, model: str, way: str = "") -> str:
     """Where the outputs go, without their endings: ``.../prediction_<MODEL>_<START>_<END>``.
 
     Where no folder on the way is the segment's own, its name comes before that of the model.
@@ -226,7 +232,7 @@ def output_stem(folder: str | None, origin: Origin, model: str) -> str:
     if segment not in folder.split("/") and not is_below(folder, source):
         name = shortened(f"{segment}_{name}")
     start, end = origin.layer_range
-    name = f"prediction_{name}_{start:02d}_{end:02d}"
+    name = f"prediction_{name}_{start:02d}_{end:02d}{way}"
     if roi := origin.roi_xyxy:  # a part must not take the place of the whole
         name += "_{}-{}-{}-{}".format(*roi)
     return storage.join(folder, name)
@@ -240,7 +246,7 @@ def is_below(uri: str, folder: str) -> bool:
 def _name_of(model: str, weights: str) -> str:
     """Return a model as file names say it: a checkpoint in a folder or bucket by its last parts."""
     if model in known() or not (weights.startswith("/") or "://" in weights):
-        return shortened(model.replace("/", "_"))
+        return shortened(re.sub("[/:]", "_", model))
     last = "_".join(PurePosixPath(weights).with_suffix("").parts[-2:])
     return shortened(re.sub(r"[^\w.-]+", "_", last).strip("_"), weights)
 

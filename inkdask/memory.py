@@ -14,6 +14,7 @@ from inkdask.tiling import Tiling
 
 M_MMAP_THRESHOLD = -3  # of mallopt
 IMPORTS = 600e6  # bytes of a process that has imported everything and loaded a network
+PROBABILITY = 40  # bytes of each while the tiles of a chunk are stored or blended
 
 
 def peak_memory() -> int:
@@ -58,13 +59,13 @@ def _of_c_library(name: str) -> Any:
 
 
 def expected_memory(
-    volume: Any, tiling: Tiling, threads: int | None = None, processes: int = 1
+    volume: Any, tiling: Tiling, threads: int | None = None, processes: int = 1, k: int = 4
 ) -> float:
     """Estimate the peak memory of a process that reads and computes, in bytes.
 
     A row of chunks waits for the row below, whose first pixels are its halo, so two rows are held,
-    with blocks that are being cut. Each thread holds a chunk with its halo, or a block as stored
-    and as decoded.
+    with blocks that are being cut. Each thread holds a chunk with its halo and the probabilities of
+    its tiles, or a block as stored and as decoded.
 
     Parameters
     ----------
@@ -76,10 +77,14 @@ def expected_memory(
         Number of threads of the process. Default: that of a job without a cluster.
     processes
         Number of processes that share a row of chunks.
+    k
+        Side of the probabilities of a tile.
     """
     depth, height, width = volume.shape
     block = depth * max(volume.chunks[1]) * max(volume.chunks[2])
     rows = min(2 * (max(tiling.chunks[0]) + max(volume.chunks[1])), height)
     chunk = depth * max(tiling.chunks[0]) * max(tiling.chunks[1])
     row = depth * rows * width / processes
+    tiles = max(tiling.grid_chunks[0]) * max(tiling.grid_chunks[1])
+    chunk += PROBABILITY * tiles * k**2
     return IMPORTS + row + (threads or engine.threads()) * max(3 * block, chunk)

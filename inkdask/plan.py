@@ -15,6 +15,7 @@ from inkdask.box import Box
 from inkdask.engine import has_gpus
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.failures import fallible, read_or_fail
+from inkdask.families import Family, family_of
 from inkdask.identity import Region
 from inkdask.models.registry import resolve, who_says_layers
 from inkdask.progress import size
@@ -91,7 +92,10 @@ class Plan:
         given = segment.layers if segment else tuple(range(opened.shape[0]))
         path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
         asked = settings.layers if path else None
-        kept = _kept_layers(len(given), settings, None if asked else network)
+        kept, turned = (
+            _kept_layers(len(given), settings, network, asked is not None, is_reversed)
+            for is_reversed in (settings.is_reversed, not settings.is_reversed)
+        )
         layers, factor = given[kept], settings.z_downsample_mean_factor
         network = network or _network(settings, len(layers) // factor)
         _check_layers(given, layers, network, factor)
@@ -104,6 +108,8 @@ class Plan:
         if isinstance(opened, Segment):  # reads less than slices of its volume would
             inside = opened.take(kept).crop(*reach.slices)
             volume, mask = inside.lazy(read_or_fail)
+            if settings.direction == "both":
+                volume, mask = _shared(opened.crop(*reach.slices), kept, turned)
         else:
             inside, volume, mask = None, opened[(kept, *reach.slices)], None
         corner = inside.box.corner if inside and inside.box else reach.corner
@@ -115,7 +121,7 @@ class Plan:
             mask_path=settings.mask_path if path else None,
             layers=layers,
             layer_range=asked or (min(layers), max(layers) + 1),
-            is_reversed=settings.force_reverse,
+            is_reversed=settings.is_reversed,
             volume=_average(volume, factor),
             mask=mask,
             tiling=Tiling.of(reach.shape, network.tile, stride, chunk),
@@ -133,6 +139,11 @@ class Plan:
         """First layer (inclusive) and last (exclusive) of those that were opened."""
         layers = self.segment.layers if self.segment else self.layers
         return min(layers), max(layers) + 1
+
+    @property
+    def family(self) -> Family:
+        """Rules of the people of the network."""
+        return family_of(self.network.model.architecture, has_mask=self.mask is not None)
 
     @property
     def averaged(self) -> int:
@@ -170,11 +181,12 @@ class Plan:
         means = f" as means of {self.averaged}" if self.averaged > 1 else ""
         name = ((self.segment and self.segment.mask_uri) or NO_MASK).rsplit("/", 1)[-1]
         mask = "no mask" if name == NO_MASK else f"mask {name}"
+        mirrored = ", four passes for mirror images" if self.network.tta == "mirror" else ""
         return (
             f"{self.segment.uri if self.segment else 'array'}: {size(self.region.shape)}; "
             f"{layers} ({span(self.layers)}){means}; {mask}; "
             f"{self.tiling.tiles:,} tiles of {self.tiling.tile} px at stride {self.tiling.stride}; "
-            f"model {self.network.model.key}"
+            f"model {self.network.model.key}{mirrored}"
         )
 
 
@@ -199,6 +211,7 @@ def _network(settings: Settings, depth: int | None = None) -> Network:
         clip=settings.clip,
         divisor=settings.divisor,
         precision=settings.precision,
+        tta=settings.tta,
         batch_size=settings.batch_size,
         compile=settings.compile,
         compile_mode=settings.compile_mode,
@@ -211,6 +224,8 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
         return source
     if isinstance(source, str | os.PathLike):
         wanted = network.layers * settings.z_downsample_mean_factor if network else None
+        if network and family_of(network.model.architecture) != Family():
+            wanted = None  # because which layers are the middle ones is for its family to say
         place, mask = os.fspath(source), settings.mask_path
         if settings.surface_volume_zarr:  # the mask stays where the segment is
             mask = mask or find_mask(place)
@@ -231,18 +246,32 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
     return lazy if lazy.dtype == np.uint8 else (lazy >> 8).astype(np.uint8)
 
 
-def _kept_layers(depth: int, settings: Settings, network: Network | None) -> slice:
-    """Return the slice of the layers to read: the middle ones, or all without a network."""
+def _shared(segment: Segment, kept: slice, turned: slice) -> tuple[da.Array, da.Array | None]:
+    """Return some layers, and the mask, so that the other direction reads the same blocks."""
+    mine, other = (range(len(segment.layers))[layers] for layers in (kept, turned))
+    first, last = min(*mine, *other), max(*mine, *other)
+    volume, mask = segment.take(slice(first, last + 1)).lazy(read_or_fail)
+    return volume[_as_slice(mine, first)], mask
+
+
+def _as_slice(positions: range, first: int = 0) -> slice:
+    """Return positions as a slice of what begins at ``first``."""
+    stop = positions.stop - first
+    # A range that runs down to layer 0 stops before -1, which a slice would take for the last.
+    return slice(positions.start - first, stop if stop >= 0 else None, positions.step)
+
+
+def _kept_layers(
+    depth: int, settings: Settings, network: Network | None, is_range: bool, is_reversed: bool
+) -> slice:
+    """Return the slice of the layers to read: the middle ones, or all of a range or callable."""
     factor, count = settings.z_downsample_mean_factor, depth
-    if wanted := settings.model_in_chans or (network and network.layers):
+    of_model = network.layers if network and not is_range else None
+    if wanted := settings.model_in_chans or of_model:
         count = min(wanted * factor, depth)
     count -= count % factor  # the same layers in both directions
-    first = (depth - count) // 2
-    kept = range(depth)[first : first + count]
-    if settings.force_reverse:
-        kept = kept[::-1]
-    # A range that runs down to layer 0 stops before -1, which a slice would take for the last.
-    return slice(kept.start, kept.stop if kept.stop >= 0 else None, kept.step)
+    family = family_of(network.model.architecture) if network else Family()
+    return _as_slice(family.centre(depth, count, is_reversed))
 
 
 def _check_layers(

@@ -54,6 +54,14 @@ log = logging.getLogger("inkdask")
 GPU_VOXELS = 256 * 26 * 64 * 64
 CALLABLE_VOXELS = 32 * 26 * 64 * 64
 TURNS = 4
+# A network whose wide maps have every pixel, where others have a sixteenth, needs so much memory
+# more: 0.3 GiB a tile in float32.
+WIDE = {"ink_hecate_9_6um": 16}
+# Axes that are turned around, for each image of a tile.
+MIRRORS: dict[str, list[tuple[int, ...]]] = {
+    "none": [()],
+    "mirror": [(), (-1,), (-2,), (-2, -1)],
+}
 CANARY_TILES = 4  # tiles that compare a fast path with the plain network
 
 LONG = 60.0  # seconds of uncompiled work above which a network is compiled
@@ -273,16 +281,14 @@ class Predictor:
             pieces.append((block, block.at[block.done : block.done + room]))
             room -= len(pieces[-1][1])
         pieces = [(block, at) for block, at in pieces if len(at)]
-        logits = self._run(pieces, self.batch_size - room)
-        if logits is None:
+        ink = self._run(pieces, self.batch_size - room)
+        if ink is None:
             self._halve_batch()
             return
-        for (block, at), some in zip(
-            pieces, logits.split([len(at) for _, at in pieces]), strict=True
-        ):
-            block.out[block.done : block.done + len(at)] = some.sigmoid()
+        for (block, at), some in zip(pieces, ink.split([len(at) for _, at in pieces]), strict=True):
+            block.out[block.done : block.done + len(at)] = some
             block.done += len(at)
-        count(tiles=len(logits))
+        count(tiles=len(ink))
         self._marks.append(self._stream.mark())
         for block, _ in pieces:
             if not block.left:
@@ -297,8 +303,7 @@ class Predictor:
         return form.gather(block.voxels, at, spec.tile, spec.clip, spec.divisor, form.dtype)
 
     def _run(self, pieces: list[tuple[_Block, Tensor]], b: int) -> Tensor | None:
-        """Return logits of ``b`` tiles, float32 (b, k, k); None for lack of memory."""
-        k = self.network.k
+        """Return probabilities of ``b`` tiles, float32 (b, k, k); None for lack of memory."""
         forward, size = self._way(b)
         last, at = pieces[-1]
         # Copies of the last tile fill a larger batch.
@@ -306,18 +311,25 @@ class Predictor:
         try:
             parts = [self._cut(*piece) for piece in (*pieces[:-1], (last, rest))]
             x = parts[0] if len(parts) == 1 else torch.cat(parts)
-            logits = torch.as_tensor(forward(x), device=self.device)
+            images = MIRRORS[self.network.tta]
+            ink = torch.stack([self._probabilities(forward, x, axes) for axes in images]).mean(0)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             self._lack = str(error).partition("\n")[0]
             return None  # without the error, because the error holds on to memory
-        if logits.shape != (size, 1, k, k):
+        return ink[:b, 0]
+
+    def _probabilities(self, forward: Forward, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """Return probabilities of a batch, float32 (b, 1, k, k), from its image along ``axes``."""
+        k = self.network.k
+        logits = torch.as_tensor(forward(x.flip(axes) if axes else x), device=self.device)
+        if logits.shape != (len(x), 1, k, k):
             raise InkdaskError(
                 f"The network of {self.network.model.key!r} returned logits of shape "
-                f"{tuple(logits.shape)} for {size} tiles, not {(size, 1, k, k)}."
+                f"{tuple(logits.shape)} for {len(x)} tiles, not {(len(x), 1, k, k)}."
             )
-        return logits[:b, 0].float()
+        return logits.flip(axes).float().sigmoid()
 
     def _way(self, b: int) -> tuple[Forward, int]:
         """Return the forward pass for ``b`` tiles, and the size of their batch."""
@@ -340,7 +352,8 @@ class Predictor:
 
     @property
     def _tile_voxels(self) -> int:
-        return self.network.layers * self.network.tile**2
+        wide = WIDE.get(self.network.model.architecture, 1)
+        return wide * self.network.layers * self.network.tile**2
 
     def _compile_if_it_repays(self) -> None:
         """Compile the network if the tiles to come take long without; measured once."""

@@ -172,7 +172,8 @@ def check_memory(plan: Plan) -> None:
     where, limit, threads, processes = _processes()
 
     def expected(tiling: Tiling) -> float:
-        return expected_memory(plan.volume, tiling, threads, processes) + _decoding(plan.segment)
+        needed = expected_memory(plan.volume, tiling, threads, processes, plan.network.k)
+        return needed + _decoding(plan.segment)
 
     needed, tiling = expected(plan.tiling), plan.tiling
     if not limit or needed <= limit:

@@ -25,7 +25,7 @@ SOFTWARE = ("inkdask", "torch", "dask", "zarr", "numpy")
 # change only the picture.
 OF_GRIDS = (
     "ome_zarr_level", "z_downsample_mean_factor", "force_reverse", "model_type", "model_in_chans",
-    "precision", "chunk_size",
+    "precision", "tta", "chunk_size",
 )  # fmt: skip
 OF_PICTURES = (
     "roi_xyxy", "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um",
@@ -58,6 +58,7 @@ def recipe_of(plan: Plan) -> Recipe:
         clip=network.clip,
         divisor=network.divisor,
         precision=network.precision,
+        tta=network.tta,
         tile=tiling.tile,
         stride=tiling.stride,
         k=network.k,
@@ -90,9 +91,10 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
     origin = without_secrets(origin)
     if plan.network.function is not None:
         return origin
+    settled = {"ome_zarr_level": origin.ome_zarr_level, "force_reverse": plan.is_reversed}
     words = (
         *_command(plan, origin, settings.model),
-        *_options(OF_GRIDS, {**dict(settings), "ome_zarr_level": origin.ome_zarr_level}),
+        *_options(OF_GRIDS, {**dict(settings), **settled}),
     )
     return replace(origin, command=tuple(map(str, words)))
 
@@ -114,6 +116,7 @@ def said_of(plan: Plan, origin: Origin, settings: Settings) -> Said | None:
         clip=plan.network.clip,
         divisor=plan.network.divisor,
         precision=plan.network.precision,
+        tta=plan.network.tta,
         tile=plan.tiling.tile,
         stride=plan.tiling.stride,
         roi_xyxy=origin.roi_xyxy,
@@ -129,6 +132,7 @@ def asked_of(settings: Settings) -> dict[str, Any]:
         if name in Said.__dataclass_fields__
         and (name in UNSAID or (name in settings.model_fields_set and name != "model"))
     }
+    asked["force_reverse"] = settings.is_reversed
     asked |= {"layers": settings.layers, "s3_path": without_secrets(absolute(settings.s3_path))}
     if settings.model is not None:
         asked["model"] = _model(settings.model)
@@ -154,8 +158,10 @@ def _command(plan: Plan, origin: Origin, model: str) -> list[Any]:
     start, end = origin.layer_range
     words: list[Any] = ["inkdask", "run", origin.source, "--model", _model(model)]
     words += ["--layers", f"{start}:{end}", "--tile", plan.tiling.tile]
-    words += ["--stride", plan.tiling.stride, "--clip", f"{plan.network.clip:.15g}"]
-    words += ["--divisor", f"{plan.network.divisor:.15g}"]
+    words += ["--stride", plan.tiling.stride]
+    for name in ("clip", "divisor"):
+        if (value := getattr(plan.network, name)) is not None:
+            words += [f"--{name}", f"{value:.15g}"]
     if origin.volume != origin.source:
         words += ["--surface-volume-zarr", origin.volume]
     if plan.mask_path:

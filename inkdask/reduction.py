@@ -16,6 +16,7 @@ import numpy as np
 from inkdask.blending import blend
 from inkdask.coarse import so_far
 from inkdask.errors import InkdaskError
+from inkdask.families import Family, family_of
 from inkdask.identity import Provenance, differences
 from inkdask.job import Job
 from inkdask.parts import assign
@@ -23,6 +24,7 @@ from inkdask.pictures import exporting
 from inkdask.pictures.picture import is_picture, open_picture
 from inkdask.pictures.pyramid import to_uint8, write_pyramid
 from inkdask.preflight import check_room_for_picture
+from inkdask.specs import BlendMode
 from inkdask.storage import outputs
 
 log = logging.getLogger("inkdask")
@@ -37,9 +39,8 @@ def picture(job: Job, num_parts: int) -> str:
     check_room_for_picture(job.region, job.target)
     check_complete(job, num_parts)
     tell_of_replaced(f"{job.target}.zarr", job.provenance)
-    grid, how = job.grid, job.rendering
-    ink = blend(grid.grid(), grid.valid(), grid.tiling, how.blend_mode, how.gaussian_sigma)
-    write(job, job.target, ink)
+    grid = job.grid
+    write(job, job.target, blend(grid.grid(), grid.valid(), grid.tiling, *_window(job)))
     for ending in (".png", ".zarr"):
         outputs.discard(job.target + PREVIEW + ending)
     job.grid.remove_earlier()
@@ -48,10 +49,15 @@ def picture(job: Job, num_parts: int) -> str:
 
 def preview(job: Job) -> str:
     """Write the picture of the stored tiles beside the place of the final picture."""
-    how = job.rendering
-    ink = so_far(job.grid, job.grid.passes_done(), how.blend_mode, how.gaussian_sigma)
+    ink = so_far(job.grid, job.grid.passes_done(), *_window(job))
     write(job, job.target + PREVIEW, ink)
     return f"{job.target}{PREVIEW}.png"
+
+
+def _window(job: Job) -> tuple[BlendMode, float, Family]:
+    """Return how the tiles of a job are blended, for `blend`."""
+    family = family_of(job.recipe.architecture, has_mask=job.recipe.mask is not None)
+    return job.rendering.blend_mode, job.rendering.gaussian_sigma, family
 
 
 def ink_of(job: Job) -> str:

@@ -34,15 +34,16 @@ from pydantic_settings import (
 )
 
 from inkdask.errors import SettingsError
-from inkdask.specs import BlendMode, Precision
+from inkdask.specs import BlendMode, Precision, Tta
 
 log = logging.getLogger("inkdask")
 
 F = TypeVar("F", bound=Callable[..., Any])
 LAYERS = FieldInfo(default=None, annotation=Any)  # start_layer and end_layer in one word
 ModelType = Literal[
-    "timesformer", "resnet3d-50", "resnet3d-101", "resnet3d-152", "resnet3d-152-3d-decoder"
-]
+    "timesformer", "resnet3d-50", "resnet3d-101", "resnet3d-152", "resnet3d-152-3d-decoder",
+    "hecate-2.4um", "hecate-9.6um", "hybrid-3d2d",
+]  # fmt: skip
 
 
 def layer_range(layers: Any) -> tuple[int, int]:
@@ -132,6 +133,12 @@ class Settings(BaseSettings):
         False, description="Read the layers from the last to the first (the sheet lies face down)."
     )
 
+    direction: Literal["forward", "reverse", "both"] | None = Field(
+        None,
+        description="Order of the layers; reverse is that of FORCE_REVERSE. both: two pictures "
+        "from one read. The picture of the reverse is called `..._reverse.png`.",
+    )
+
     # Model
     model: Any = Field(
         None,
@@ -140,8 +147,8 @@ class Settings(BaseSettings):
     )
     model_type: ModelType | None = Field(
         None,
-        description="Architecture of a checkpoint that is not a known model. Default: that of the "
-        "checkpoint's own description, else timesformer.",
+        description="Architecture of a checkpoint that does not tell it. Default: that of the "
+        "description beside it, of its own facts or of the names of its tensors, else timesformer.",
     )
     model_version: str | None = Field(
         None,
@@ -186,13 +193,21 @@ class Settings(BaseSettings):
         "Each pass leaves a picture of the whole, `..._preview.png`.",
     )
     blend_mode: BlendMode = Field(
-        "hann", description="Blending window, which weighs the pixels of a tile."
+        "hann",
+        description="Blending window, which weighs the pixels of a tile. upstream: window and "
+        "borders as the programs of the model's people have them.",
     )
     gaussian_sigma: float = Field(
         0.0,
         ge=0,
         le=4096,
         description="Standard deviation of the Gaussian window, in pixels; 0 means tile / 2.5.",
+    )
+
+    tta: Tta = Field(
+        "none",
+        description="mirror: the mean probability of a tile and its three mirror images, for four "
+        "times the cost.",
     )
 
     # Computation
@@ -385,6 +400,17 @@ class Settings(BaseSettings):
             return None
         return self.start_layer, self.end_layer
 
+    @property
+    def is_reversed(self) -> bool:
+        """Whether the layers are read from the last to the first."""
+        return self.force_reverse or self.direction == "reverse"
+
+    def each_way(self) -> list[Settings]:
+        """Return the settings of each direction; those of both differ in ``force_reverse``."""
+        if self.direction != "both":
+            return [self]
+        return [self.model_copy(update={"force_reverse": turned}) for turned in (False, True)]
+
     @model_validator(mode="before")
     @classmethod
     def _split_layers(cls, given: Any) -> Any:
@@ -400,6 +426,14 @@ class Settings(BaseSettings):
         if self.part_id >= self.num_parts:
             raise ValueError(
                 f"PART_ID ({self.part_id}) must be less than NUM_PARTS ({self.num_parts})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_direction(self) -> Settings:
+        if self.force_reverse and self.direction in ("forward", "both"):
+            raise ValueError(
+                f"FORCE_REVERSE is set and DIRECTION is {self.direction}: give one of them"
             )
         return self
 

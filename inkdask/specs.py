@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
-BlendMode = Literal["hann", "gaussian"]  # the blending window
+BlendMode = Literal["hann", "gaussian", "upstream"]  # the blending window
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
+Tta = Literal["none", "mirror"]  # mean over images of a tile
 NO_MASK = "none"  # in the place of a mask's path
 
 
@@ -39,9 +40,15 @@ class ModelSpec:
         ``(tile / pixels_per_logit) ** 2`` logits. A TimeSformer has those of this ``tile`` for a
         tile of any size.
     clip, divisor
-        A voxel ``v`` reaches the network as ``min(v, clip) / divisor``.
+        A voxel ``v`` reaches the network as ``min(v, clip) / divisor``; without a ``clip``, as
+        ``v / divisor``. Without a ``divisor``, each tile is normalised by its own values
+        (`inkdask.models.normalisation.robust_mad`).
+    pixel_um
+        Side of a voxel of the scans that the network was trained on, in micrometers.
     filename, revision
         File and revision inside the repo; ``None`` picks by preference and the newest.
+    sha256
+        Digest of the weights; others are refused. None takes any.
     precision
         Arithmetic when the user does not say; float32 for networks that bfloat16 shows to differ.
     licence
@@ -55,12 +62,22 @@ class ModelSpec:
     tile: int = 64
     stride: int = 16
     pixels_per_logit: int = 16
-    clip: float = 200.0
-    divisor: float = 200.0
+    clip: float | None = 200.0
+    divisor: float | None = 200.0
+    pixel_um: float | None = None
     filename: str | None = None
     revision: str | None = None
+    sha256: str | None = None
     precision: Precision = "auto"
     licence: str = ""
+
+
+def normalisation(clip: float | None, divisor: float | None) -> str:
+    """Say what becomes of a voxel, in words; `ModelSpec` says what None means."""
+    if divisor is None:
+        return "clipped to the percentiles 1 and 99 of their tile, and scaled by its robust MAD"
+    clipped = "" if clip is None else f"clipped to {clip:g}, "
+    return f"{clipped}divided by {divisor:g}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,8 @@ class Network:
     precision
         ``auto`` is bfloat16 where the hardware has it, float32 elsewhere. ``int8`` is of the wide
         layers of TimeSformer on a CPU.
+    tta
+        ``mirror`` is the mean probability of a tile and its three mirror images.
     batch_size
         Tiles per forward pass; ``None`` is chosen for the device.
     compile, compile_mode
@@ -97,10 +116,11 @@ class Network:
     layers: int
     tile: int
     k: int
-    clip: float
-    divisor: float
+    clip: float | None
+    divisor: float | None
     digest: str
     precision: Precision = "auto"
+    tta: Tta = "none"
     batch_size: int | None = None
     compile: bool = True
     compile_mode: str = "reduce-overhead"

@@ -46,13 +46,13 @@ class Summary:
         self._before = dict(engine.on_workers(_named_counters))
 
     def resume(self, passes_done: np.ndarray, mine: np.ndarray, tiling: Tiling) -> None:
-        """Count the tiles of the job, and those that an earlier run stored.
+        """Count the tiles of a grid, and those that an earlier run stored.
 
         ``passes_done`` comes from `GridStore.passes_done`; ``mine`` is True for the chunks of this
         job's part.
         """
-        self.tiles = int(tiling.tiles_until(tiling.passes - 1)[mine].sum())
-        self.resumed = int(tiling.tiles_there(passes_done)[mine].sum())
+        self.tiles += int(tiling.tiles_until(tiling.passes - 1)[mine].sum())
+        self.resumed += int(tiling.tiles_there(passes_done)[mine].sum())
 
     def add(self, report: ChunkReport) -> None:
         """Count a finished chunk."""

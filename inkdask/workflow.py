@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from inkdask.blending import blend
 from inkdask.clusters import connect, report
 from inkdask.environment import environment_kept
 from inkdask.errors import SettingsError
-from inkdask.filling import check_weights, fill
+from inkdask.filling import Work, check_weights, fill
 from inkdask.inference import infer
 from inkdask.inkmap import InkMap
 from inkdask.job import Job
@@ -65,12 +65,13 @@ def predict(
                 f"{name} goes with a path: {type(source).__name__} is open already."
             )
     settings = Settings.of(**options, **_given(model=model))
+    if settings.direction == "both":
+        raise SettingsError("DIRECTION=both is for files: predict each direction by itself.")
     settings.export_token()
     plan = Plan.of(source, settings)
     inferred = infer(plan.volume, plan.tiling, plan.network, plan.mask)
-    ink = blend(
-        inferred.grid, inferred.valid, plan.tiling, settings.blend_mode, settings.gaussian_sigma
-    )
+    window = settings.blend_mode, settings.gaussian_sigma, plan.family
+    ink = blend(inferred.grid, inferred.valid, plan.tiling, *window)
     return InkMap(
         map=ink[plan.region.slices],
         grid=inferred.grid,
@@ -101,7 +102,8 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     Returns
     -------
     The URI of the PNG; with ``step="prepare"`` that of the prepared array, and with
-    ``num_parts`` above 1 that of the stored grid, until ``step="reduce"`` makes the picture.
+    ``num_parts`` above 1 that of the stored grid, until ``step="reduce"`` makes the picture. With
+    ``direction="both"`` two URIs, each in a line.
     """
     settings = Settings.of(**options, **_given(s3_path=s3_path))
     if settings.step == "prepare":
@@ -112,34 +114,45 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     if is_whole:
         with outputs.moved_by("RESULT_FILE"):
             outputs.remove_file(settings.result_file)  # of an earlier job
-    job = settle(settings)
-    outputs.sweep(job.target)
+    jobs = [settle(way) for way in settings.each_way()]
+    for job in jobs:
+        outputs.sweep(job.target)
+        log.info("%s", job.plan)
     if settings.overwrite and is_whole:
-        job = job.restarted()
-    log.info("%s", job.plan)
+        jobs = [job.restarted() for job in jobs]
     with connect(settings), report(settings.report):
-        check_memory(plan_of(job))
+        check_memory(plan_of(jobs[0]))
         summary = Summary()
-        job.create()
-        job, mine = share(job, settings)
-        uri = compute(job, mine, summary, settings)
-        summary.say(job.grid.uri, ink_of(job) if is_whole else None)
+        for job in jobs:
+            job.create()
+        shares = [share(job, settings) for job in jobs]
+        uri = compute(shares, summary, settings)
+        jobs = [job for job, _ in shares]
+        ink = "; ".join(map(ink_of, jobs)) if is_whole else None
+        summary.say("; ".join(job.grid.uri for job in jobs), ink)
     if is_whole:
         storage.write_bytes(settings.result_file, os.fsencode(uri))  # last of all
     return uri
 
 
-def compute(job: Job, mine: np.ndarray, summary: Summary, settings: Settings) -> str:
-    """Fill the grid of a job pass by pass; make its picture where the job is whole."""
-    plan, is_whole = plan_of(job), settings.num_parts == 1
-    passes = plan.tiling.passes
-    summary.resume(job.grid.passes_done(), mine, plan.tiling)
+def compute(shares: Sequence[tuple[Job, np.ndarray]], summary: Summary, settings: Settings) -> str:
+    """Fill the grids of jobs of one tiling pass by pass; make their pictures where they are whole.
+
+    Returns the URIs of the pictures, or of the grids, each in a line.
+    """
+    work = [Work(job.grid, plan_of(job), mine) for job, mine in shares]
+    jobs, is_whole = [job for job, _ in shares], settings.num_parts == 1
+    passes = work[0].plan.tiling.passes
+    for each in work:
+        summary.resume(each.grid.passes_done(), each.mine, each.plan.tiling)
     for last in range(0 if settings.progressive else passes - 1, passes):
-        fill(job.grid, plan, mine, summary, last)
+        fill(work, summary, last)
         if last < passes - 1 and is_whole:
-            log.info("pass %d of %d: %s", last + 1, passes, preview(job))
-    job.check_unchanged()
-    return picture(job, num_parts=1) if is_whole else job.grid.uri
+            for job in jobs:
+                log.info("pass %d of %d: %s", last + 1, passes, preview(job))
+    for job in jobs:
+        job.check_unchanged()
+    return "\n".join(picture(job, num_parts=1) if is_whole else job.grid.uri for job in jobs)
 
 
 @with_parameters
@@ -161,10 +174,11 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
         outputs.check_writable(settings.result_file)
     if settings.add_scale_bar:
         settings.require("pixel_resolution_um")
-    job = Job.found(settings)
-    check_replaced(job)
+    jobs = [Job.found(way) for way in settings.each_way()]
+    for job in jobs:
+        check_replaced(job)
     with connect(settings), report(settings.report):
-        uri = picture(job, settings.num_parts)
+        uri = "\n".join(picture(job, settings.num_parts) for job in jobs)
     storage.write_bytes(settings.result_file, os.fsencode(uri))
     return uri
 
@@ -187,12 +201,13 @@ def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     The URI that the PNG will have.
     """
     settings = Settings.of(**options, **_given(s3_path=s3_path))
-    job = settle(settings)
-    log.info("%s", job.plan)
-    check_weights(plan_of(job).network)
+    jobs = [settle(way) for way in settings.each_way()]
+    for job in jobs:
+        log.info("%s", job.plan)
+    check_weights(plan_of(jobs[0]).network)
     if settings.cluster == "threads":
-        check_memory(plan_of(job))
-    return f"{job.target}.png"
+        check_memory(plan_of(jobs[0]))
+    return "\n".join(f"{job.target}.png" for job in jobs)
 
 
 @with_parameters

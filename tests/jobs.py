@@ -13,7 +13,8 @@ from inkdask.store import GridStore
 RECIPE = Recipe(
     input="0123456789abcdef", mask=None, layers=(0, 1, 2), direction="forward", averaged=1,
     corner=(0, 0), size=(300, 431), model="demo", architecture="ink_depth_cnn", weights="ab" * 32,
-    clip=200.0, divisor=200.0, precision="auto", tile=64, stride=16, k=4, chunk=(128, 128),
+    clip=200.0, divisor=200.0, precision="auto", tta="none", tile=64, stride=16,
+    k=4, chunk=(128, 128),
 )  # fmt: skip
 ORIGIN = Origin(
     segment="seg", source="s3://bucket/seg", volume="s3://bucket/seg", ome_zarr_level="0",
@@ -23,7 +24,7 @@ ORIGIN = Origin(
 SAID = Said(
     s3_path="s3://bucket/seg", surface_volume_zarr=None, ome_zarr_level="0", mask_path=None,
     layers=(0, 3), force_reverse=False, z_downsample_mean_factor=1, model="demo",
-    model_in_chans=3, clip=200.0, divisor=200.0, precision="auto", tile=64, stride=16,
+    model_in_chans=3, clip=200.0, divisor=200.0, precision="auto", tta="none", tile=64, stride=16,
     roi_xyxy=None, chunk_size=128,
 )  # fmt: skip
 PROVENANCE = Provenance(

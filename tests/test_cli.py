@@ -1,5 +1,6 @@
 """The command line."""
 
+import json
 import logging
 import sys
 from importlib.metadata import version
@@ -133,6 +134,12 @@ def test_models_lists_every_key(capsys):
     text = capsys.readouterr().out
     for key in known():
         assert key in text
+    assert "scrollprize/hecate:hecate_2.4um.pth at 9cb86e500e94" in text
+    assert "64 layers of scans of 2.4 um, tile 256, stride 128; voxels divided by 200" in text
+    cli.main(["models", "--json"])
+    listed = {spec["key"]: spec for spec in json.loads(capsys.readouterr().out)}
+    assert listed.keys() == known().keys()
+    assert (listed["ink-9um"]["clip"], listed["ink-9um"]["pixel_um"]) == (None, 9.6)
 
 
 def test_dask_ink_runs_the_same_commands(monkeypatch, capsys):

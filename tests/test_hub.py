@@ -82,7 +82,7 @@ def server() -> Iterator[HubServer]:
 def visit(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     """Give the answers of a process without a token by model, and the cache that it filled."""
     commit = server.repos["ink/open"].commit
-    models = ["ink/open", f"ink/open@{commit}", "ink/open/b.ckpt", "ink/two/x/y.pt@main"]
+    models = ["ink/open", f"ink/open@{commit}", "ink/open/b.ckpt", "ink/two:x/y.pt@main"]
     models += ["ink/missing", "ink/private", "ink/gated/a.ckpt", "ink/bare", "ink/two"]
     models += ["ink/open@v9", "ink/open/c.pt"]
     home = tmp_path_factory.mktemp("hub")
@@ -107,7 +107,7 @@ def test_repo_fault_is_one_sentence(server: HubServer, visit: tuple) -> None:
         f"{at}/missing does not exist, or it is private: set HF_TOKEN.",
         f"{at}/private does not exist, or it is private: set HF_TOKEN.",
         f"{at}/gated is open to those who accept its terms on that page: set HF_TOKEN.",
-        f"{at}/bare holds no weights: no .safetensors, .ckpt, .pt, .bin file is there.",
+        f"{at}/bare holds no weights: no .safetensors, .ckpt, .pt, .pth, .bin file is there.",
         f"{at}/two holds 3 .pt files, so say which one is meant: epoch1.pt, epoch2.pt, x/y.pt.",
         f"{at}/open has no revision v9.",
         f"{at}/open has no file c.pt at revision main.",
@@ -195,7 +195,7 @@ def test_processes_side_by_side_download_a_repo_once(server: HubServer, tmp_path
 
 def test_cache_serves_when_the_hub_is_away(visit: tuple) -> None:
     filled, home = visit
-    damaged = Path(filled["ink/two/x/y.pt@main"]["path"])
+    damaged = Path(filled["ink/two:x/y.pt@main"]["path"])
     damaged.resolve().write_bytes(WEIGHTS)
     gone = {"HF_ENDPOINT": "http://127.0.0.1:9", "IMPATIENT": "1", "HF_HOME": str(home)}
     offline = settle("ink/open", "ink/none", "ink/two/x/y.pt", HF_HUB_OFFLINE="1", **gone)

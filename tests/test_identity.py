@@ -46,8 +46,8 @@ def test_something_else_is_refused(told):
 CHANGES = {
     "input": "other", "mask": "other", "layers": (0, 1, 3), "direction": "reverse", "averaged": 2,
     "corner": (1, 0), "size": (300, 430), "model": "x", "architecture": "x", "weights": "cd" * 32,
-    "clip": 100.0, "divisor": 255.0, "precision": "float32", "tile": 32, "stride": 32, "k": 8,
-    "chunk": (256, 128),
+    "clip": 100.0, "divisor": 255.0, "precision": "float32", "tta": "mirror", "tile": 32,
+    "stride": 32, "k": 8, "chunk": (256, 128),
 }  # fmt: skip
 
 

@@ -93,6 +93,7 @@ CHANGES = [
     {"model": "other"}, {"stride": 32}, {"divisor": 255}, {"clip": 100}, {"layers": (0, 4)},
     {"force_reverse": True}, {"tile": 32}, {"model_in_chans": 3}, {"precision": "float32"},
     {"z_downsample_mean_factor": 2}, {"chunk_size": 256}, {"roi_xyxy": (0, 0, 640, 128)},
+    {"tta": "mirror"},
 ]  # fmt: skip
 
 

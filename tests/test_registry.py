@@ -53,6 +53,10 @@ def test_known_models_have_the_published_shapes() -> None:
         "timesformer-gp-scroll1": ("ink_timesformer", 26, 64, 16, 4),
         "resnet3d-152-3d-decoder-2um": ("ink_resnet3d_152_decoder3d", 62, 256, 128, 64),
         "resnet50-3um": ("ink_resnet3d_50", 18, 256, 128, 64),
+        "hecate-2.4um": ("ink_hecate_2_4um", 64, 256, 128, 64),
+        "hecate-9.6um": ("ink_hecate_9_6um", 16, 64, 32, 64),
+        "ink-9um": ("ink_hybrid_3d2d", 17, 128, 64, 128),
+        "ink-9um-seed43": ("ink_hybrid_3d2d", 17, 128, 64, 128),
         "demo": ("ink_depth_cnn", 26, 64, 16, 16),
     }
     for key, spec in registry.KNOWN.items():
@@ -61,6 +65,27 @@ def test_known_models_have_the_published_shapes() -> None:
         assert spec.licence
         with pytest.raises(FrozenInstanceError):
             spec.tile = 1  # type: ignore[misc]
+
+
+def test_file_of_a_known_repo_is_the_model_that_is_pinned_to_it() -> None:
+    spec = registry._described("scrollprize/ink_9um:hybrid_3d2d-seed43/step-075000.pth", None)
+    known = registry.KNOWN["ink-9um-seed43"]
+    assert replace(spec, key=known.key) == known
+    other = registry._described("scrollprize/hecate:hecate_9.6um.pth@main", None)
+    assert (other.architecture, other.revision) == ("ink_hecate_9_6um", "main")
+    assert other.sha256 is None  # because another revision may hold another file
+
+
+def test_weights_with_another_digest_than_pinned_are_refused(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.sha256(b"weights").hexdigest()
+    pinned = ModelSpec("mine", "ink_depth_cnn", str(weights), sha256=digest)
+    monkeypatch.setattr(registry, "known", lambda: {"mine": pinned})
+    assert registry.resolve("mine").digest == digest
+    weights.write_bytes(b"others")
+    with pytest.raises(InkdaskError, match="mine.ckpt is not the file that model mine is pinned"):
+        registry.resolve("mine")
 
 
 def test_registry_does_not_import_torch() -> None:

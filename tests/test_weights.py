@@ -415,9 +415,23 @@ def test_misshaped_weight_is_reported(state: State, tmp_path: Path) -> None:
 def test_weight_given_twice_is_reported(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     name, value = next(iter(state.items()))
-    torch.save(state | {f"module.{name}": value}, path)
-    with pytest.raises(InkdaskError, match=f"holds the weight {name} twice"):
+    torch.save(state | {f"module.{name}": value + 1}, path)
+    with pytest.raises(InkdaskError, match=f"holds the weight {name} twice, with other values"):
         weights.load(resolved(path))
+
+
+def test_equal_weights_under_two_names_are_one(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    name, value = next(iter(state.items()))
+    torch.save(state | {f"module.{name}": value.clone()}, path)
+    assert same(weights.load(resolved(path)).state_dict(), state)
+
+
+def test_averaged_weights_win_over_those_of_the_last_step(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    last = {name: value + 1 for name, value in state.items()}
+    torch.save({"model": last, "ema_model": state, "config": {}}, path)
+    assert same(weights.load(resolved(path)).state_dict(), state)
 
 
 @pytest.mark.parametrize("save", [save_file, torch.save])

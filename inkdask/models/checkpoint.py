@@ -15,8 +15,9 @@ from torch import Tensor
 from inkdask.errors import InkdaskError
 from inkdask.models.unpickle import ODD, Inert, tensors_only
 
-# Keys under which Lightning and other trainers store the weights.
-_NESTS = ("state_dict", "model_state_dict")
+# Keys under which Lightning and other trainers store the weights; averaged ones come first.
+_NESTS = ("ema_model", "state_dict", "model_state_dict")
+_FACTS = ("architecture_family", "sampling_um", "config")  # keys beside the weights
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Checkpoint:
     tensors
         Its tensors by name, as views of the mapped file.
     facts
-        Hyper-parameters of a Lightning checkpoint, or metadata (strings) of a safetensors file.
+        Hyper-parameters of a Lightning checkpoint and `_FACTS`, or metadata (strings) of a
+        safetensors file.
     """
 
     path: Path
@@ -96,8 +98,9 @@ def _read_torch(path: Path) -> Checkpoint:
                 "that is meant in a file of its own."
             )
         tensors = found[id(content[nests[0]])] if nests else {}
-    facts = content.get("hyper_parameters")
-    return Checkpoint(path, tensors, facts if isinstance(facts, dict) else {})
+    said = content.get("hyper_parameters")
+    facts = {name: content[name] for name in _FACTS if name in content}
+    return Checkpoint(path, tensors, facts | (said if isinstance(said, dict) else {}))
 
 
 def _tensors(state: Any, path: Path) -> dict[str, Tensor]:

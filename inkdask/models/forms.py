@@ -19,6 +19,7 @@ from inkdask.memory import give_back
 from inkdask.models import int8, weights
 from inkdask.models.fast import Forward, agree, is_prepared, on_cores, prepare
 from inkdask.models.hardware import full_float32, native_dtype
+from inkdask.models.normalisation import normalise
 from inkdask.models.packed import pack_if_it_can
 from inkdask.models.timesformer import TimeSformer
 from inkdask.specs import Network
@@ -59,7 +60,12 @@ class Form:
 
 
 def gather(
-    block: Tensor, at: Tensor, tile: int, clip: float, divisor: float, dtype: torch.dtype
+    block: Tensor,
+    at: Tensor,
+    tile: int,
+    clip: float | None,
+    divisor: float | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Cut tiles out of a block, and normalise them.
 
@@ -77,8 +83,8 @@ def gather(
     Tiles (b, 1, z, tile, tile) of the dtype, rounded from float32.
     """
     tiles = block.unfold(1, tile, 1).unfold(2, tile, 1)  # a view (z, y, x, tile, tile)
-    x = tiles.permute(1, 2, 0, 3, 4)[at[:, 0], at[:, 1]].float()
-    return x.clamp_(max=clip).div_(divisor).to(dtype)[:, None]
+    x = tiles.permute(1, 2, 0, 3, 4)[at[:, 0], at[:, 1]]
+    return normalise(x, clip, divisor).to(dtype)[:, None]
 
 
 def load(network: Network, device: torch.device, precision: str, block: Tensor, at: Tensor) -> Form:
@@ -106,7 +112,8 @@ def load(network: Network, device: torch.device, precision: str, block: Tensor, 
         expected = spread(module)(gather(*cut, torch.float32))
     for name, build, gather_form in _forms(module, device, precision, spread):
         try:
-            form = Form(name, precision, build(module), gather_form)
+            cuts = gather if network.clip is None else gather_form  # a kernel clips and divides
+            form = Form(name, precision, build(module), cuts)
             let_go_of_file(module)
             if agree(form.forward(form.gather(*cut, form.dtype)), expected, TOLERANCE[precision]):
                 return form

@@ -18,13 +18,14 @@ from huggingface_hub import constants
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
-from inkdask.models.sources import Bucket, Folder, Repo, WeightsSource
+from inkdask.models.sources import Bucket, Folder, Repo, WeightsSource, sha256
 from inkdask.specs import ModelSpec
 
-PREFERENCE = (".safetensors", ".ckpt", ".pt", ".bin")
+PREFERENCE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+MOST_LISTED = 20  # weights files in a sentence
 PACKAGE = "package://"  # package://NAME/FILE is a file inside an installed Python package
 
-_REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@(.+))?")
+_REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:[/:]([^@]+))?(?:@(.+))?")
 # A page of the Hub, or the rest of hf://: the repo, a revision in one of two places, and a file.
 _PAGE = re.compile(
     r"([\w.-]+/[\w.-]+)(?:@([^/?#]+))?(?:/(?:blob|raw|resolve|tree)/([^/?#]+))?/?([^?#]*)([?#].*)?"
@@ -47,7 +48,7 @@ def parse(model: str) -> dict[str, Any] | None:
     Parameters
     ----------
     model
-        A path, a URI, or ``owner/name`` with ``/FILE`` or ``@REVISION`` after it.
+        A path, a URI, or ``owner/name`` with ``:FILE`` (or ``/FILE``) or ``@REVISION`` after it.
 
     Returns
     -------
@@ -108,7 +109,7 @@ def choose(names: Iterable[str], place: object) -> str:
         if len(found) > 1:
             raise InkdaskError(
                 f"{place} holds {len(found)} {suffix} files, so say which one is meant: "
-                f"{', '.join(found[:5])}{', ...' if len(found) > 5 else '.'}"
+                f"{', '.join(found[:MOST_LISTED])}{', ...' if len(found) > MOST_LISTED else '.'}"
             )
         if found:
             return found[0]
@@ -119,6 +120,11 @@ def settle(spec: ModelSpec) -> tuple[ModelSpec, Path]:
     """Return the spec with its weights pinned to one file, and the path of that file."""
     source, name = locate(spec)
     path = source.get(name)
+    if spec.sha256 and sha256(path) != spec.sha256:
+        raise InkdaskError(
+            f"{path} is not the file that model {spec.key} is pinned to: its SHA-256 is "
+            f"{sha256(path)[:12]}..., not {spec.sha256[:12]}..."
+        )
     return replace(spec, **source.pin(name, path)), path
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from torch import nn
 
 from inkdask.models.depth_cnn import ink_depth_cnn
+from inkdask.models.hecate import ink_hecate_2_4um, ink_hecate_9_6um
+from inkdask.models.hybrid_3d2d import ink_hybrid_3d2d
 from inkdask.models.resnet3d import (
     ink_resnet3d_50,
     ink_resnet3d_101,
@@ -26,6 +28,9 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
         ink_resnet3d_101,
         ink_resnet3d_152,
         ink_resnet3d_152_decoder3d,
+        ink_hecate_2_4um,
+        ink_hecate_9_6um,
+        ink_hybrid_3d2d,
         ink_depth_cnn,
     )
 }

@@ -22,7 +22,7 @@ from inkdask.errors import InkdaskError, reason
 from inkdask.models import hub
 from inkdask.models.callables import resolve_callable
 from inkdask.models.sources import Repo, WeightsSource, sha256
-from inkdask.specs import ModelSpec, Network, Precision
+from inkdask.specs import ModelSpec, Network, Precision, Tta, normalisation
 
 ENTRY_POINTS = "inkdask.models"
 
@@ -33,21 +33,40 @@ ARCHITECTURES: dict[str, str] = {
     "resnet3d-101": "ink_resnet3d_101",
     "resnet3d-152": "ink_resnet3d_152",
     "resnet3d-152-3d-decoder": "ink_resnet3d_152_decoder3d",
+    "hecate-2.4um": "ink_hecate_2_4um",
+    "hecate-9.6um": "ink_hecate_9_6um",
+    "hybrid-3d2d": "ink_hybrid_3d2d",
     "depth-cnn": "ink_depth_cnn",
 }
 
 _RESNET = {"tile": 256, "stride": 128, "pixels_per_logit": 4}
-_SHAPES: dict[str, dict[str, int]] = {
+_SHAPES: dict[str, dict[str, Any]] = {
     "ink_timesformer": {"layers": 26, "tile": 64, "stride": 16, "pixels_per_logit": 16},
     "ink_resnet3d_50": {"layers": 26, **_RESNET},
     "ink_resnet3d_101": {"layers": 26, **_RESNET},
     "ink_resnet3d_152": {"layers": 26, **_RESNET},
     "ink_resnet3d_152_decoder3d": {"layers": 62, **_RESNET},
+    "ink_hecate_2_4um": {"layers": 64, **_RESNET, "clip": None, "pixel_um": 2.4},
+    "ink_hecate_9_6um": {
+        "layers": 16, "tile": 64, "stride": 32, "pixels_per_logit": 1,
+        "clip": None, "divisor": 255.0, "pixel_um": 9.6,
+    },
+    "ink_hybrid_3d2d": {
+        "layers": 17, "tile": 128, "stride": 64, "pixels_per_logit": 1,
+        "clip": None, "divisor": None, "pixel_um": 9.6,
+    },
     "ink_depth_cnn": {"layers": 26, "tile": 64, "stride": 16, "pixels_per_logit": 4},
+}  # fmt: skip
+# A tile has a multiple of these pixels, where not of those of a logit: the sides of patches, and
+# what the maps of a network are divided by.
+_STEPS = {
+    "ink_timesformer": 16,
+    "ink_hecate_2_4um": 32,
+    "ink_hecate_9_6um": 8,
+    "ink_hybrid_3d2d": 64,
 }
-# Sides of the patches, in pixels, of networks whose class token gives the logits: they take tiles
-# of any number of patches, and give as many logits as for their own tile.
-_PATCHES = {"ink_timesformer": 16}
+# Networks whose class token gives as many logits as for their own tile, for a tile of any size.
+_OF_ONE_TOKEN = {"ink_timesformer"}
 
 
 def _spec(key: str, architecture: str, weights: str, **values: Any) -> ModelSpec:
@@ -58,15 +77,65 @@ def _spec(key: str, architecture: str, weights: str, **values: Any) -> ModelSpec
 
 def _scrollprize(key: str, architecture: str, repo: str, **values: Any) -> ModelSpec:
     licence = f"see the model card at https://huggingface.co/scrollprize/{repo}"
-    return _spec(key, architecture, f"scrollprize/{repo}", licence=licence, **values)
+    values = {"licence": licence, **values}
+    return _spec(key, architecture, f"scrollprize/{repo}", **values)
 
+
+_HECATE = {"revision": "9cb86e500e944b11a06a7020403cde5dffb5bcb2", "licence": "MIT"}
+_INK_9UM = "7109667e2607db1b90c37c8b09cb876ea7fe7bb1"
 
 _BUILT_IN = (
-    _scrollprize("timesformer-scroll5", "ink_timesformer", "timesformer_scroll5_27112024"),
-    _scrollprize("timesformer_scroll5_27112024", "ink_timesformer", "timesformer_scroll5_27112024"),
-    _scrollprize("timesformer-gp-scroll1", "ink_timesformer", "timesformer_GP_scroll1"),
-    _scrollprize("resnet3d-152-3d-decoder-2um", "ink_resnet3d_152_decoder3d", "ink_canonical_2um"),
+    _scrollprize(
+        "timesformer-scroll5", "ink_timesformer", "timesformer_scroll5_27112024", pixel_um=7.91
+    ),
+    _scrollprize(
+        "timesformer_scroll5_27112024",
+        "ink_timesformer",
+        "timesformer_scroll5_27112024",
+        pixel_um=7.91,
+    ),
+    _scrollprize(
+        "timesformer-gp-scroll1", "ink_timesformer", "timesformer_GP_scroll1", pixel_um=7.91
+    ),
+    _scrollprize(
+        "resnet3d-152-3d-decoder-2um",
+        "ink_resnet3d_152_decoder3d",
+        "ink_canonical_2um",
+        pixel_um=2.4,
+    ),
     _scrollprize("resnet50-3um", "ink_resnet3d_50", "resnet50_3um_01122024", layers=18),
+    _scrollprize(
+        "hecate-2.4um",
+        "ink_hecate_2_4um",
+        "hecate",
+        filename="hecate_2.4um.pth",
+        sha256="fa2de3827ebd247ff2d33df1b6f899ea79d5269036cf16765997c62f0e9988c7",
+        **_HECATE,
+    ),
+    _scrollprize(
+        "hecate-9.6um",
+        "ink_hecate_9_6um",
+        "hecate",
+        filename="hecate_9.6um.pth",
+        sha256="809f4f10f7cb7afa19b4bee0f7d2ab31edd7e11b664f9f210cc9c17f22fcfe5d",
+        **_HECATE,
+    ),
+    _scrollprize(
+        "ink-9um",
+        "ink_hybrid_3d2d",
+        "ink_9um",
+        filename="hybrid_3d2d-seed42/step-075000.pth",
+        revision=_INK_9UM,
+        sha256="e635558ae6a1a807a7e5ec1e83adfd45bc3c0ac53883ea43f1d4e085d62a9cab",
+    ),
+    _scrollprize(
+        "ink-9um-seed43",
+        "ink_hybrid_3d2d",
+        "ink_9um",
+        filename="hybrid_3d2d-seed43/step-075000.pth",
+        revision=_INK_9UM,
+        sha256="2aeaa85a35ef28d7bc7bf3e848c4a6a91385e9132710927fdba41133c4ecb28f",
+    ),
     _spec(
         "demo",
         "ink_depth_cnn",
@@ -81,7 +150,7 @@ KNOWN: dict[str, ModelSpec] = {spec.key: spec for spec in _BUILT_IN}
 _WORDS: dict[str, type] = {
     **{"model_type": str, "architecture": str, "licence": str},
     **{"layers": int, "tile": int, "stride": int, "pixels_per_logit": int},
-    **{"clip": float, "divisor": float},
+    **{"clip": float, "divisor": float, "pixel_um": float},
 }
 
 
@@ -117,6 +186,7 @@ def resolve(
     clip: float | None = None,
     divisor: float | None = None,
     precision: Precision = "auto",
+    tta: Tta = "none",
     batch_size: int | None = None,
     compile: bool = True,  # noqa: A002  the name of the setting
     compile_mode: str = "reduce-overhead",
@@ -127,7 +197,7 @@ def resolve(
     ----------
     model
         A key of `known`, a weights file or a folder with one, a Hugging Face repo (its URL,
-        ``owner/name``, ``owner/name@revision``, ``owner/name/file.ckpt``), an ``s3://`` URI, or a
+        ``owner/name``, ``owner/name@revision``, ``owner/name:file.ckpt``), an ``s3://`` URI, or a
         callable ``(b, 1, layers, tile, tile) float32 -> (b, 1, k, k)`` logits.
     model_type
         A key of `ARCHITECTURES`, or a timm name that one of `known` has.
@@ -136,8 +206,8 @@ def resolve(
     layers, tile
         Number of layers that the network reads, and side of its tiles in pixels.
     clip, divisor
-        A voxel ``v`` reaches the network as ``min(v, clip) / divisor``.
-    precision, batch_size, compile, compile_mode
+        In place of those of the model (`ModelSpec`), where it has them.
+    precision, tta, batch_size, compile, compile_mode
         As in `Network`.
 
     Returns
@@ -150,6 +220,7 @@ def resolve(
         spec, digest, k = resolve_callable(model, layers, tile, version)
     else:
         spec, digest, k = _resolve_weights(model, model_type, tile, precision)
+    _check_normalisation(spec, clip, divisor)
     return Network(
         model=spec,
         layers=layers or spec.layers,
@@ -159,11 +230,22 @@ def resolve(
         divisor=spec.divisor if divisor is None else divisor,
         digest=digest,
         precision=spec.precision if precision == "auto" else precision,
+        tta=tta,
         batch_size=batch_size,
         compile=compile,
         compile_mode=compile_mode,
         function=model if callable(model) else None,
     )
+
+
+def _check_normalisation(spec: ModelSpec, clip: float | None, divisor: float | None) -> None:
+    """Refuse a clip or divisor for a model that has none."""
+    for name, given, own in (("CLIP", clip, spec.clip), ("DIVISOR", divisor, spec.divisor)):
+        if given is not None and own is None:
+            raise InkdaskError(
+                f"{name} means nothing for model {spec.key}, whose voxels are "
+                f"{normalisation(spec.clip, spec.divisor)}: leave {name} out."
+            )
 
 
 def _resolve_weights(
@@ -180,13 +262,13 @@ def _resolve_weights(
 
 def _logits(spec: ModelSpec, tile: int) -> int:
     """Return the side k of the logits of a tile."""
-    patch = _PATCHES.get(spec.architecture)
-    step = patch or spec.pixels_per_logit
+    step = _STEPS.get(spec.architecture, spec.pixels_per_logit)
     if tile < step or tile % step:
         raise InkdaskError(
             f"TILE_SIZE of model {spec.key} must be a multiple of {step} pixels, not {tile}."
         )
-    return (spec.tile if patch else tile) // spec.pixels_per_logit
+    own = spec.architecture in _OF_ONE_TOKEN
+    return (spec.tile if own else tile) // spec.pixels_per_logit
 
 
 def who_says_layers(network: Network) -> str:
@@ -221,12 +303,27 @@ def _described(model: str, model_type: str | None) -> ModelSpec:
             "or folder, a Hugging Face repo (owner/name), an s3:// URI or a callable will do too."
         )
     for spec in known().values():
-        if spec.weights == place["weights"]:
-            return replace(spec, key=model, **place, architecture=architecture or spec.architecture)
+        if spec.weights == place["weights"] and spec.filename in (None, place.get("filename")):
+            sha256 = spec.sha256 if place.get("revision", spec.revision) == spec.revision else None
+            architecture = architecture or spec.architecture
+            return replace(spec, key=model, **place, sha256=sha256, architecture=architecture)
     source, name = hub.locate(ModelSpec(model, "", **place))
-    values = {"key": model, "filename": name, **_sidecar(source, name), **place}
+    values = {"key": model, "filename": name, **place, **_told_of(source, name)}
     values["architecture"] = architecture or values.get("architecture", "ink_timesformer")
     return _spec(**values)
+
+
+def _told_of(source: WeightsSource, name: str) -> dict[str, Any]:
+    """Return the `ModelSpec` fields that a checkpoint and the description beside it tell."""
+    from inkdask.models.names import told  # here, because it imports torch
+
+    beside = _sidecar(source, name)
+    values = told(source.get(name))
+    if (kind := values.pop("model_type", None)) in ARCHITECTURES:
+        values["architecture"] = ARCHITECTURES[kind]
+    if "tile" in values:
+        values["stride"] = values["tile"] // 2  # as the people of such checkpoints use them
+    return values | beside
 
 
 def _sidecar(source: WeightsSource, weights: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class ResNet3D(nn.Module):
         self.normalization = nn.BatchNorm3d(1) if normalization else nn.Identity()
         self.conv1 = nn.Conv3d(1, 64, 7, stride=(1, 2, 2), padding=3, bias=False)
         self.bn1 = nn.BatchNorm3d(64)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
         inputs = (64, *MAPS)
         strides = (1, 2, 2, 2)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
@@ -80,11 +80,11 @@ class ResNet3D(nn.Module):
         """Return ``(b, 64, z, t / 4, t / 4)`` of tiles ``(b, 1, z, t, t)``.
 
         The first convolution has a single channel, for which hardware has no fast kernels. So its
-        seven depths become channels of a convolution in the plane.
+        depths become channels of a convolution in the plane.
         """
-        b = len(x)
-        x, weight = windows(self.normalization(x)[:, 0], self.conv1.weight[:, 0])
-        x = F.conv2d(x, weight, stride=2, padding=3)  # (b z, 64, t / 2, t / 2)
+        b, conv = len(x), self.conv1
+        x, weight = windows(self.normalization(x)[:, 0], conv.weight[:, 0])
+        x = F.conv2d(x, weight, stride=conv.stride[1:], padding=conv.padding[1:])
         x = rearrange(x, "(b z) c y x -> b c z y x", b=b)
         x = rearrange(self.bn1(x), "b c z y x -> (b z) c y x")
         # The bias of a folded batch norm and ReLU come last, because a quarter is left to them.
@@ -170,11 +170,15 @@ class Decoder3D(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Return ``(b, 1, y, x)`` of the largest map."""
+        return self.logit(self.depth_collapse(self.features(maps)))
+
+    def features(self, maps: list[Tensor]) -> Tensor:
+        """Return ``(b, 64, z, y, x)`` of the largest map."""
         *skips, x = (fewer(m) for fewer, m in zip(self.channel_reduce, maps, strict=True))
         for skip, block in zip(skips[::-1], self.decoder_blocks, strict=True):
             x = upsample(x, skip.shape[2:])
             x = block(torch.cat((x, skip), dim=1))
-        return self.logit(self.depth_collapse(x))
+        return x
 
 
 class ResidualBlock(nn.Module):

@@ -1,8 +1,8 @@
 """Networks with the weights of a file.
 
 A network is built without memory for its parameters, and the tensors of the mapped file become its
-parameters. Names may carry the prefixes of wrappers (`_bare`). A missing, unexpected or mis-shaped
-weight is an error.
+parameters. Names may carry the prefixes of wrappers (`names.bare`). A missing, unexpected or
+mis-shaped weight is an error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from torch.overrides import TorchFunctionMode
 from inkdask.errors import InkdaskError
 from inkdask.models import hub, registry
 from inkdask.models.checkpoint import Checkpoint, read
+from inkdask.models.names import bare, by_bare_name, patch_layers, recognise
 from inkdask.models.networks import BUILDERS
 from inkdask.models.sources import sha256
 from inkdask.specs import Network
 
 __all__ = ["Checkpoint", "build", "fit", "load", "read", "recognise"]
 
-# Prefixes of wrappers: LightningModule, DistributedDataParallel, and encoders in a larger module.
-_PREFIXES = ("model", "module", "backbone")
 # Weights for training alone: the classifier of the encoder, the auxiliary heads of the 3-D decoder,
 # a loss, and the count of averaged models.
 _TRAINING_ONLY = re.compile(r"fc\.|(decoder\.)?aux_head_s[12]\.|(criterion|loss)\w*\.|n_averaged$")
@@ -60,7 +59,7 @@ def _check_shape(network: Network, checkpoint: Checkpoint) -> None:
             f"Channel mismatch: the checkpoint {checkpoint.path} says {trained} layers (in_chans), "
             f"and {registry.who_says_layers(network)} says {asked}; set MODEL_IN_CHANS={trained}."
         )
-    logits = _by_bare_name(checkpoint).get("to_out.1.bias")
+    logits = by_bare_name(checkpoint).get("to_out.1.bias")
     given = k * k if logits is None else logits.numel()
     if given != k * k and network.model.architecture == "ink_timesformer":
         raise InkdaskError(
@@ -75,7 +74,7 @@ def _layers(facts: dict[str, Any]) -> int | None:
     try:
         layers = int(facts["in_chans"])
     except (KeyError, TypeError, ValueError, OverflowError):
-        return None
+        return patch_layers(facts)
     return layers if 1 <= layers <= 10_000 else None
 
 
@@ -99,7 +98,7 @@ def build(network: Network, checkpoint: Checkpoint) -> nn.Module:
     options: dict[str, Any] = {"layers": network.layers, "tile": network.tile}
     if network.model.architecture in BUILDERS:
         options["k"] = network.k
-    if any(_bare(name).startswith("normalization.") for name in checkpoint.tensors):
+    if any(bare(name).startswith("normalization.") for name in checkpoint.tensors):
         options["normalization"] = True
     architecture = network.model.architecture
     builder = BUILDERS.get(architecture) or _from_timm(architecture)
@@ -128,11 +127,11 @@ def _from_timm(architecture: str) -> Callable[..., nn.Module]:
 def fit(module: nn.Module, checkpoint: Checkpoint, architecture: str) -> nn.Module:
     """Give a network exactly the tensors of a checkpoint."""
     wanted = module.state_dict()
-    found = _by_bare_name(checkpoint)
+    found = by_bare_name(checkpoint)
     state: dict[str, Tensor] = {}
     missing, misshaped = [], []
     for name, place in wanted.items():
-        tensor = found.pop(_bare(name), None)
+        tensor = found.pop(bare(name), None)
         if tensor is None and name.endswith("num_batches_tracked"):
             # Zero, because files from before torch 1.0 lack this count of training steps.
             tensor = torch.zeros((), dtype=torch.int64)
@@ -156,39 +155,3 @@ def fit(module: nn.Module, checkpoint: Checkpoint, architecture: str) -> nn.Modu
         )
     module.load_state_dict(state, strict=True, assign=True)
     return module.float().eval().requires_grad_(False)
-
-
-def _bare(name: str) -> str:
-    """Return the name of a weight without the prefixes of wrappers."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
-    first = next((i for i, part in enumerate(parts) if part not in _PREFIXES), len(parts))
-    return ".".join(parts[min(first, len(parts) - 1) :])
-
-
-def _by_bare_name(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if _bare(name) in found:
-            raise InkdaskError(f"{checkpoint.path} holds the weight {_bare(name)} twice.")
-        found[_bare(name)] = tensor
-    return found
-
-
-def recognise(names: Iterable[str]) -> str:
-    """Return a sentence that names the network of weights, by the names of the weights."""
-    bare = {_bare(name) for name in names}
-
-    def has(start: str) -> bool:
-        return any(name.startswith(start) for name in bare)
-
-    kind = ""
-    if has("layers.0.0.fn.to_qkv."):
-        kind = "timesformer"
-    elif has("layer4.0.conv3."):
-        decoder = "-3d-decoder" if has("decoder.decoder_blocks.") else ""
-        for depth, blocks in {50: 6, 101: 23, 152: 36}.items():
-            if has(f"layer3.{blocks - 1}.") and not has(f"layer3.{blocks}."):
-                kind = f"resnet3d-{depth}{decoder}"
-    elif has("depth.0.") and has("plane.0."):
-        kind = "depth-cnn"
-    return f"It looks like the weights of {kind}." if kind else "It is of no network known here."

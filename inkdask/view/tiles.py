@@ -171,7 +171,7 @@ class Ink(_Picture):
         self.background = ink.background
         self.observers: list[Callable[[Box | None], None]] = []
         self._region = ink.plan.region
-        self._window = ink.blend_mode, ink.gaussian_sigma
+        self._window = ink.blend_mode, ink.gaussian_sigma, ink.plan.family
         self._overview = np.full(_coarser(self.whole, self._level).shape, UNKNOWN, np.uint8)
         self._drawing = threading.Lock()
         self.background.observers.append(self._on_chunk)

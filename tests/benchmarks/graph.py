@@ -28,7 +28,7 @@ from distributed import Client, LocalCluster
 
 import inkdask
 from inkdask import workflow
-from inkdask.filling import together
+from inkdask.filling import Work, together
 from inkdask.preparation import CHUNK, SHARD
 from inkdask.settings import Settings
 from inkdask.specs import Passes
@@ -68,9 +68,10 @@ def main() -> None:
         rows.append(("headers read, job settled", time.perf_counter() - start, "", ""))
 
         start = time.perf_counter()
-        every = np.argwhere(np.ones(job.plan.tiling.block_shape, bool))
+        all_of_them = np.ones(job.plan.tiling.block_shape, bool)
         passes = Passes(job.grid.passes_done(), job.plan.tiling.passes - 1)
-        tasks = together(every, job.plan, job.grid, passes)
+        work = Work(job.grid, job.plan, all_of_them)
+        tasks = together(np.argwhere(all_of_them[..., None]), [work], [passes])
         rows.append((f"{len(tasks):,} chunks as tasks", time.perf_counter() - start, "", ""))
 
         start = time.perf_counter()
