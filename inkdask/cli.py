@@ -165,8 +165,8 @@ def check(**given: Any) -> None:
 @_settings_options(
     "model", "start_layer", "end_layer", "model_in_chans", "force_reverse",
     "z_downsample_mean_factor", "tile", "stride", "clip", "divisor", "precision", "roi_xyxy",
-    "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um", "add_scale_bar",
-    "scale_bar_length_um", "grid", "zarr_output_dir", "num_parts", "output_path", "result_file",
+    "blend_mode", "gaussian_sigma", "reverse_video", "spread", "pixel_resolution_um",
+    "add_scale_bar", "scale_bar_length_um", "grid", "zarr_output_dir", "num_parts", "output_path", "result_file",
     "cluster", "scheduler_address", "report",
 )  # fmt: skip
 def reduce(**given: Any) -> None:

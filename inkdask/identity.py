@@ -201,6 +201,8 @@ class Provenance(_Value):
         Time, in ISO 8601.
     export
         Words of the command that exported the picture, without the file; None for a job's own.
+    shows
+        The ink, or the spread of opinions, of which 255 is 0.5.
     """
 
     recipe: Recipe
@@ -210,6 +212,7 @@ class Provenance(_Value):
     ran_in: tuple[str, ...]
     created: str
     export: tuple[str, ...] | None = None
+    shows: Literal["ink", "spread"] = "ink"
 
 
 def differences(there: _Value | Mapping[str, Any], here: _Value | Mapping[str, Any]) -> str:

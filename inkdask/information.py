@@ -105,6 +105,8 @@ def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:
     if told is None:
         yield "origin", "not recorded in the file"
         return
+    if told.shows == "spread":
+        yield "shows", "spread of opinions, their standard deviation; 255 is 0.5"
     yield from _of_job(told.recipe, told.origin, told.ran_in, told)
     if told.export:
         yield "export", shlex.join([*told.export, "--to", path])

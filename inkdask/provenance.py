@@ -27,8 +27,8 @@ OF_GRIDS = (
     "precision", "chunk_size",
 )  # fmt: skip
 OF_PICTURES = (
-    "roi_xyxy", "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um",
-    "add_scale_bar", "scale_bar_length_um",
+    "roi_xyxy", "blend_mode", "gaussian_sigma", "reverse_video", "spread",
+    "pixel_resolution_um", "add_scale_bar", "scale_bar_length_um",
 )  # fmt: skip
 # What `reduce` asks of a record also when the user does not say it: there is no word for "none".
 UNSAID = ("force_reverse", "z_downsample_mean_factor", "roi_xyxy")

@@ -12,7 +12,7 @@ from dataclasses import replace
 import dask.array as da
 import numpy as np
 
-from inkdask.blending import blend
+from inkdask.blending import blend, spread
 from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance, differences
 from inkdask.job import Job
@@ -26,6 +26,7 @@ from inkdask.storage import outputs
 log = logging.getLogger("inkdask")
 
 PREVIEW = "_preview"  # ends the name of an unfinished picture
+SPREAD = "_spread"  # ends the name of a picture of the spread of opinions
 
 
 def picture(job: Job, num_parts: int) -> str:
@@ -36,6 +37,8 @@ def picture(job: Job, num_parts: int) -> str:
     check_complete(job, num_parts)
     tell_of_replaced(f"{job.target}.zarr", job.provenance)
     write(job, job.target)
+    if job.rendering.spread:
+        write(job, job.target + SPREAD, is_spread=True)
     for ending in (".png", ".zarr"):
         outputs.discard(job.target + PREVIEW + ending)
     job.grid.remove_earlier()
@@ -93,14 +96,17 @@ def tell_of_replaced(uri: str, made_of: Provenance) -> None:
             log.info("%s is replaced: its %s", uri, differing)
 
 
-def write(job: Job, target: str) -> None:
-    """Write the picture as ``<target>.png`` and ``<target>.zarr``, each whole or not at all."""
-    region, grid, how = job.region, job.grid, job.rendering
-    ink = blend(grid.grid(), grid.valid(), grid.tiling, how.blend_mode, how.gaussian_sigma)
-    grey = da.map_blocks(to_uint8, ink[region.slices], dtype=np.uint8)
+def write(job: Job, target: str, is_spread: bool = False) -> None:
+    """Write ink or spread as ``<target>.png`` and ``<target>.zarr``, each whole or not at all."""
+    region, grid, how, told = job.region, job.grid, job.rendering, job.provenance
+    make, most = (spread, 0.5) if is_spread else (blend, 1.0)
+    if is_spread:
+        told = replace(told, shows="spread")
+    values = make(grid.grid(), grid.valid(), grid.tiling, how.blend_mode, how.gaussian_sigma)
+    grey = da.map_blocks(to_uint8, values[region.slices] / most, dtype=np.uint8)
     corner = region.shift(*job.recipe.corner).corner
 
     def draw(place: str) -> None:
         exporting.write(open_picture(place), f"{target}.png", how.look)
 
-    write_pyramid(grey, f"{target}.zarr", job.provenance, how.pixel_um, corner, draw)
+    write_pyramid(grey, f"{target}.zarr", told, how.pixel_um, corner, draw)
