@@ -25,6 +25,7 @@ except RuntimeError:  # without HOME, for an unknown user; bokeh, for one, canno
     os.environ["HOME"] = (_home := TemporaryDirectory(prefix="inkdask-home-")).name
 
 if TYPE_CHECKING:
+    from inkdask.controls.sweeps import sweep
     from inkdask.errors import InkdaskError
     from inkdask.inkmap import InkMap
     from inkdask.pictures.exporting import export
@@ -46,6 +47,7 @@ _HOME = {
     "prepare": "workflow",
     "reduce": "workflow",
     "run": "workflow",
+    "sweep": "controls.sweeps",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "prepare",
     "reduce",
     "run",
+    "sweep",
     "view",
 ]
 
