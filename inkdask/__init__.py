@@ -25,6 +25,7 @@ except RuntimeError:  # without HOME, for an unknown user; bokeh, for one, canno
     os.environ["HOME"] = (_home := TemporaryDirectory(prefix="inkdask-home-")).name
 
 if TYPE_CHECKING:
+    from inkdask.controls.evidencing import evidence
     from inkdask.controls.sweeps import sweep
     from inkdask.errors import InkdaskError
     from inkdask.inkmap import InkMap
@@ -41,6 +42,7 @@ _HOME = {
     "Segment": "segment",
     "Settings": "settings",
     "check": "workflow",
+    "evidence": "controls.evidencing",
     "export": "pictures.exporting",
     "open_segment": "segment",
     "predict": "workflow",
@@ -57,6 +59,7 @@ __all__ = [
     "Segment",
     "Settings",
     "check",
+    "evidence",
     "export",
     "open_segment",
     "predict",

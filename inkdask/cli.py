@@ -303,6 +303,32 @@ def _numbers(text: str | None, name: str) -> list[int] | None:
 
 
 @inkdask_.command()
+@click.argument("prediction")
+@click.option("--second-model", metavar="MODEL", help="Another model, to show beside it.")
+@click.option("--second-stride", type=int, metavar="N", help="Another stride, in pixels.")
+@_settings_options(
+    "roi_xyxy",
+    "pixel_resolution_um",
+    "batch_size",
+    "output_path",
+    "zarr_output_dir",
+    "cluster",
+    "scheduler_address",
+)
+def evidence(prediction: str, **given: Any) -> None:
+    """Make a page that shows a prediction beside its controls, as PNG and HTML.
+
+    The controls are the same papyrus with its layers reversed, shuffled, and of a window off the
+    sheet. PREDICTION is the `prediction_*.zarr` that a job leaves beside its PNG. A large one is
+    shown in part, unless --roi-xyxy says which.
+    """
+    from inkdask.controls.evidencing import evidence
+
+    for uri in evidence(prediction, **_given(given)):
+        print(uri)
+
+
+@inkdask_.command()
 @click.argument("path")
 @_settings_options(
     "start_layer", "end_layer", "ome_zarr_level", "mask_path", "tile", "stride", "chunk_size"

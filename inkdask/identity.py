@@ -203,6 +203,8 @@ class Provenance(_Value):
         Words of the command that exported the picture, without the file; None for a job's own.
     shows
         The ink, or the spread of opinions, of which 255 is 0.5.
+    evidence
+        Digests of the pages of evidence that were made of it.
     """
 
     recipe: Recipe
@@ -213,6 +215,7 @@ class Provenance(_Value):
     created: str
     export: tuple[str, ...] | None = None
     shows: Literal["ink", "spread"] = "ink"
+    evidence: tuple[str, ...] = ()
 
 
 def differences(there: _Value | Mapping[str, Any], here: _Value | Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ def full_windows(segment: Segment, side: int = SIDE, count: int = COUNT) -> list
     tall, wide = min(side, height), min(side, width)
     layer = Layer.of_segment(segment, depth // 2)
     grey = look(layer, Box.at((0, 0), (height, width)), STEP, BUDGET)
-    papyrus = grey > np.median(grey[grey > 0]) / 2 if grey.any() else grey > 0  # not half empty
+    papyrus = grey > 0.75 * np.median(grey[grey > 0]) if grey.any() else grey > 0
     tops = range(0, height - tall + 1, STEP)
     lefts = range(0, width - wide + 1, STEP)
     rows, columns = -(-tall // STEP), -(-wide // STEP)
