@@ -131,6 +131,8 @@ class Origin(_Value):
         Versions, by package.
     command
         Words of the command that makes it again; None for a callable.
+    offset
+        Layers from the middle of the segment to that of the layers read; None where unknown.
     """
 
     segment: str
@@ -144,6 +146,7 @@ class Origin(_Value):
     roi_xyxy: Region | None
     software: dict[str, str]
     command: tuple[str, ...] | None
+    offset: float | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,8 @@ class Provenance(_Value):
         Words of the command that exported the picture, without the file; None for a job's own.
     shows
         The ink, or the spread of opinions, of which 255 is 0.5.
+    window_um
+        Side of the network's window, in micrometers; None where the size of a pixel is unknown.
     evidence
         Digests of the pages of evidence that were made of it.
     """
@@ -215,6 +220,7 @@ class Provenance(_Value):
     created: str
     export: tuple[str, ...] | None = None
     shows: Literal["ink", "spread"] = "ink"
+    window_um: float | None = None
     evidence: tuple[str, ...] = ()
 
 

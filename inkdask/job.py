@@ -171,6 +171,7 @@ class Job:
             blend_mode=self.rendering.blend_mode,
             gaussian_sigma=self.rendering.gaussian_sigma,
             ran_in=self.grid.precisions(),
+            window_um=self.rendering.pixel_um and self.recipe.tile * self.rendering.pixel_um,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 

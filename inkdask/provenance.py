@@ -79,6 +79,7 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
         roi_xyxy=plan.roi_xyxy,
         software=software(),
         command=None,
+        offset=offset_of(plan),
     )
     origin = without_secrets(origin)
     if plan.network.function is not None:
@@ -88,6 +89,12 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
         *_options(OF_GRIDS, {**dict(settings), "ome_zarr_level": origin.ome_zarr_level}),
     )
     return replace(origin, command=tuple(map(str, words)))
+
+
+def offset_of(plan: Plan) -> float | None:
+    """Return the layers from the middle of a segment to that of a plan's; None where unknown."""
+    held = plan.segment.held if plan.segment else None
+    return held and (min(plan.layers) + max(plan.layers) - sum(held)) / 2
 
 
 def said_of(plan: Plan, origin: Origin, settings: Settings) -> Said | None:

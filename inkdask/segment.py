@@ -65,6 +65,8 @@ class Segment:
         Pixels of the files that are kept (see `crop`); None for all.
     level
         Level of an OME-Zarr group that was asked for.
+    held
+        First and last of all layers that are there, opened or not; None where unknown.
     """
 
     uri: str
@@ -79,6 +81,7 @@ class Segment:
     mask_identity: str | None = None
     box: Box | None = None
     level: str = "0"
+    held: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -166,7 +169,7 @@ def open_segment(
     listing = storage.list_folder(uri)
     name = name_of(uri)
     if _ZARR_FILES & {entry.name for entry in listing}:
-        source, numbers, dtype, identity = _open_array(uri, layers, count, level)
+        source, numbers, dtype, identity, held = _open_array(uri, layers, count, level)
         stored = 0
     else:
         folder, files = find_layers(uri, listing)
@@ -177,12 +180,14 @@ def open_segment(
         if not numbers or numbers[0] < 0:
             raise no_layers(uri, folder, layers)
         chosen = choose_layers(numbers, folder, layers, count)
-        numbers = numbers[chosen]
+        numbers, held = numbers[chosen], (numbers[0], numbers[-1])
         files = files if only else files[chosen]
         source, dtype, identity = _open_files(files, stack[chosen])
         stored = sum(file.entry.size for file in files)
     mask_uri = os.fspath(mask) if mask else find_mask(uri, listing)
-    segment = Segment(uri, name, numbers, dtype, identity, source, stored, mask_uri, level=level)
+    segment = Segment(
+        uri, name, numbers, dtype, identity, source, stored, mask_uri, level=level, held=held
+    )
     if mask_uri and mask_uri != NO_MASK:
         mask_source = _open_mask(mask_uri, source.shape[1:])
         segment = replace(segment, mask_source=mask_source, mask_identity=mask_source.identity)
@@ -212,7 +217,7 @@ def identify(
 
 def _open_array(
     uri: str, layers: tuple[int, int] | None, count: int | None, level: str
-) -> tuple[Source, tuple[int, ...], np.dtype[Any], str]:
+) -> tuple[Source, tuple[int, ...], np.dtype[Any], str, tuple[int, int]]:
     """Open a zarr array, and choose its layers."""
     source = open_zarr(uri, level, layers[1] - layers[0] if layers else count or 0)
     numbers = source.numbers
@@ -223,7 +228,8 @@ def _open_array(
     if layers and is_of_one_range and layers[1] - layers[0] == len(numbers):
         numbers = tuple(range(*layers))
     chosen = choose_layers(numbers, uri, layers, count)
-    return source.take(chosen), numbers[chosen], source.dtype, source.identity
+    held = numbers[0], numbers[-1]
+    return source.take(chosen), numbers[chosen], source.dtype, source.identity, held
 
 
 def _open_files(

@@ -193,3 +193,19 @@ def test_reproduced_contrast():
     assert reproduced(ink, ink // 2, everywhere) == pytest.approx(0.5, abs=0.01)
     assert abs(reproduced(ink, rng.permutation(ink.ravel()).reshape(60, 60), everywhere)) < 0.06
     assert reproduced(ink * 0, ink, everywhere) == 0
+
+
+def test_picture_says_depth_direction_and_size_of_its_window(segment, capsys):
+    prediction = predicted(segment, force_reverse=True, layers=(6, 10), pixel_resolution_um=7.91)
+    told = open_picture(prediction).provenance
+    assert told.recipe.direction == "reverse"
+    assert told.origin.offset == 2.0  # layers 6 to 9 of 0 to 11
+    assert told.window_um == pytest.approx(64 * 7.91)
+    inkdask.evidence(prediction, model=network)
+    (digest,) = open_picture(prediction).provenance.evidence
+    capsys.readouterr()
+    cli.main(["info", prediction])
+    said = capsys.readouterr().out
+    assert "4 (9 to 6 in reverse), +2 from the middle" in said
+    assert "64 px at stride 32 (506.2 um)" in said
+    assert digest in said
