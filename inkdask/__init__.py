@@ -25,6 +25,8 @@ except RuntimeError:  # without HOME, for an unknown user; bokeh, for one, canno
     os.environ["HOME"] = (_home := TemporaryDirectory(prefix="inkdask-home-")).name
 
 if TYPE_CHECKING:
+    from inkdask.controls.evidencing import evidence
+    from inkdask.controls.sweeps import sweep
     from inkdask.errors import InkdaskError
     from inkdask.inkmap import InkMap
     from inkdask.pictures.exporting import export
@@ -40,12 +42,14 @@ _HOME = {
     "Segment": "segment",
     "Settings": "settings",
     "check": "workflow",
+    "evidence": "controls.evidencing",
     "export": "pictures.exporting",
     "open_segment": "segment",
     "predict": "workflow",
     "prepare": "workflow",
     "reduce": "workflow",
     "run": "workflow",
+    "sweep": "controls.sweeps",
 }
 
 __all__ = [
@@ -55,12 +59,14 @@ __all__ = [
     "Segment",
     "Settings",
     "check",
+    "evidence",
     "export",
     "open_segment",
     "predict",
     "prepare",
     "reduce",
     "run",
+    "sweep",
     "view",
 ]
 

@@ -11,6 +11,11 @@ where By[y, (i,a)] = w(y - y_i) u_a(y - y_i), Bx likewise, and M is 1 where a ti
 y_i works, so the last tile touches the border. The windows of other programs are not separable, and
 `overlap_add` takes tile after tile. The same code runs on NumPy, and on CuPy where the
 process computes on a GPU and CuPy has built its kernels; a task returns NumPy arrays.
+
+The spread of the opinions needs the mean of their squares, too. At a pixel at most two neighbours
+u_a and u_b of the basis are not zero, so the square of an opinion is linear in products of
+neighbouring probabilities, in the basis u_a^2, 2 u_a u_b: the same overlap-add, with 2k - 1 values
+a tile in place of k.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -62,6 +68,29 @@ def blend(
     family
         Rules of the people of the network.
     """
+    return _over_chunks(blend_chunk, grid, valid, tiling, window, sigma, family=family)
+
+
+def spread(
+    grid: da.Array, valid: da.Array, tiling: Tiling, window: BlendMode = "hann", sigma: float = 0.0
+) -> da.Array:
+    """Return the standard deviation of a pixel's opinions, a lazy float32 (y, x) in [0, 0.5].
+
+    The opinions are those of the tiles that hold the pixel, weighted by the blending window as in
+    `blend`, whose parameters these are.
+    """
+    return _over_chunks(spread_chunk, grid, valid, tiling, window, sigma)
+
+
+def _over_chunks(
+    function: Callable[..., np.ndarray],
+    grid: da.Array,
+    valid: da.Array,
+    tiling: Tiling,
+    window: BlendMode,
+    sigma: float,
+    **options: Any,
+) -> da.Array:
     before = {
         axis: (along.depth if len(along.chunks) > 1 else 0, 0)
         for axis, along in enumerate((tiling.y, tiling.x))
@@ -69,7 +98,7 @@ def blend(
     reaching = overlap(grid, depth=before, boundary="none", allow_rechunk=False)
     rows, columns = (da.arange(count, chunks=1) for count in tiling.block_shape)
     return da.blockwise(
-        blend_chunk, "yx",
+        function, "yx",
         reaching, "yxab",
         valid, "yx",
         rows, "y",
@@ -77,7 +106,7 @@ def blend(
         tiling=tiling,
         window=window,
         sigma=sigma,
-        family=family,
+        **options,
         adjust_chunks={"y": tiling.chunks[0], "x": tiling.chunks[1]},
         align_arrays=False,
         concatenate=True,
@@ -116,25 +145,68 @@ def blend_chunk(
 
 def multiply(grid: np.ndarray, valid: np.ndarray, y: Strips, x: Strips) -> np.ndarray:
     """Multiply the grid of `blend_chunk` by the matrices of both axes: float32 (y, x)."""
+    return _on_device(_products, grid, valid, y, x)
+
+
+def spread_chunk(
+    grid: np.ndarray,
+    valid: np.ndarray,
+    row: np.ndarray,
+    column: np.ndarray,
+    tiling: Tiling,
+    window: BlendMode,
+    sigma: float,
+) -> np.ndarray:
+    """Return the spread of the pixels of one chunk: float32 (y, x); parameters of `blend_chunk`."""
+    window = "hann" if window == "upstream" else window  # which is not separable
+    along = [
+        strips(axis, int(index[0]), grid.shape[-1], window, sigma, is_squared=is_squared)
+        for is_squared in (False, True)
+        for axis, index in ((tiling.y, row), (tiling.x, column))
+    ]
+    return _on_device(_deviation, grid, valid, *along)
+
+
+def _on_device(function: Callable[..., Any], *arguments: Any) -> np.ndarray:
+    """Call a function of ``xp`` and the arguments with CuPy, or with NumPy where that fails."""
     xp = array_library()
     if xp is not np:
         try:
-            return np.asarray(_products(xp, grid, valid, y, x).get())
+            return np.asarray(function(xp, *arguments).get())
         except Exception as error:  # for example lack of memory
             _cupy_is_ready.clear()
             log.warning("CuPy cannot blend, NumPy does: %s", error)
-    return np.asarray(_products(np, grid, valid, y, x))
+    return np.asarray(function(np, *arguments))
 
 
-def _products(xp: Any, grid: Any, valid: Any, ys: Strips, xs: Strips) -> Any:
-    """Do `multiply` with NumPy or CuPy."""
+def _deviation(
+    xp: Any, grid: Any, valid: Any, ys: Strips, xs: Strips, squared_ys: Strips, squared_xs: Strips
+) -> Any:
+    """Return the standard deviation of the opinions, with NumPy or CuPy: float32 (y, x)."""
+    P = xp.asarray(grid).astype(xp.float64)
+    k = P.shape[-1]
+    pairs = xp.zeros((*P.shape[:2], 2 * k - 1, 2 * k - 1), xp.float64)  # products of neighbours
+    pairs[..., ::2, ::2] = P * P
+    pairs[..., 1::2, ::2] = P[..., :-1, :] * P[..., 1:, :]
+    pairs[..., ::2, 1::2] = P[..., :-1] * P[..., 1:]
+    across = P[..., :-1, :-1] * P[..., 1:, 1:] + P[..., :-1, 1:] * P[..., 1:, :-1]
+    pairs[..., 1::2, 1::2] = across / 2
+    mean = _products(xp, P, valid, ys, xs, xp.float64)
+    variance = _products(xp, pairs, valid, squared_ys, squared_xs, xp.float64) - mean * mean
+    return xp.sqrt(xp.where(variance > 0, variance, 0)).astype(xp.float32)
+
+
+def _products(
+    xp: Any, grid: Any, valid: Any, ys: Strips, xs: Strips, dtype: Any = np.float32
+) -> Any:
+    """Multiply the grid by the matrices of both axes, with NumPy or CuPy: ``dtype`` (y, x)."""
     grid, valid = xp.asarray(grid), xp.asarray(valid)
     ran = ~xp.isnan(grid[:, :, 0, 0])  # (gy, gx)
     # Multiply in float64, because float32 pictures would differ between processors and libraries.
     P = xp.where(ran[:, :, None, None], grid, 0).astype(xp.float64)
     P = rearrange(P, "gy gx a b -> (gy a) (gx b)")
     k, ran = grid.shape[-1], ran.astype(xp.float64)
-    ink = xp.zeros(valid.shape, xp.float32)
+    ink = xp.zeros(valid.shape, dtype)
     along_x = [(x, xp.asarray(x.B.T), xp.asarray(x.w.T)) for x in xs]
     for y in ys:
         rows = xp.asarray(y.B) @ P[k * y.tiles.start : k * y.tiles.stop]  # (pixels, gx * k)
@@ -239,14 +311,18 @@ class Strip(NamedTuple):
 Strips = tuple[Strip, ...]
 
 
-def strips(axis: Axis, index: int, k: int, window: BlendMode, sigma: float) -> Strips:
-    """Return a chunk along an axis in strips.
+def strips(
+    axis: Axis, index: int, k: int, window: BlendMode, sigma: float, is_squared: bool = False
+) -> Strips:
+    """Return a chunk along an axis in strips; ``is_squared`` is for squares of opinions.
 
     The matrices of the whole chunk would be zeros for the most part, because few of its tiles
     reach a pixel.
     """
     origins = tuple(axis.reaching_origins(index).tolist())
-    return strips_of(origins, axis.chunks[index], axis.tile, k, window, sigma)
+    return strips_of(
+        origins, axis.chunks[index], axis.tile, k, window, sigma, is_squared=is_squared
+    )
 
 
 @lru_cache(maxsize=16)  # few, because all chunks but those at the borders share theirs
@@ -258,6 +334,7 @@ def strips_of(
     window: BlendMode,
     sigma: float,
     margin: int = 0,
+    is_squared: bool = False,
 ) -> Strips:
     """Return ``pixels`` and tiles at ``origins`` in strips.
 
@@ -265,7 +342,8 @@ def strips_of(
     """
     wide = tile + 2 * margin
     w, u = taper(wide, window, sigma * wide / tile), upsampling(tile, k, margin)
-    B = np.zeros((pixels, len(origins), k))
+    u = _squared(u) if is_squared else u
+    B = np.zeros((pixels, len(origins), u.shape[1]))
     W = np.zeros((pixels, len(origins)))
     for i, origin in enumerate(origins):
         start, stop = max(origin - margin, 0), min(origin + tile + margin, pixels)
@@ -313,3 +391,10 @@ def upsampling(tile: int, k: int, margin: int = 0) -> np.ndarray:
     u[pixels, left] = 1 - share
     u[pixels, np.minimum(left + 1, k - 1)] += share
     return u
+
+
+def _squared(u: np.ndarray) -> np.ndarray:
+    """Return u_a^2 and 2 u_a u_b of neighbours a and b in turn, float64 (tile, 2 k - 1)."""
+    both = np.zeros((len(u), 2 * u.shape[1] - 1))
+    both[:, ::2], both[:, 1::2] = u**2, 2 * u[:, :-1] * u[:, 1:]
+    return both

@@ -192,9 +192,9 @@ def check(**given: Any) -> None:
 @_settings_options(
     "model", "start_layer", "end_layer", "model_in_chans", "force_reverse", "direction",
     "z_downsample_mean_factor", "tile", "stride", "clip", "divisor", "precision", "tta", "roi_xyxy",
-    "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um", "add_scale_bar",
-    "scale_bar_length_um", "grid", "zarr_output_dir", "num_parts", "output_path", "result_file",
-    "cluster", "scheduler_address", "report",
+    "blend_mode", "gaussian_sigma", "reverse_video", "spread", "pixel_resolution_um",
+    "add_scale_bar", "scale_bar_length_um", "grid", "zarr_output_dir", "num_parts",
+    "output_path", "result_file", "cluster", "scheduler_address", "report",
 )  # fmt: skip
 def reduce(**given: Any) -> None:
     """Make the picture of a tile grid that a run or its parts have stored.
@@ -277,6 +277,81 @@ def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
     from inkdask.pictures.exporting import export
 
     for uri in export(prediction, to, **_given(given)):
+        print(uri)
+
+
+@inkdask_.command()
+@click.argument("s3_path")
+@click.option("--model", multiple=True, metavar="MODEL", help="As of run; can be given repeatedly.")
+@click.option(
+    "--offsets",
+    metavar="N,...",
+    help="Distances of the window from the middle, in layers. Default: those of -16,-8,0,8,16 "
+    "for which the segment has layers.",
+)
+@click.option(
+    "--direction", type=click.Choice(["forward", "reverse", "both"]), default="both",
+    help="Directions in which the layers are read.", show_default=True,
+)  # fmt: skip
+@click.option("--strides", metavar="N,...", help="Strides in pixels. Default: the model's.")
+@click.option(
+    "--labels", metavar="FILE", help="Picture of the segment's size, not 0 where there is ink."
+)
+@_settings_options(
+    "start_layer", "end_layer", "roi_xyxy", "model_type", "tile", "clip", "divisor", "precision",
+    "batch_size", "chunk_size", "z_downsample_mean_factor", "mask_path", "surface_volume_zarr",
+    "ome_zarr_level", "pixel_resolution_um", "output_path", "zarr_output_dir", "cluster",
+    "scheduler_address",
+)  # fmt: skip
+def sweep(s3_path: str, direction: str, **given: Any) -> None:
+    """Run variants of a region side by side: depth, direction, model and stride.
+
+    Each column of voxels is read once for all of them. Writes a contact sheet, sweep.png, and
+    sweep.json, and says which run it suggests, or that nothing stands out. Without --roi-xyxy, it
+    takes a few windows that are full of papyrus.
+    """
+    from inkdask.controls.sweeps import DIRECTIONS, sweep
+
+    for name in ("offsets", "strides"):
+        given[name] = _numbers(given[name], name)
+    given["model"] = list(given["model"]) or None
+    directions = DIRECTIONS if direction == "both" else (direction,)
+    result = sweep(s3_path, directions=directions, **_given(given))
+    print(result)
+    print(result.sheet)
+
+
+def _numbers(text: str | None, name: str) -> list[int] | None:
+    """Return the whole numbers of ``-8,0,8``."""
+    try:
+        return None if text is None else [int(number) for number in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"--{name} must be whole numbers, such as 8,16.") from None
+
+
+@inkdask_.command()
+@click.argument("prediction")
+@click.option("--second-model", metavar="MODEL", help="Another model, to show beside it.")
+@click.option("--second-stride", type=int, metavar="N", help="Another stride, in pixels.")
+@_settings_options(
+    "roi_xyxy",
+    "pixel_resolution_um",
+    "batch_size",
+    "output_path",
+    "zarr_output_dir",
+    "cluster",
+    "scheduler_address",
+)
+def evidence(prediction: str, **given: Any) -> None:
+    """Make a page that shows a prediction beside its controls, as PNG and HTML.
+
+    The controls are the same papyrus with its layers reversed, shuffled, and of a window off the
+    sheet. PREDICTION is the `prediction_*.zarr` that a job leaves beside its PNG. A large one is
+    shown in part, unless --roi-xyxy says which.
+    """
+    from inkdask.controls.evidencing import evidence
+
+    for uri in evidence(prediction, **_given(given)):
         print(uri)
 
 

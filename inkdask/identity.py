@@ -22,6 +22,7 @@ FORMAT = 5  # of stored grids; a grid of another number is never resumed
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Place = Annotated[int, Field(ge=0, le=10_000_000)]
 Direction = Literal["forward", "reverse"]
+Shows = Literal["ink", "spread"]
 Region = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels of the segment
 
 
@@ -134,6 +135,8 @@ class Origin(_Value):
         Versions, by package.
     command
         Words of the command that makes it again; None for a callable.
+    offset
+        Layers from the middle of the segment to that of the layers read; None where unknown.
     """
 
     segment: str
@@ -147,6 +150,7 @@ class Origin(_Value):
     roi_xyxy: Region | None
     software: dict[str, str]
     command: tuple[str, ...] | None
+    offset: float | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,12 @@ class Provenance(_Value):
         Time, in ISO 8601.
     export
         Words of the command that exported the picture, without the file; None for a job's own.
+    shows
+        The ink, or the spread of opinions, of which 255 is 0.5.
+    window_um
+        Side of the network's window, in micrometers; None where the size of a pixel is unknown.
+    evidence
+        Digests of the pages of evidence that were made of it.
     """
 
     recipe: Recipe
@@ -214,6 +224,9 @@ class Provenance(_Value):
     ran_in: tuple[str, ...]
     created: str
     export: tuple[str, ...] | None = None
+    shows: Shows = "ink"
+    window_um: float | None = None
+    evidence: tuple[str, ...] = ()
 
 
 def differences(there: _Value | Mapping[str, Any], here: _Value | Mapping[str, Any]) -> str:

@@ -108,6 +108,8 @@ def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:
     if told is None:
         yield "origin", "not recorded in the file"
         return
+    if told.shows == "spread":
+        yield "shows", "spread of opinions, their standard deviation; 255 is 0.5"
     yield from _of_job(told.recipe, told.origin, told.ran_in, told)
     if told.export:
         yield (
@@ -135,7 +137,8 @@ def _of_job(
     if origin.mask:
         yield "mask", origin.mask
     mean = f", means of {recipe.averaged}" if recipe.averaged > 1 else ""
-    yield "layers", f"{len(recipe.layers)} ({span(recipe.layers)}){mean}"
+    middle = "" if origin.offset is None else f", {origin.offset:+g} from the middle"
+    yield "layers", f"{len(recipe.layers)} ({span(recipe.layers)}){mean}{middle}"
     if origin.roi_xyxy:
         yield "region", ",".join(map(str, origin.roi_xyxy)) + " (x0,y0,x1,y1)"
     place = f" from {origin.weights_from}" if origin.weights_from else ""
@@ -144,11 +147,14 @@ def _of_job(
     yield "voxels", normalisation(recipe.clip, recipe.divisor)
     tiles = f"{recipe.tile} px at stride {recipe.stride}"
     if picture:
+        tiles += f" ({picture.window_um:.4g} um)" if picture.window_um else ""
         tiles += f", {picture.blend_mode} window"
         if picture.blend_mode == "gaussian":
             tiles += f" of sigma {picture.gaussian_sigma or recipe.tile / 2.5:g} px"
     yield "tiles", tiles
     yield "precision", recipe.precision + (f" ({' and '.join(ran_in)} ran)" if ran_in else "")
+    if picture and picture.evidence:
+        yield "evidence", ", ".join(picture.evidence)
     yield "software", ", ".join(f"{name} {v}" for name, v in origin.software.items())
     if picture:
         yield "made", picture.created

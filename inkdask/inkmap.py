@@ -9,6 +9,7 @@ import dask.array as da
 
 from inkdask import coarse, showing
 from inkdask.background import Background
+from inkdask.blending import spread
 from inkdask.box import Box
 from inkdask.job import Job
 from inkdask.plan import Plan
@@ -27,8 +28,8 @@ class InkMap:
         Ink probability, dask float32 (y, x) in [0, 1]; 0 where all layers are zero.
     grid
         Tile probabilities, dask float32 (gy, gx, k, k); NaN where a tile is empty.
-    valid
-        Pixels that have data, dask bool (y, x).
+    reached
+        Pixels that have data, of all that tiles of the picture reach, dask bool (y, x).
     plan
         Segment, layers, tiles and network.
     blend_mode, gaussian_sigma
@@ -43,13 +44,30 @@ class InkMap:
 
     map: da.Array
     grid: da.Array
-    valid: da.Array
+    reached: da.Array
     plan: Plan
     blend_mode: BlendMode = "hann"
     gaussian_sigma: float = 0.0
     progressive: bool = False
     job: Job | None = None
     pixel_um: float | None = None
+
+    @property
+    def valid(self) -> da.Array:
+        """Pixels of the picture that have data, dask bool (y, x)."""
+        return self.reached[self.plan.region.slices]
+
+    @property
+    def spread(self) -> da.Array:
+        """Standard deviation of the opinions that a pixel got, dask float32 (y, x) in [0, 0.5].
+
+        It is made of `grid`, or of the stored grid of a progressive prediction once that is whole.
+        """
+        grid, valid, stored = self.grid, self.reached, self.job and self.job.grid
+        if stored and stored.label(stored.uri) and stored.chunks_done().all():
+            grid, valid = stored.grid(), stored.valid()
+        window = self.blend_mode, self.gaussian_sigma
+        return spread(grid, valid, self.tiling, *window)[self.plan.region.slices]
 
     @property
     def background(self) -> Background:

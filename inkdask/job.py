@@ -39,6 +39,8 @@ class Rendering:
         Side of a pixel in micrometers; None where it is not known.
     look
         How the picture is shown.
+    spread
+        Whether the spread of opinions is saved beside it.
     words
         All of this and the region, as words of a command.
     """
@@ -47,6 +49,7 @@ class Rendering:
     gaussian_sigma: float
     pixel_um: float | None
     look: Look
+    spread: bool
     words: tuple[str, ...]
 
 
@@ -58,6 +61,7 @@ def rendering_of(settings: Settings, origin: Origin) -> Rendering:
         gaussian_sigma=settings.gaussian_sigma,
         pixel_um=settings.pixel_resolution_um,
         look=Look(reverse_video=settings.reverse_video, scale_bar_um=bar),
+        spread=settings.spread,
         words=picture_options(settings, origin.roi_xyxy),
     )
 
@@ -168,6 +172,7 @@ class Job:
             blend_mode=self.rendering.blend_mode,
             gaussian_sigma=self.rendering.gaussian_sigma,
             ran_in=self.grid.precisions(),
+            window_um=self.rendering.pixel_um and self.recipe.tile * self.rendering.pixel_um,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import dask.array as da
@@ -168,6 +168,23 @@ class Plan:
             volume = _average(volume, self.averaged)
         return volume.rechunk(-1), None if mask is None else mask.rechunk(-1)
 
+    def over(self, whole: Segment, volume: da.Array) -> Plan:
+        """Return the plan with its volume cut out of one that other plans read too.
+
+        ``volume`` is that of ``whole``, a cropped segment that holds all layers and pixels of this
+        plan.
+        """
+        order = [whole.layers.index(number) for number in self.layers]
+        corner = whole.box.corner if whole.box else (0, 0)
+        part = volume[:, *Box.at(self.corner, self.tiling.shape).inside(corner).slices]
+        part = part.map_blocks(
+            take_layers,
+            order=order,
+            chunks=((len(order),), *part.chunks[1:]),
+            meta=np.empty((0, 0, 0), np.uint8),
+        )
+        return replace(self, volume=_average(part, self.averaged))
+
     @property
     def name(self) -> str:
         """Name of the segment, for the names of files."""
@@ -322,6 +339,12 @@ def _average(volume: da.Array, factor: int) -> da.Array:
         chunks=((depth,), *one_chunk.chunks[1:]),
         meta=np.empty((0, 0, 0), np.uint8),
     )
+
+
+@fallible
+def take_layers(block: np.ndarray, order: list[int]) -> np.ndarray:
+    """Return some layers of uint8 (z, y, x), in an order."""
+    return block[order]
 
 
 @fallible

@@ -28,8 +28,8 @@ OF_GRIDS = (
     "precision", "tta", "chunk_size",
 )  # fmt: skip
 OF_PICTURES = (
-    "roi_xyxy", "blend_mode", "gaussian_sigma", "reverse_video", "pixel_resolution_um",
-    "add_scale_bar", "scale_bar_length_um",
+    "roi_xyxy", "blend_mode", "gaussian_sigma", "reverse_video", "spread",
+    "pixel_resolution_um", "add_scale_bar", "scale_bar_length_um",
 )  # fmt: skip
 # Parameters that the command of a grid may say.
 OF_COMMANDS = (
@@ -87,6 +87,7 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
         roi_xyxy=plan.roi_xyxy,
         software=software(),
         command=None,
+        offset=offset_of(plan),
     )
     origin = without_secrets(origin)
     if plan.network.function is not None:
@@ -97,6 +98,14 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
         *_options(OF_GRIDS, {**dict(settings), **settled}),
     )
     return replace(origin, command=tuple(map(str, words)))
+
+
+def offset_of(plan: Plan) -> float | None:
+    """Return the layers from the middle of a segment to that of a plan's; None where unknown."""
+    if plan.segment is None:
+        return None
+    first, *_, last = plan.segment.found * 2  # one layer is the first and the last
+    return (min(plan.layers) + max(plan.layers) - first - last) / 2
 
 
 def said_of(plan: Plan, origin: Origin, settings: Settings) -> Said | None:

@@ -13,11 +13,11 @@ import dask
 import dask.array as da
 import numpy as np
 
-from inkdask.blending import blend
+from inkdask.blending import blend, spread
 from inkdask.coarse import so_far
 from inkdask.errors import InkdaskError
 from inkdask.families import Family, family_of
-from inkdask.identity import Provenance, differences
+from inkdask.identity import Provenance, Shows, differences
 from inkdask.job import Job
 from inkdask.parts import assign
 from inkdask.pictures import exporting
@@ -30,6 +30,8 @@ from inkdask.storage import outputs
 log = logging.getLogger("inkdask")
 
 PREVIEW = "_preview"  # ends the name of an unfinished picture
+SPREAD = "_spread"  # ends the name of a picture of the spread of opinions
+MOST_SPREAD = 0.5  # half of the opinions are 0 and half are 1
 
 
 def picture(job: Job, num_parts: int) -> str:
@@ -41,6 +43,10 @@ def picture(job: Job, num_parts: int) -> str:
     tell_of_replaced(f"{job.target}.zarr", job.provenance)
     grid = job.grid
     write(job, job.target, blend(grid.grid(), grid.valid(), grid.tiling, *_window(job)))
+    if job.rendering.spread:
+        mode, sigma, _ = _window(job)
+        opinions = spread(grid.grid(), grid.valid(), grid.tiling, mode, sigma)
+        write(job, job.target + SPREAD, opinions / MOST_SPREAD, shows="spread")
     for ending in (".png", ".zarr"):
         outputs.discard(job.target + PREVIEW + ending)
     job.grid.remove_earlier()
@@ -114,13 +120,14 @@ def tell_of_replaced(uri: str, made_of: Provenance) -> None:
             log.info("%s is replaced: its %s", uri, differing)
 
 
-def write(job: Job, target: str, ink: da.Array) -> None:
-    """Write an ink map as ``<target>.png`` and ``<target>.zarr``, each whole or not at all."""
+def write(job: Job, target: str, values: da.Array, shows: Shows = "ink") -> None:
+    """Write values in [0, 1] as ``<target>.png`` and ``.zarr``, each whole or not at all."""
     region, how = job.region, job.rendering
-    grey = da.map_blocks(to_uint8, ink[region.slices], dtype=np.uint8)
+    told = replace(job.provenance, shows=shows)
+    grey = da.map_blocks(to_uint8, values[region.slices], dtype=np.uint8)
     corner = region.shift(*job.recipe.corner).corner
 
     def draw(place: str) -> None:
         exporting.write(open_picture(place), f"{target}.png", how.look)
 
-    write_pyramid(grey, f"{target}.zarr", job.provenance, how.pixel_um, corner, draw)
+    write_pyramid(grey, f"{target}.zarr", told, how.pixel_um, corner, draw)

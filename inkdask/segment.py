@@ -293,14 +293,25 @@ def find_mask(uri: str, listing: Sequence[storage.Entry] | None = None) -> str |
     return storage.join(uri, own[0]) if own else None
 
 
-def _open_mask(uri: str, shape: tuple[int, ...]) -> DecodedStack:
+def open_labels(uri: str, shape: tuple[int, ...]) -> da.Array:
+    """Open a picture of a segment's size, lazily: dask bool (y, x), True where it is not 0."""
+    source = _open_mask(uri, shape, "picture of labels", "")
+    return lazy(source, source.identity, is_mask=True)
+
+
+def _open_mask(
+    uri: str,
+    shape: tuple[int, ...],
+    what: str = "mask",
+    advice: str = "; MASK_PATH=none reads them without a mask",
+) -> DecodedStack:
     file = LayerFile(0, uri, storage.entry(uri))
     it = _read_header(file)
     image = images.ImageFile(uri, it.shape, it.dtype, it.channels, is_mask=True, etag=it.etag)
     if image.shape != shape:
         raise InkdaskError(
-            f"The mask {uri} has {image.shape[1]} x {image.shape[0]} pixels, "
-            f"the layers have {shape[1]} x {shape[0]}; MASK_PATH=none reads them without a mask."
+            f"The {what} {uri} has {image.shape[1]} x {image.shape[0]} pixels, "
+            f"the layers have {shape[1]} x {shape[0]}{advice}."
         )
     return DecodedStack((image,), _digest([_traits(file)]), image.words)
 

@@ -293,6 +293,11 @@ class Settings(BaseSettings):
         description="Show ink dark on light ground, 255 minus each value; the zarr beside the "
         "picture keeps the probabilities.",
     )
+    spread: bool = Field(
+        False,
+        description="Save the spread of opinions beside the picture, `..._spread.png`: the "
+        "standard deviation among the tiles that hold a pixel. White is 0.5, the most.",
+    )
     pixel_resolution_um: float | None = Field(
         None,
         ge=0.01,  # a value in metres or millimetres is smaller

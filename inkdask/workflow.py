@@ -75,7 +75,7 @@ def predict(
     return InkMap(
         map=ink[plan.region.slices],
         grid=inferred.grid,
-        valid=inferred.valid[plan.region.slices],
+        reached=inferred.valid,
         plan=plan,
         blend_mode=settings.blend_mode,
         gaussian_sigma=settings.gaussian_sigma,

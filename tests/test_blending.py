@@ -18,17 +18,24 @@ from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
 from inkdask import blending
-from inkdask.blending import array_library, blend, blend_chunk, taper, upsampling, warm_up
+from inkdask.blending import (
+    array_library,
+    blend,
+    blend_chunk,
+    spread,
+    taper,
+    upsampling,
+    warm_up,
+)
 from inkdask.tiling import Tiling
 
 REPOSITORY = Path(__file__).parent.parent
 
 
 def overlap_add(grid, valid, tiling, window, sigma):
-    """Sum upsampled, windowed tiles one by one in float64."""
+    """Sum upsampled, windowed tiles one by one in float64; return mean and standard deviation."""
     tile = tiling.tile
-    total = np.zeros([max(side, tile) for side in tiling.shape])
-    weight = np.zeros_like(total)
+    total, squares, weight = np.zeros((3, *(max(side, tile) for side in tiling.shape)))
     w = np.outer(taper(tile, window, sigma), taper(tile, window, sigma))
     for i, y in enumerate(tiling.y.origins):
         for j, x in enumerate(tiling.x.origins):
@@ -36,15 +43,20 @@ def overlap_add(grid, valid, tiling, window, sigma):
                 continue
             p = torch.from_numpy(grid[i, j].astype(np.float64))[None, None]
             up = interpolate(p, size=(tile, tile), mode="bilinear", align_corners=False)
-            total[y : y + tile, x : x + tile] += w * up[0, 0].numpy()
-            weight[y : y + tile, x : x + tile] += w
-    out = np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
-    return np.where(valid, out[: valid.shape[0], : valid.shape[1]], 0)
+            place = slice(y, y + tile), slice(x, x + tile)
+            total[place] += w * up[0, 0].numpy()
+            squares[place] += w * up[0, 0].numpy() ** 2
+            weight[place] += w
+    mean, square = (
+        np.divide(it, weight, out=np.zeros_like(it), where=weight > 0) for it in (total, squares)
+    )
+    spread = np.sqrt(np.maximum(square - mean**2, 0))
+    return [np.where(valid, it[: valid.shape[0], : valid.shape[1]], 0) for it in (mean, spread)]
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_blend_equals_overlap_add(data):
+def test_blend_and_spread_equal_overlap_add(data):
     tile = data.draw(st.integers(2, 24))
     k = data.draw(st.integers(1, tile))
     shape = data.draw(st.tuples(st.integers(1, 130), st.integers(1, 130)))
@@ -57,19 +69,31 @@ def test_blend_equals_overlap_add(data):
     grid[rng.random(tiling.grid_shape) < 0.3] = np.nan
     valid = rng.random(shape) < 0.8
 
-    lazy = blend(
+    given_ = (
         da.from_array(grid, chunks=(*tiling.grid_chunks, k, k)),
         da.from_array(valid, chunks=tiling.chunks),
-        tiling,
-        window,
-        sigma,
     )
-    assert lazy.chunks == tiling.chunks
-    assert lazy.dtype == np.float32
-    got = lazy.compute(scheduler="sync")
-    assert got.dtype == np.float32
     expected = overlap_add(grid, valid, tiling, window, sigma)
-    np.testing.assert_allclose(got, expected, atol=2e-6)
+    for function, exact in zip((blend, spread), expected, strict=True):
+        lazy = function(*given_, tiling, window, sigma)
+        assert lazy.chunks == tiling.chunks
+        assert lazy.dtype == np.float32
+        got = lazy.compute(scheduler="sync")
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, exact, atol=2e-6)
+        assert got.min() >= 0
+
+
+def test_tiles_that_agree_have_no_spread_and_opposite_ones_the_largest():
+    tiling = Tiling.of((64, 64), 32, 16, 64)
+    agreed = np.full((*tiling.grid_shape, 4, 4), 0.7, np.float32)
+    apart = np.indices(tiling.grid_shape).sum(axis=0)[..., None, None] % 2 * np.ones((4, 4))
+    valid = da.ones((64, 64), dtype=bool, chunks=tiling.chunks)
+    chunks = (*tiling.grid_chunks, 4, 4)
+    same = spread(da.from_array(agreed, chunks), valid, tiling).compute()
+    assert same.max() < 1e-6
+    opposite = spread(da.from_array(apart.astype(np.float32), chunks), valid, tiling).compute()
+    assert opposite[24, 24] == pytest.approx(0.5, abs=1e-3)  # in the middle of four tiles
 
 
 def test_hann_window_has_positive_ends_and_a_constant_sum():

@@ -67,8 +67,9 @@ def said(notebook):
     )
 
 
-def test_examples_are_the_four_notebooks():
-    assert NOTEBOOKS == ["cluster.ipynb", "compare.ipynb", "explore.ipynb", "gpu.ipynb"]
+def test_examples_are_the_five_notebooks():
+    names = ["cluster", "compare", "evidence", "explore", "gpu"]
+    assert [f"{name}.ipynb" for name in names] == NOTEBOOKS
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -134,3 +135,17 @@ def test_compare_scores_the_predictions(executed):
     assert scores["Gaussian window"] > 0.9
     assert scores["layers reversed"] < 0.5
     assert 0.4 < scores["brightness alone"] < 0.6
+
+
+def test_evidence_finds_the_right_variant_of_ten_and_writes_the_page(executed):
+    notebooks, folders = executed
+    text = said(notebooks["evidence.ipynb"])
+    rows = [line.split() for line in text.splitlines() if line.startswith("demo ")]
+    assert len(rows) == 10
+    (best,) = [row for row in rows if row[-1] == "<"]
+    assert best[1:4] == ["forward", "+0", "26:52"]
+    assert float(best[-2]) >= 0.98
+    assert max(float(row[-1]) for row in rows if row is not best) < 0.70
+    assert "Suggested, because its AUC" in text
+    predictions = folders["evidence.ipynb"] / "inkdask-demo/predictions"
+    assert (predictions / "prediction_demo_26_52_evidence.html").exists()

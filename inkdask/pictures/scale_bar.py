@@ -49,15 +49,14 @@ class ScaleBar:
         A bar that is longer than `SHARE` of the width gives way to a shorter round length.
         """
         height, width = shape[:2]
-        most = SHARE * width * pixel_um
-        shown = length_um if length_um <= most else _round_below(most)
+        shown, label = fitting(length_um, width * pixel_um)
         if shown < length_um:
             log.warning(
                 "A scale bar of %s does not fit in a third of %d pixels: it shows %s",
-                _words(length_um), width, _words(shown),
+                _words(length_um), width, label,
             )  # fmt: skip
         text = round(min(max(max(height, width) * SIZE, 12), max(height / 8, 9)))
-        return cls(_words(shown), max(round(shown / pixel_um), 1), text, height, width)
+        return cls(label, max(round(shown / pixel_um), 1), text, height, width)
 
     @property
     def stamp(self) -> tuple[np.ndarray, np.ndarray]:
@@ -69,6 +68,13 @@ class ScaleBar:
         """Row and column where the stamp begins: at the lower right."""
         height, width = self.stamp[0].shape
         return max(self.height - height - self.text, 0), max(self.width - width - self.text, 0)
+
+
+def fitting(length_um: float, width_um: float) -> tuple[float, str]:
+    """Return a length that fits in `SHARE` of a picture's width, a round one, and its words."""
+    most = SHARE * width_um
+    shown = length_um if length_um <= most else _round_below(most)
+    return shown, _words(shown)
 
 
 def with_scale_bar(canvas: da.Array, bar: ScaleBar) -> da.Array:

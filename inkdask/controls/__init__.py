@@ -1,0 +1,1 @@
+"""Can a picture be believed? Variants of a run side by side, and controls."""

@@ -1,0 +1,294 @@
+"""A prediction and its controls: the same papyrus, read in ways in which no ink can be seen."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from inkdask import storage
+from inkdask.clusters import connect
+from inkdask.controls.page import Control, Page, write_page
+from inkdask.controls.scores import Reading, agreement, contrast, reproduced
+from inkdask.controls.variants import fill_together, job_of
+from inkdask.errors import InkdaskError
+from inkdask.identity import Provenance, Region, digest
+from inkdask.job import Job, changed_input
+from inkdask.pictures.overlay import laid_over, open_ground
+from inkdask.pictures.picture import Picture, open_picture
+from inkdask.pictures.pyramid import ORIGIN
+from inkdask.plan import Plan, span
+from inkdask.provenance import absolute
+from inkdask.segment import open_segment
+from inkdask.settings import Settings
+from inkdask.specs import NO_MASK
+from inkdask.storage import outputs
+from inkdask.store import GridStore
+
+log = logging.getLogger("inkdask")
+
+MOST, SIDE = 1_500_000, 1024  # pixels of a picture that is shown whole; side of a part
+APART = 3 / 255  # root mean square distance above which the network gives another picture now
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to read the region again, or why there is none."""
+
+    title: str
+    note: str
+    job: Job | None
+
+
+def evidence(
+    prediction: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    second_model: Any = None,
+    second_stride: int | None = None,
+    **options: Any,
+) -> list[str]:
+    """Make a page with a prediction, its papyrus, and its controls, as PNG and as HTML.
+
+    Parameters
+    ----------
+    prediction
+        The ``prediction_*.zarr`` of a job, local or ``s3://``.
+    model
+        The model, where it was a Python function.
+    second_model, second_stride
+        Another model, and another stride in pixels, to show beside it.
+    **options
+        ``roi_xyxy`` (default: the whole, or the part of a large picture with the most contrast),
+        ``pixel_resolution_um``, ``output_path`` (default: beside the prediction),
+        ``zarr_output_dir``, ``cluster`` and others of `inkdask.settings.Settings` that change no
+        tile.
+
+    Returns
+    -------
+    The URIs of PNG and HTML.
+    """
+    uri = os.fspath(prediction).rstrip("/")
+    picture = open_picture(uri)
+    told = picture.provenance
+    if told is None or told.shows != "ink" or told.origin.source is None:
+        raise InkdaskError(f"{uri} does not say what segment and network its ink was made of.")
+    if changed := changed_input(told.recipe, told.origin):
+        raise InkdaskError(f"{uri} cannot be compared with what is there now: {changed}.")
+    settings = _settings(told, uri, model, options)
+    settings.export_devices()
+    region = settings.roi_xyxy or _part_to_show(picture)
+    part = picture.crop(region)
+    stem = _stem(uri, settings.output_path, region if part.shape != picture.shape else None)
+    with outputs.moved_by("OUTPUT_PATH"):
+        outputs.check_writable(f"{stem}.png")
+    base = {**_said(settings), "roi_xyxy": region}
+    own, ways = _own(told, settings, base), _ways(base, second_model, second_stride)
+    with connect(settings):
+        jobs = [way.job for way in ways if way.job]
+        fill_together([*jobs, *([own] if own.plan and own.origin.roi_xyxy == region else [])])
+        ours = Reading.of(own)
+        ink = np.asarray(part.levels[0])
+        _tell_if_apart(uri, ink, ours)
+        shown = [_control(way, ink, ours.valid) for way in ways]
+        ground = open_ground(part, "mean")
+        papyrus, on_papyrus = (
+            np.asarray(laid_over(part.levels[0], ground, 0, opacity)) for opacity in (0.0, 0.85)
+        )
+    page = Page(
+        segment=told.origin.segment,
+        ink=ink,
+        valid=ours.valid,
+        papyrus=papyrus,
+        on_papyrus=on_papyrus,
+        spread=ours.spread,
+        agreement=agreement([ours]),
+        contrast=contrast([Reading(ink, ours.spread, ours.valid)]),
+        controls=tuple(shown),
+        pixel_um=settings.pixel_resolution_um or picture.pixel_um,
+        tile=told.recipe.tile,
+        facts=_facts(told, region, uri),
+        command=_command(uri, region, second_model, second_stride, settings),
+        digest=digest([region, *(job.recipe.digest for job in jobs)]),
+    )
+    write_page(page, stem)
+    _note(uri, page.digest)
+    return [f"{stem}.png", f"{stem}.html"]
+
+
+def _settings(told: Provenance, uri: str, model: Any, options: dict[str, Any]) -> Settings:
+    """Return the settings of the job that made a picture."""
+    recipe, origin, words = told.recipe, told.origin, list(told.origin.command or ())
+    said = {
+        name: words[words.index(flag) + 1]
+        for name, flag in (("model", "--model"), ("model_type", "--model-type"))
+        if flag in words
+    }
+    said |= {} if model is None else {"model": model}
+    if "model" not in said:
+        raise InkdaskError(f"{uri} was made by a Python function: give it again, as model=.")
+    return Settings.of(**options, **said, **{
+        "s3_path": origin.source,
+        "surface_volume_zarr": None if origin.volume == origin.source else origin.volume,
+        "ome_zarr_level": origin.ome_zarr_level, "mask_path": origin.mask,
+        **_between(*origin.layer_range), "model_in_chans": len(recipe.layers) // recipe.averaged,
+        "force_reverse": recipe.direction == "reverse",
+        "z_downsample_mean_factor": recipe.averaged, "clip": recipe.clip,
+        "divisor": recipe.divisor, "precision": recipe.precision, "tile": recipe.tile,
+        "stride": recipe.stride, "chunk_size": recipe.chunk[0], "blend_mode": told.blend_mode,
+        "gaussian_sigma": told.gaussian_sigma,
+    })  # fmt: skip
+
+
+def _said(settings: Settings) -> dict[str, Any]:
+    """Return what was given to settings, to give it again with changes."""
+    return {name: getattr(settings, name) for name in settings.model_fields_set}
+
+
+def _own(told: Provenance, settings: Settings, base: dict[str, Any]) -> Job:
+    """Return the job whose grid has the opinions: the picture's own where it is whole."""
+    source = str(settings.s3_path)
+    whole = job_of(source, Settings.of(**{**base, "roi_xyxy": told.origin.roi_xyxy}))
+    if whole.recipe.weights != told.recipe.weights:
+        raise InkdaskError(
+            f"Model {told.recipe.model} has other weights now, of SHA-256 "
+            f"{whole.recipe.weights[:12]}; the picture was made with {told.recipe.weights[:12]}."
+        )
+    if GridStore.label(whole.grid.uri) and whole.grid.chunks_done().all():
+        return replace(whole, origin=replace(whole.origin, roi_xyxy=base["roi_xyxy"]), plan=None)
+    return job_of(source, Settings.of(**base))
+
+
+def _ways(base: dict[str, Any], second_model: Any, second_stride: int | None) -> list[_Way]:
+    """Return the ways to read the region again."""
+    source, plan = str(base["s3_path"]), Plan.of(str(base["s3_path"]), Settings.of(**base))
+
+    def way(title: str, note: str, **change: Any) -> _Way:
+        return _Way(title, note, job_of(source, Settings.of(**{**base, **change})))
+
+    backwards = "forward" if plan.is_reversed else "from the last to the first"
+    ways = [
+        way("Layers reversed", f"read {backwards}", force_reverse=not plan.is_reversed),
+        _off_the_sheet(plan, base),
+        _shuffled(plan, base),
+    ]
+    if second_stride:
+        note = f"tiles every {second_stride} pixels, not {plan.tiling.stride}"
+        ways.append(way(f"Stride {second_stride}", note, stride=second_stride))
+    if second_model is not None:
+        unsaid = ("model_type", "model_in_chans", "clip", "divisor", "precision", "tile", "stride")
+        own = {**{k: v for k, v in base.items() if k not in unsaid}, "model": second_model}
+        depth = len(Plan.of(source, Settings.of(**{**own, **_between(None, None)})).layers)
+        start = max((min(plan.layers) + max(plan.layers) + 1 - depth) // 2, 0)
+        job = job_of(source, Settings.of(**{**own, **_between(start, start + depth)}))
+        note = f"{job.recipe.model}, layers {start}:{start + depth}"
+        ways.append(_Way("Second model", note, job))
+    return ways
+
+
+def _between(start: int | None, end: int | None) -> dict[str, int | None]:
+    return {"start_layer": start, "end_layer": end}
+
+
+def _off_the_sheet(plan: Plan, base: dict[str, Any]) -> _Way:
+    """Move the window by its own depth, or as far as there are layers."""
+    segment: Any = plan.segment
+    there = open_segment(segment.uri, mask=NO_MASK, level=segment.level).layers
+    depth, first, last = len(plan.layers), min(plan.layers), max(plan.layers)
+    down, up = min(first - min(there), depth), min(max(there) - last, depth)
+    title, most = "Window off the sheet", up if up >= down else -down
+    if not set(plan.layers) <= set(there) or not most:
+        return _Way(title, "the segment has no layers beyond those of the window", None)
+    layers = first + most, last + 1 + most
+    note = f"moved by {most:+d} of {depth} layers, to {layers[0]}:{layers[1]}"
+    moved = Settings.of(**{**base, **_between(*layers)})
+    return _Way(title, note, job_of(str(base["s3_path"]), moved))
+
+
+def _shuffled(plan: Plan, base: dict[str, Any]) -> _Way:
+    """Put the layers into an order that has nothing of theirs; always the same order."""
+    count = np.arange(len(plan.layers))
+    orders = (np.random.default_rng(seed).permutation(count) for seed in range(64))
+    order = min(orders, key=lambda it: abs(np.corrcoef(it, count)[0, 1]) if len(it) > 1 else 0)
+    layers = tuple(plan.layers[number] for number in order)
+    job = Job.of(replace(plan, layers=layers), Settings.of(**base))
+    # No command makes it, so no run may find it.
+    job = replace(job, folder=None, said=None, origin=replace(job.origin, command=None))
+    return _Way("Layers shuffled", "the same layers in an order without meaning", job)
+
+
+def _control(way: _Way, ink: NDArray[np.uint8], valid: NDArray[np.bool_]) -> Control:
+    if way.job is None:
+        return Control(way.title, way.note)
+    it = Reading.of(way.job)
+    both = valid & it.valid
+    return Control(way.title, way.note, it.grey, reproduced(ink, it.grey, both), contrast([it]))
+
+
+def _tell_if_apart(uri: str, ink: NDArray[np.uint8], ours: Reading) -> None:
+    apart = (ink.astype(float) - ours.grey)[ours.valid]
+    if apart.size and (rms := float(np.sqrt(np.mean(apart**2)) / 255)) > APART:
+        log.warning("%s is not what its network gives now: off by %.3f (rms)", uri, rms)
+
+
+def _part_to_show(picture: Picture) -> Region:
+    """Return all of a picture, or the part of a large one that has the most contrast."""
+    height, width = picture.shape
+    top, left = picture.corner
+    if height * width <= MOST:
+        return left, top, left + width, top + height
+    level = 4
+    coarse = np.asarray(picture.level(level)).astype(float)
+    tall, wide = min(SIDE, height), min(SIDE, width)
+    rows, columns = tall >> level, wide >> level
+    seen = np.lib.stride_tricks.sliding_window_view(coarse, (rows, columns))[::4, ::4]
+    y, x = np.unravel_index(seen.std(axis=(2, 3)).argmax(), seen.shape[:2])
+    y, x = (int(at) * 4 << level for at in (y, x))
+    y, x = min(y, height - tall), min(x, width - wide)
+    return left + x, top + y, left + x + wide, top + y + tall
+
+
+def _stem(uri: str, folder: str | None, region: Region | None) -> str:
+    """Return where the page goes, without an ending."""
+    name = uri.rsplit("/", 1)[-1].removesuffix(".zarr")
+    place = folder or (uri.rsplit("/", 1)[0] if "/" in uri else ".")
+    part = "_{}-{}-{}-{}".format(*region) if region else ""
+    return storage.join(place, f"{name}_evidence{part}")
+
+
+def _facts(told: Provenance, region: Region, uri: str) -> dict[str, str]:
+    recipe = told.recipe
+    return {
+        "segment": str(told.origin.source),
+        "region": ",".join(map(str, region)) + " (x0,y0,x1,y1)",
+        "layers": f"{len(recipe.layers)} ({span(recipe.layers)})",
+        "model": f"{recipe.model} ({recipe.architecture or 'function'}), sha256 {recipe.weights}",
+        "tiles": f"{recipe.tile} pixels at stride {recipe.stride}, {told.blend_mode} window",
+        "prediction": f"{absolute(uri)}, made {told.created}",
+    }
+
+
+def _command(uri: str, region: Region, model: Any, stride: int | None, settings: Settings) -> str:
+    """Return the command that makes the page again."""
+    words = ["inkdask", "evidence", absolute(uri), "--roi-xyxy", ",".join(map(str, region))]
+    words += ["--second-model", str(absolute(model))] if isinstance(model, str) else []
+    words += ["--second-stride", str(stride)] if stride else []
+    if settings.pixel_resolution_um:
+        words += ["--pixel-resolution-um", f"{settings.pixel_resolution_um:g}"]
+    return shlex.join(words)
+
+
+def _note(uri: str, page: str) -> None:
+    """Add the digest of a page to what a stored prediction says of itself."""
+    with suppress(InkdaskError), storage.explained(uri):  # it may be another's, and not writable
+        group: Any = zarr.open_group(storage.zarr_store(uri), mode="r+")
+        told = dict(group.attrs[ORIGIN])
+        told["evidence"] = [*(it for it in told.get("evidence", []) if it != page), page]
+        group.attrs[ORIGIN] = told

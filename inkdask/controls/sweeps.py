@@ -1,0 +1,221 @@
+"""Variants of a run of one region side by side: depth offset, direction, model, stride."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+
+from inkdask import storage
+from inkdask.box import Box
+from inkdask.clusters import connect
+from inkdask.controls.contact import draw
+from inkdask.controls.scores import Reading, agreement, contrast
+from inkdask.controls.table import Sweep, Variant
+from inkdask.controls.variants import Cost, fill_together, job_of
+from inkdask.controls.windows import full_windows
+from inkdask.demo.job import auc
+from inkdask.errors import SettingsError
+from inkdask.identity import Region
+from inkdask.job import Job
+from inkdask.models.callables import name_of
+from inkdask.plan import Plan
+from inkdask.segment import Segment, open_labels, open_segment
+from inkdask.settings import Settings, with_parameters
+from inkdask.specs import NO_MASK
+from inkdask.storage import outputs
+
+log = logging.getLogger("inkdask")
+
+OFFSETS = -16, -8, 0, 8, 16
+DIRECTIONS = "forward", "reverse"
+STANDS_OUT = 1.5  # times the median of the others
+SURE = 0.7  # least AUC of a suggestion
+ALIKE = 2 / 255  # root mean square distance at which two strides show the same
+
+
+@with_parameters
+def sweep(
+    s3_path: str | os.PathLike[str],
+    model: Any = None,
+    *,
+    offsets: Sequence[int] | None = None,
+    directions: Sequence[str] = DIRECTIONS,
+    strides: Sequence[int] | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Sweep:
+    """Run variants of a region as one graph that reads each column once, and compare them.
+
+    Writes ``sweep.png``, a contact sheet, and ``sweep.json`` to ``output_path``. The grids are
+    those of `run` with the same words, so a variant that was run before costs nothing.
+
+    Parameters
+    ----------
+    s3_path
+        The segment, an ``s3://`` URI or a local path.
+    model
+        A model, or a list of models.
+    offsets
+        Distances of the window from the middle of ``layers``, or of the segment, in layers.
+        Default: those of -16, -8, 0, 8 and 16 for which the segment has layers.
+    directions
+        ``forward``, ``reverse`` or both.
+    strides
+        In pixels. Default: that of the model.
+    labels
+        Picture of the size of the segment that is not 0 where there is ink, for the AUC.
+    **options
+        Any parameter of `inkdask.settings.Settings`. Without ``roi_xyxy``, a few windows that are
+        full of papyrus are run.
+    """
+    models = list(model) if isinstance(model, list | tuple) else [model]
+    given = {**options, "s3_path": s3_path}
+    settings = Settings.of(**given, **({"model": models[0]} if models[0] is not None else {}))
+    settings.require("s3_path", "model")
+    settings.export_devices()
+    settings.export_token()
+    models = models if models[0] is not None else [settings.model]
+    whole = open_segment(
+        settings.surface_volume_zarr or str(settings.s3_path), mask=NO_MASK,
+        level=settings.ome_zarr_level,
+    )  # fmt: skip
+    folder = settings.output_path or storage.join(str(settings.s3_path), "predictions")
+    targets = [storage.join(folder, f"sweep.{ending}") for ending in ("png", "json")]
+    with outputs.moved_by("OUTPUT_PATH"):
+        outputs.check_writable(targets[0])
+    truth = None if labels is None else open_labels(os.fspath(labels), whole.shape[1:])
+    windows = [settings.roi_xyxy] if settings.roi_xyxy else full_windows(whole)
+    if not settings.roi_xyxy:
+        places = " and ".join(",".join(map(str, window)) for window in windows)
+        log.info("no ROI_XYXY was given: windows that are full of papyrus are run, %s", places)
+    ways = _ways(given, models, offsets, directions, strides, whole)
+    jobs = [
+        job_of(str(settings.s3_path), Settings.of(**{**way, "roi_xyxy": window}))
+        for _, way in ways
+        for window in windows
+    ]
+    with connect(settings):
+        costs = fill_together(jobs)
+        count = len(windows)
+        variants = [
+            _variant(way, jobs[n : n + count], costs[n : n + count], windows, truth)
+            for n, way in zip(range(0, len(jobs), count), ways, strict=True)
+        ]
+    best, advice = suggestion(variants)
+    result = Sweep(whole.uri, tuple(windows), tuple(variants), best, advice, *targets)
+    draw(result, targets[0], settings.pixel_resolution_um)
+    storage.write_bytes(targets[1], json.dumps(result.to_json(), indent=1).encode())
+    return result
+
+
+def _ways(
+    given: dict[str, Any],
+    models: Sequence[Any],
+    offsets: Sequence[int] | None,
+    directions: Sequence[str],
+    strides: Sequence[int] | None,
+    whole: Segment,
+) -> list[tuple[int, dict[str, Any]]]:
+    """Return offset and options of each variant, in the order of the table."""
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise SettingsError(f"direction must be forward or reverse, but is {direction!r}.")
+    asked = Settings.of(**given).layers
+    ways = []
+    for model in models:
+        own = {**given, "layers": None, "start_layer": None, "end_layer": None, "model": model}
+        plan = Plan.of(str(given["s3_path"]), Settings.of(**own))
+        depth = len(plan.layers)
+        start = (sum(asked) - depth) // 2 if asked else min(plan.layers)
+        there = range(min(whole.layers), max(whole.layers) - depth + 2)  # of first layers
+        chosen = [o for o in OFFSETS if start + o in there] if offsets is None else offsets
+        for offset in chosen:
+            if start + offset not in there:
+                raise SettingsError(
+                    f"Offset {offset} needs layers {start + offset} to {start + offset + depth - 1}"
+                    f", and {whole.uri} has {min(whole.layers)} to {max(whole.layers)}."
+                )
+        for direction in directions:
+            for stride in strides or [plan.tiling.stride]:
+                for offset in chosen:
+                    layers = start + offset, start + offset + depth
+                    way = {**own, "stride": stride, "force_reverse": direction == "reverse"}
+                    way |= {"start_layer": layers[0], "end_layer": layers[1]}
+                    ways.append((offset, way))
+    return ways
+
+
+def _variant(
+    way: tuple[int, dict[str, Any]],
+    jobs: Sequence[Job],
+    costs: Sequence[Cost],
+    windows: Sequence[Region],
+    truth: da.Array | None,
+) -> Variant:
+    readings = [Reading.of(job) for job in jobs]
+    score = None
+    if truth is not None:
+        seen = np.concatenate([it.grey[it.valid] for it in readings])
+        parts = [np.asarray(truth[Box.of_xyxy(window).slices]) for window in windows]
+        ink = np.concatenate([t[it.valid] for t, it in zip(parts, readings, strict=True)])
+        score = auc(seen, ink) if ink.any() and not ink.all() else None
+    offset, options = way
+    model = options["model"]
+    return Variant(
+        model=name_of(model) if callable(model) else jobs[0].recipe.model,
+        direction=jobs[0].recipe.direction,
+        offset=offset,
+        stride=jobs[0].recipe.stride,
+        jobs=tuple(jobs),
+        readings=tuple(readings),
+        cost=Cost(sum(c.tiles for c in costs), sum(c.seconds for c in costs)),
+        contrast=contrast(readings),
+        agreement=agreement(readings),
+        auc=score,
+    )
+
+
+def suggestion(variants: Sequence[Variant]) -> tuple[Variant | None, str]:
+    """Return the variant to run, or None where nothing stands out; and a sentence on it."""
+    scored = [variant for variant in variants if variant.auc is not None]
+    if scored:
+        best = max(scored, key=lambda it: it.auc or 0)
+        reason = f"its AUC of {best.auc:.3f} is the best"
+        if (best.auc or 0) < SURE:
+            return None, f"Nothing stands out: the best AUC is {best.auc:.3f}."
+    else:
+        best = max(variants, key=lambda it: it.agreement)
+        place = best.offset, best.direction
+        others = [it.agreement for it in variants if (it.offset, it.direction) != place]
+        usual = float(np.median(others)) if others else 0.0
+        words = f"agreement {best.agreement:.1f}, and {usual:.1f} is the median of the others"
+        if not others or best.agreement < STANDS_OUT * usual or not best.agreement:
+            return None, f"Nothing stands out ({words}): look at the contact sheet."
+        reason = f"its opinions agree best ({words})"
+    cheaper, more = _coarser(best, variants), ""
+    if cheaper is not best:
+        more = f"; stride {cheaper.stride} shows the same as stride {best.stride}"
+    command = cheaper.command or f"inkdask.run in Python with {cheaper.name}"
+    return (
+        cheaper,
+        f"Suggested, because {reason}{more}; look at the contact sheet first:\n{command}",
+    )
+
+
+def _coarser(best: Variant, variants: Sequence[Variant]) -> Variant:
+    """Return the variant of the largest stride that shows the same."""
+    fitting = [best]
+    for it in variants:
+        same = (it.model, it.direction, it.offset) == (best.model, best.direction, best.offset)
+        if same and it.stride > best.stride:
+            pairs = zip(it.readings, best.readings, strict=True)
+            apart = [(a.grey.astype(float) - b.grey)[b.valid] for a, b in pairs]
+            if np.sqrt(np.mean(np.concatenate(apart) ** 2)) / 255 <= ALIKE:
+                fitting.append(it)
+    return max(fitting, key=lambda it: it.stride)

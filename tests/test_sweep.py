@@ -1,0 +1,206 @@
+"""Test sweeps: variants that read once, cost nothing twice, and a sheet to look at."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import inkdask
+from inkdask import cli, storage
+from inkdask.controls.windows import full_windows
+from inkdask.demo import synthetic
+from inkdask.errors import InkdaskError, SettingsError
+from inkdask.identity import digest
+from inkdask.segment import open_segment
+from tests.files import read_picture, write_layers, write_segment
+from tests.jobs import network
+from tests.oracle import depth_slope, papyrus
+
+pytestmark = pytest.mark.usefixtures("own_tiles")
+
+LAYERS, HEIGHT, WIDTH = 12, 230, 300
+ROI = (40, 30, 260, 200)
+
+
+@pytest.fixture
+def segment(tmp_path):
+    volume = papyrus((LAYERS, HEIGHT, WIDTH), holes=False)
+    write_layers(tmp_path / "segment/layers", volume, tile=(64, 64))
+    return str(tmp_path / "segment")
+
+
+def sweep(segment, **options):
+    common = {"model": network, "model_in_chans": 4, "offsets": [-4, -2, 0, 2, 4], "roi_xyxy": ROI}
+    return inkdask.sweep(segment, **{**common, **options})
+
+
+def test_ten_variants_read_each_byte_once_and_cost_nothing_again(segment, monkeypatch):
+    before = storage.counters()
+    opened = inkdask.open_segment(segment)
+    headers = storage.counters().bytes_read - before.bytes_read
+    read = []
+    monkeypatch.setattr("inkdask.controls.variants.read_or_fail", counted(read))
+    result = sweep(segment)
+    assert len(result.variants) == 10
+    assert headers > 0
+    # The union of all tiles, of every layer: each piece of the files in one block, read once.
+    assert len(read) == len(set(read)) > 0
+    ran = storage.counters()
+    assert all(it.cost.tiles > 0 and it.cost.seconds > 0 for it in result.variants)
+    again = sweep(segment)
+    assert storage.counters().tiles == ran.tiles
+    assert all(it.cost.tiles == 0 for it in again.variants)
+    assert len(read) == len(set(read))
+    assert {len(open_segment(segment).layers)} == {opened.shape[0]}
+    assert "kept" in str(again)
+    for one, other in zip(result.variants, again.variants, strict=True):
+        np.testing.assert_array_equal(one.maps[0].compute(), other.maps[0].compute())
+
+
+def counted(read):
+    """Read as `read_or_fail` does, and note the place of each block."""
+
+    def read_and_count(block):
+        read.append(digest(repr(block)))
+        return block.read()
+
+    return read_and_count
+
+
+def test_bytes_of_a_sweep_are_those_of_its_columns(segment, monkeypatch):
+    from inkdask.controls import variants
+
+    bytes_before = []
+    real = variants.engine.compute_each
+
+    def noted(*arguments):
+        bytes_before.append(storage.counters().bytes_read)
+        account = real(*arguments)
+        bytes_before.append(storage.counters().bytes_read)
+        return account
+
+    monkeypatch.setattr(variants.engine, "compute_each", noted)
+    sweep(segment, strides=[16, 32], model=[network, depth_slope])
+    assert len(bytes_before) == 2
+    whole = open_segment(segment)
+    pixels = whole.source.cost(slice(32, 224), slice(32, 288))  # of all tiles that touch the region
+    grown = bytes_before[1] - bytes_before[0]
+    assert grown <= 1.05 * pixels + 100_000  # and marks of grids
+    assert grown >= 0.9 * pixels
+
+
+def test_variant_is_the_picture_of_a_run_and_the_run_goes_on_from_it(segment):
+    result = sweep(segment, offsets=[0, 2])
+    it = next(v for v in result.variants if (v.offset, v.direction) == (2, "reverse"))
+    assert it.layers == (9, 8, 7, 6)
+    before = storage.counters().tiles
+    options = {"model": network, "layers": (6, 10), "force_reverse": True, "roi_xyxy": ROI}
+    picture = read_picture(inkdask.run(segment, **options))
+    assert storage.counters().tiles == before
+    np.testing.assert_array_equal(it.readings[0].grey, picture)
+
+
+def test_grid_of_an_earlier_run_costs_a_sweep_nothing(segment):
+    inkdask.run(segment, model=network, layers=(4, 8), roi_xyxy=ROI)
+    result = sweep(segment, offsets=[0, 2], directions=["forward"])
+    assert [it.cost.tiles > 0 for it in result.variants] == [False, True]
+
+
+def test_sweep_of_the_demo_finds_depth_and_direction(tmp_path, capsys):
+    """The one right variant of ten, with labels and without."""
+    options = {"text": ("ΑΦΟΒ",), "height": 192, "width": 448, "layers": 58}
+    synthetic.write_segment(tmp_path / "demo", **options)
+    labels = str(tmp_path / "demo/truth.png")
+    words = ["sweep", str(tmp_path / "demo"), "--model", "demo", "--roi-xyxy", "0,0,448,192"]
+    words += ["--offsets", "-16,-8,0,8,16", "--strides", "32", "--direction", "both"]
+    cli.main([*words, "--labels", labels, "--pixel-resolution-um", "7.91"])
+    said = capsys.readouterr().out
+    table = json.loads(Path(tmp_path, "demo/predictions/sweep.json").read_text())
+    best = max(table["variants"], key=lambda it: it["auc"])
+    assert (best["offset"], best["direction"], best["layers"]) == (0, "forward", [16, 42])
+    assert best["auc"] >= 0.98
+    for it in table["variants"]:
+        if it["direction"] == "reverse" or abs(it["offset"]) == 16:
+            assert it["auc"] < 0.70, it
+    assert table["suggested"] == best["command"]
+    assert best["command"] in said
+    assert "--layers 16:42" in best["command"]
+    with Image.open(table["sheet"]) as sheet:
+        assert min(sheet.size) >= 1984  # A4
+        assert json.loads(sheet.text["inkdask-sweep"])["digest"] == table["digest"]
+        assert len(np.unique(np.asarray(sheet.convert("L")))) > 200
+    cli.main(words)
+    said = capsys.readouterr().out
+    assert "Suggested, because its opinions agree best" in said
+    assert best["command"] in said
+    assert said.count("kept") == 10
+
+
+def test_nothing_stands_out_for_a_network_that_sees_nothing(segment):
+    result = sweep(segment, model=same_everywhere)
+    assert result.best is None
+    assert result.advice.startswith("Nothing stands out")
+    assert json.loads(Path(result.table).read_text())["suggested"] is None
+
+
+def same_everywhere(x):
+    """Logits that do not depend on the layers: (b, 1, 4, 4)."""
+    import torch
+
+    steps = torch.linspace(-4, 4, 16).reshape(1, 1, 4, 4)
+    return steps.expand(len(x), 1, 4, 4) + 0 * x.mean()
+
+
+def test_coarser_stride_is_suggested_where_it_shows_the_same(segment):
+    flat = sweep(segment, model=constant, strides=[16, 32], offsets=[0, 2], labels=None)
+    assert flat.best is None
+    from inkdask.controls.sweeps import _coarser
+
+    fine = flat.variants[0]
+    assert fine.stride == 16
+    assert _coarser(fine, flat.variants).stride == 32
+
+
+def constant(x):
+    return 0 * x[:, :, 0, ::16, ::16] + 1
+
+
+def test_offset_beyond_the_layers_is_refused_and_defaults_are_left_out(segment):
+    with pytest.raises(SettingsError, match=r"Offset 5 needs layers 9 to 12, and .* has 0 to 11"):
+        sweep(segment, offsets=[0, 5])
+    result = sweep(segment, offsets=None)
+    assert {it.offset for it in result.variants} == {0}
+    with pytest.raises(SettingsError, match="direction must be forward or reverse"):
+        sweep(segment, directions=["sideways"])
+
+
+def test_labels_of_another_size_are_named(segment, tmp_path):
+    Image.new("L", (10, 10)).save(tmp_path / "labels.png")
+    with pytest.raises(InkdaskError, match=r"The picture of labels .*labels\.png has 10 x 10"):
+        sweep(segment, labels=tmp_path / "labels.png")
+
+
+def test_windows_are_full_of_papyrus_and_apart(tmp_path):
+    volume = papyrus((3, 900, 1300), holes=False)
+    volume[:, :, :300] = 0
+    volume[:, 500:] = 0
+    place = str(write_segment(tmp_path / "big", volume))
+    windows = full_windows(open_segment(place), side=192)
+    assert len(windows) == 3
+    for x0, y0, x1, y1 in windows:
+        assert (x1 - x0, y1 - y0) == (192, 192)
+        assert (volume[1, y0:y1, x0:x1] > 0).mean() > 0.95
+    lefts = sorted(x0 for x0, *_ in windows)
+    assert min(np.diff(lefts)) > 192
+    small = open_segment(str(write_segment(tmp_path / "small", volume[:, 100:200, 400:480])))
+    assert full_windows(small) == [(0, 0, 80, 100)]
+
+
+def test_sweep_without_region_says_its_windows(segment, capsys, caplog):
+    with caplog.at_level("INFO", "inkdask"):
+        result = sweep(segment, roi_xyxy=None, offsets=[0], directions=["forward"])
+    assert "windows that are full of papyrus are run, 0,0,300,230" in caplog.text
+    assert result.windows == ((0, 0, 300, 230),)
+    assert "0,0,300,230" in str(result)
