@@ -16,7 +16,7 @@ from inkdask.errors import InkdaskError, SettingsError
 from inkdask.failures import fallible, read_or_fail
 from inkdask.identity import Region
 from inkdask.models.registry import resolve, who_says_layers
-from inkdask.segment import Segment, find_mask, open_segment
+from inkdask.segment import Segment, find_mask, home_of, open_segment
 from inkdask.settings import Settings
 from inkdask.specs import Network
 from inkdask.tiling import CHUNK, GPU_CHUNK, Tiling
@@ -87,7 +87,7 @@ class Plan:
         opened = _open(source, settings, network)
         segment = opened if isinstance(opened, Segment) else None
         given = segment.layers if segment else tuple(range(opened.shape[0]))
-        path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+        path = home_of(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
         asked = settings.layers if path else None
         kept = _kept_layers(len(given), settings, None if asked else network)
         layers, factor = given[kept], settings.z_downsample_mean_factor
@@ -203,7 +203,7 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
         return source
     if isinstance(source, str | os.PathLike):
         wanted = network.layers * settings.z_downsample_mean_factor if network else None
-        place, mask = os.fspath(source), settings.mask_path
+        place, mask = home_of(os.fspath(source)), settings.mask_path
         if settings.surface_volume_zarr:  # the mask stays where the segment is
             mask = mask or find_mask(place)
             place = settings.surface_volume_zarr
@@ -262,14 +262,19 @@ def _check_layers(
 
 
 def _reach(whole: Tiling, roi_xyxy: Region | None) -> tuple[Box, Box]:
-    """Return the pixels of all tiles that touch the region of interest; and it, counted in them."""
+    """Return the pixels of all tiles that touch the region of interest; and it, counted in them.
+
+    The part of it that lies beyond the segment is cut off.
+    """
     height, width = whole.shape
-    roi = Box.of_xyxy(roi_xyxy or (0, 0, width, height))
-    if roi.right > width or roi.bottom > height:
-        raise SettingsError(
-            f"ROI_XYXY {','.join(map(str, roi.xyxy))} reaches beyond the segment, which has "
-            f"{width} x {height} pixels (x, y)."
-        )
+    asked = Box.of_xyxy(roi_xyxy or (0, 0, width, height))
+    roi = asked.intersect(Box.at((0, 0), whole.shape))
+    said = f"ROI_XYXY {','.join(map(str, asked.xyxy))}"
+    there = f"the segment, which has {width} x {height} pixels (x, y)"
+    if roi.is_empty:
+        raise SettingsError(f"{said} lies beyond {there}.")
+    if roi != asked:
+        log.warning("%s reaches beyond %s: %d,%d,%d,%d is read", said, there, *roi.xyxy)
     reach = Box(*whole.y.reach(roi.top, roi.bottom), *whole.x.reach(roi.left, roi.right))
     return reach, roi.inside(reach.corner)
 
