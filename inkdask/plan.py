@@ -19,7 +19,7 @@ from inkdask.families import Family, family_of
 from inkdask.identity import Region
 from inkdask.models.registry import resolve, who_says_layers
 from inkdask.progress import size
-from inkdask.segment import Segment, find_mask, open_segment
+from inkdask.segment import Segment, find_mask, home_of, open_segment
 from inkdask.settings import Settings
 from inkdask.specs import NO_MASK, Network
 from inkdask.tiling import CHUNK, GPU_CHUNK, Tiling
@@ -90,7 +90,7 @@ class Plan:
         opened = _open(source, settings, network)
         segment = opened if isinstance(opened, Segment) else None
         given = segment.layers if segment else tuple(range(opened.shape[0]))
-        path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+        path = home_of(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
         asked = settings.layers if path else None
         kept, turned = (
             _kept_layers(len(given), settings, network, asked is not None, is_reversed)
@@ -243,7 +243,7 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
         wanted = network.layers * settings.z_downsample_mean_factor if network else None
         if network and family_of(network.model.architecture) != Family():
             wanted = None  # because which layers are the middle ones is for its family to say
-        place, mask = os.fspath(source), settings.mask_path
+        place, mask = home_of(os.fspath(source)), settings.mask_path
         if settings.surface_volume_zarr:  # the mask stays where the segment is
             mask = mask or find_mask(place)
             place = settings.surface_volume_zarr
@@ -315,14 +315,19 @@ def _check_layers(
 
 
 def _reach(whole: Tiling, roi_xyxy: Region | None) -> tuple[Box, Box]:
-    """Return the pixels of all tiles that touch the region of interest; and it, counted in them."""
+    """Return the pixels of all tiles that touch the region of interest; and it, counted in them.
+
+    The part of it that lies beyond the segment is cut off.
+    """
     height, width = whole.shape
-    roi = Box.of_xyxy(roi_xyxy or (0, 0, width, height))
-    if roi.right > width or roi.bottom > height:
-        raise SettingsError(
-            f"ROI_XYXY {','.join(map(str, roi.xyxy))} reaches beyond the segment, which has "
-            f"{size(whole.shape)}."
-        )
+    asked = Box.of_xyxy(roi_xyxy or (0, 0, width, height))
+    roi = asked.intersect(Box.at((0, 0), whole.shape))
+    said = f"ROI_XYXY {','.join(map(str, asked.xyxy))}"
+    there = f"the segment, which has {size(whole.shape)}"
+    if roi.is_empty:
+        raise SettingsError(f"{said} lies beyond {there}.")
+    if roi != asked:
+        log.warning("%s reaches beyond %s: %d,%d,%d,%d is read", said, there, *roi.xyxy)
     reach = Box(*whole.y.reach(roi.top, roi.bottom), *whole.x.reach(roi.left, roi.right))
     return reach, roi.inside(reach.corner)
 

@@ -17,6 +17,7 @@ from inkdask.identity import Origin, Provenance, Recipe, Region, Said
 from inkdask.models.callables import name_of
 from inkdask.models.registry import known
 from inkdask.plan import Plan
+from inkdask.segment import home_of
 from inkdask.settings import Settings
 
 SOFTWARE = ("inkdask", "torch", "dask", "zarr", "numpy")
@@ -142,7 +143,7 @@ def asked_of(settings: Settings) -> dict[str, Any]:
         and (name in UNSAID or (name in settings.model_fields_set and name != "model"))
     }
     asked["force_reverse"] = settings.is_reversed
-    asked |= {"layers": settings.layers, "s3_path": without_secrets(absolute(settings.s3_path))}
+    asked |= {"layers": settings.layers, "s3_path": without_secrets(_home(settings.s3_path))}
     if settings.model is not None:
         asked["model"] = _model(settings.model)
     # PRECISION=auto asks for that of the model, as no PRECISION does.
@@ -151,6 +152,10 @@ def asked_of(settings: Settings) -> dict[str, Any]:
         for name, value in asked.items()
         if value != "auto" and (value is not None or name in UNSAID)
     }
+
+
+def _home(source: str | None) -> str | None:
+    return absolute(source and home_of(source))
 
 
 def picture_options(settings: Settings, roi: Region | None) -> tuple[str, ...]:

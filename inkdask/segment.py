@@ -161,7 +161,7 @@ def open_segment(
     level
         Level of an OME-Zarr group.
     """
-    uri = storage.absolute(os.fspath(uri))  # because workers may run in another folder
+    uri = home_of(storage.absolute(os.fspath(uri)))  # because workers may run in another folder
     if layers is not None:
         try:
             layers = layer_range(layers)
@@ -318,6 +318,24 @@ def _open_mask(
 
 def _digest(parts: Sequence[Any]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def home_of(uri: str) -> str:
+    """Return the segment whose folder of layers ``uri`` is; anything else as it is.
+
+    The mask and the predictions are in the segment.
+    """
+    if uri.rstrip("/").rpartition("/")[2] not in ("layers", "surface_volume"):
+        return uri
+    folder, _, name = storage.absolute(uri).rpartition("/")
+    try:
+        listing = storage.list_folder(folder)
+        is_own = find_layers(folder, listing)[0].endswith(f"/{name}")
+    except InkdaskError:  # which may not be listed
+        return uri
+    is_zarr = _ZARR_FILES & {entry.name for entry in listing}
+    is_segment = find_layers(uri, storage.list_folder(uri))[0] != uri
+    return folder if is_own and not is_zarr and not is_segment else uri
 
 
 def name_of(uri: str) -> str:

@@ -190,7 +190,7 @@ class Settings(BaseSettings):
     progressive: bool = Field(
         False,
         description="Go from coarse to fine: tiles at four and two times the stride come first. "
-        "Each pass leaves a picture of the whole, `..._preview.png`.",
+        "Each pass reads the layers, and leaves a picture of the whole, `..._preview.png`.",
     )
     blend_mode: BlendMode = Field(
         "hann",

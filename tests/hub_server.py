@@ -83,6 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif repo and repo.fault == "bad token" and token:
             words = "Invalid credentials in Authorization header"
             self._send(401, headers={"X-Error-Message": words})
+        elif repo and repo.fault == "old token" and token:
+            self._send(401, headers={"X-Error-Message": 'User Access Token "ink" is expired'})
         elif repo is None or (repo.token and token != repo.token):
             # The Hub does not tell strangers whether a private repo exists.
             self._send(404 if token else 401, error="RepoNotFound" if token else None)

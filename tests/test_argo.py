@@ -61,7 +61,7 @@ def test_workflows_make_the_picture_of_a_plain_run(segment, s3, submit, tmp_path
 
     parts = submit("inkdask-parts", **job, parts="2", output_path=f"{s3}/parts")
     assert [name for name, _ in parts.ran] == ["check", "prepare", *["infer"] * 2, "reduce"]
-    assert parts.outputs == {"result-s3-url": f"{s3}/parts/prediction_demo_03_29.png"}
+    assert parts.outputs == {"result-s3-url": f"{s3}/parts/prediction_seg_demo_03_29.png"}
     np.testing.assert_array_equal(read_picture(parts.outputs["result-s3-url"]), read_picture(plain))
 
 

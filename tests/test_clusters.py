@@ -14,10 +14,12 @@ import cloudpickle
 import dask
 import pytest
 import torch
+from dask.sizeof import sizeof
+from distributed import Client, LocalCluster
 
 import inkdask
 from inkdask import cli, engine, storage
-from inkdask.clusters import connection
+from inkdask.clusters import connection, report
 from inkdask.errors import InkdaskError
 from inkdask.models import hardware
 from inkdask.settings import Settings
@@ -334,7 +336,24 @@ def test_report_is_written_also_when_the_job_fails(where, fails, segment, tmp_pa
         inkdask.run(segment, **options)
     html = page.read_text()
     assert "bokeh" in html.lower()
+    assert "https://cdn.bokeh.org" not in html.split("<body")[0]
+    assert len(html) > 1_000_000  # with the scripts, so that it shows without a network
     assert fails or "save_chunk" in html
+
+
+def test_report_lets_workers_measure_profiles_of_deep_stacks(tmp_path):
+    """Else distributed warns that the size of a dict cannot be calculated."""
+    profile, limit = {}, sys.getrecursionlimit()
+    for _ in range(300):
+        profile = {"children": {"frame": profile}}
+    with pytest.raises(RecursionError):
+        sizeof(profile)
+    worker = LocalCluster(n_workers=1, processes=False, dashboard_address=None)
+    try:
+        with worker, Client(worker), report(str(tmp_path / "report.html")):
+            assert sizeof(profile) > 0
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_run_without_its_report_leaves_no_result_file(segment, tmp_path, monkeypatch):

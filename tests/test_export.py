@@ -316,6 +316,12 @@ def test_damaged_prediction_leaves_no_file(prediction, tmp_path):
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("ending", ["tif", "png", "jpg"])
+def test_progress_of_an_export_reaches_its_end(prediction, tmp_path, capsys, ending):
+    inkdask.export(prediction, tmp_path / f"p.{ending}")
+    assert "(100 %)" in capsys.readouterr().err
+
+
 def test_command_line_prints_the_files(prediction, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cli.main(["export", prediction, "--to", "a.png", "--to", "b.tif", "--colour-map", "magma"])

@@ -155,8 +155,11 @@ def test_cache_serves_behind_a_login_page(server: HubServer, tmp_path: Path) -> 
     assert answers(settle("ink/known", **environment)) == [before]
 
 
-def test_refused_token_is_reported_with_its_place(server: HubServer, tmp_path: Path) -> None:
-    server.repos["ink/public"] = FakeRepo({"a.pt": WEIGHTS}, fault="bad token")
+@pytest.mark.parametrize("fault", ["bad token", "old token"])
+def test_refused_token_is_reported_with_its_place(
+    server: HubServer, tmp_path: Path, fault: str
+) -> None:
+    server.repos["ink/public"] = FakeRepo({"a.pt": WEIGHTS}, fault=fault)
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
     (tmp_path / "token").write_text("hf_of_login")
     of_file, of_variable = (

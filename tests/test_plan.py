@@ -182,9 +182,24 @@ def test_plan_reads_the_ome_zarr_level_of_the_settings(tmp_path):
     assert len(names) == 2
 
 
-def test_region_below_the_segment_is_refused():
-    with pytest.raises(SettingsError, match="ROI_XYXY 0,0,301,231 .* 301 x 230 pixels"):
-        inkdask.predict(papyrus((6, 230, 301)), depth_slope, roi_xyxy=(0, 0, 301, 231))
+@pytest.mark.parametrize("roi", [(0, 230, 301, 231), (301, 0, 400, 9)])
+def test_region_beyond_the_segment_is_refused(roi):
+    with pytest.raises(SettingsError, match=r"ROI_XYXY .* lies beyond .* 301 x 230 pixels"):
+        inkdask.predict(papyrus((6, 230, 301)), depth_slope, roi_xyxy=roi)
+
+
+def test_region_larger_than_the_segment_is_cut_with_a_note(tmp_path, caplog):
+    ink = inkdask.predict(papyrus((3, 230, 301)), depth_slope, roi_xyxy=(5, 8, 4000, 4000))
+    assert ink.map.shape == (222, 296)
+    assert [line for line in caplog.messages if "ROI" in line] == [
+        "ROI_XYXY 5,8,4000,4000 reaches beyond the segment, which has 301 x 230 pixels (x, y): "
+        "5,8,301,230 is read"
+    ]
+    write_layers(tmp_path / "seg" / "layers", papyrus((3, 90, 100)))
+    options = {"model": depth_slope, "stride": 32}
+    uri = inkdask.run(tmp_path / "seg", roi_xyxy=(0, 0, 4000, 50), **options)
+    assert uri.endswith("_0-0-100-50.png")
+    assert inkdask.run(tmp_path / "seg", roi_xyxy=(0, 0, 100, 50), **options) == uri
 
 
 def test_small_tile_gets_a_stride_that_fits():

@@ -12,6 +12,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+import inkdask
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.information import empty_share
@@ -20,6 +21,7 @@ from inkdask.reading import volume
 from inkdask.segment import identify, name_of, open_segment
 from inkdask.storage import s3 as s3_module
 from tests.files import SHAPE, assert_reads, encode, random_volume, write_layers
+from tests.oracle import depth_slope
 
 # Where layers are.
 
@@ -675,3 +677,26 @@ def test_palette_is_refused_in_a_layer_and_taken_in_a_mask(tmp_path, pixels):
     image.save(tmp_path / "layers" / "06.png")
     with pytest.raises(InkdaskError, match=r"06\.png has colours of a palette"):
         open_segment(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["layers", "surface_volume"])
+def test_folder_of_layers_is_that_of_its_segment(tmp_path, own_environment, name, monkeypatch):
+    segment = tmp_path / "seg"
+    write_layers(segment / name, random_volume((3, 90, 100)))
+    Image.fromarray(np.eye(90, 100, dtype=np.uint8)).save(segment / "mask.png")
+    options = {"model": depth_slope, "stride": 32}
+    first = inkdask.run(segment, **options)
+    monkeypatch.chdir(segment)
+    for call in (inkdask.run, inkdask.reduce, inkdask.check):
+        for path in (segment / name, f"{segment}/{name}/", name):
+            assert call(path, **options) == first
+    assert open_segment(segment / name).mask_uri == str(segment / "mask.png")
+    assert not (segment / name / "predictions").exists()
+
+
+def test_folder_named_layers_may_be_a_segment(tmp_path):
+    write_layers(tmp_path / "layers" / "layers", random_volume((3, 9, 10)))
+    assert open_segment(tmp_path / "layers").uri == str(tmp_path / "layers")
+    write_layers(tmp_path / "two" / "layers", random_volume((3, 9, 10)))
+    write_layers(tmp_path / "two" / "surface_volume", random_volume((4, 9, 10)))
+    assert open_segment(tmp_path / "two" / "surface_volume").shape == (4, 9, 10)

@@ -170,8 +170,9 @@ def test_denied_access_names_the_right_without_retries(s3, faults, right, ask):
 )
 def test_keys_that_are_not_accepted_are_named(s3, faults, kind, reason):
     faults.inject([kind])
+    says = rf"{reason} \(the keys are those of AWS_ACCESS_KEY_ID\)\."
     for ask in (storage.list_folder, outputs.check_writable):
-        with pytest.raises(InkdaskError, match=f"^Access to {s3}/x is denied: {reason}\\.$"):
+        with pytest.raises(InkdaskError, match=f"^Access to {s3}/x is denied: {says}$"):
             ask(f"{s3}/x")
 
 
@@ -230,11 +231,17 @@ def test_incomplete_role_is_named(s3, role, changed, sentence):
     assert_all_say(sentence, f"{s3}/segment")
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("403", ".*AccessDenied"), ("other", "it is no STS")])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("403", ".*AccessDenied"), ("expired", ".*ExpiredToken"), ("other", "it is no STS")],
+)
 def test_role_that_is_refused_is_named(s3, role, faults, kind, reason, caplog):
     role()
     faults.inject([kind], match="POST /$")
-    says = rf"^STS at {faults.url} \(AWS_ENDPOINT_URL_STS\) refuses the role of AWS_ROLE_ARN: "
+    says = rf"^STS at {faults.url} \(AWS_ENDPOINT_URL_STS\) refuses the role of AWS_ROLE_ARN by "
+    says += (
+        rf"the token in AWS_WEB_IDENTITY_TOKEN_FILE {os.environ['AWS_WEB_IDENTITY_TOKEN_FILE']}: "
+    )
     assert_all_say(f"{says}{reason}", f"{s3}/segment")
     assert not [record for record in caplog.records if record.exc_info]
 

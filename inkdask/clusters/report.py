@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,8 +46,14 @@ def report(uri: str | None) -> Iterator[None]:
 def _of_cluster(page: Path) -> Iterator[None]:
     from distributed import performance_report
 
+    # Profiles are as deep as the stacks of networks, and dask measures their size recursively.
+    engine.on_workers(_allow_deep_profiles)
     with performance_report(filename=str(page), mode="inline"):
         yield
+
+
+def _allow_deep_profiles() -> None:
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 10_000))
 
 
 @contextmanager
@@ -59,4 +66,4 @@ def _of_threads(page: Path) -> Iterator[None]:
             yield
     finally:
         if tasks.results:
-            visualize([tasks, machine], filename=str(page), show=False, save=True)
+            visualize([tasks, machine], filename=str(page), show=False, save=True, mode="inline")

@@ -155,12 +155,15 @@ class Repo:
     def _sentence(self, error: Exception, name: str) -> str:
         file = f"{self}/{name}" if name else str(self)
         revision = self.revision or constants.DEFAULT_REVISION
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
+        is_old = response is not None and "expired" in response.headers.get("X-Error-Message", "")
         token = _place_of_token()
         remedy = f"the token in {token} does not open it" if token else "set HF_TOKEN"
         if isinstance(error, hf.GatedRepoError):
             return f"{self} is open to those who accept its terms on that page: {remedy}."
-        if status == 401 and token and not isinstance(error, hf.RepositoryNotFoundError):
+        is_refused = is_old or not isinstance(error, hf.RepositoryNotFoundError)
+        if status == 401 and token and is_refused:
             return f"{constants.ENDPOINT} refuses the token in {token}: renew or remove it."
         if isinstance(error, hf.RepositoryNotFoundError) or status in (401, 403):
             return f"{self} does not exist, or it is private: {remedy}."

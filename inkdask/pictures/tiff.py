@@ -33,9 +33,10 @@ def write_tiff(
     ``deflate``; ``zstd`` is faster and smaller.
     """
     resolution = (1e4 / pixel_um,) * 2 if pixel_um else None
+    tiles = _tiles(canvas)
     with tifffile.TiffWriter(path, bigtiff=True) as file:
         file.write(
-            _tiles(canvas),
+            (tile for tile in tiles),
             shape=canvas.shape,
             dtype="uint8",
             tile=(TILE, TILE),
@@ -50,6 +51,7 @@ def write_tiff(
             maxworkers=engine.threads(),
             buffersize=AHEAD,
         )
+    next(tiles, None)  # because tifffile closes its iterator after the last tile, and not the bar
 
 
 def _tiles(canvas: da.Array) -> Iterator[np.ndarray]:

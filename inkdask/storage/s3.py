@@ -192,10 +192,16 @@ def refusal(error: BaseException, is_anonymous: bool) -> str:
         return f": {error}"
     code, reason = (refused.response["Error"].get(key) or "" for key in ("Code", "Message"))
     if code not in ("AccessDenied", "403"):  # of wrong or expired keys
-        return f": {code} {reason}".rstrip(". ")
+        return f": {code} {reason}".rstrip(". ") + f" (the keys are those of {_place_of_keys()})"
     keyless = "no AWS credentials were found, and it is not open to all" if is_anonymous else ""
     right = _RIGHTS.get(refused.operation_name[:4], "PutObject")
     return f" (s3:{right}): {keyless or reason or code}".rstrip(".")
+
+
+def _place_of_keys() -> str:
+    """Return the variable or botocore's name of the place that the credentials come from."""
+    method = getattr(botocore.session.get_session().get_credentials(), "method", None)
+    return "AWS_ACCESS_KEY_ID" if method == "env" else str(method)
 
 
 def _of_credentials(error: Exception) -> InkdaskError | None:
@@ -205,7 +211,9 @@ def _of_credentials(error: Exception) -> InkdaskError | None:
     if isinstance(error, KeyError) or getattr(refused, "operation_name", "").startswith("Assume"):
         sts = f"STS at {os.environ[name]} ({name})" if name else "STS"
         reason = str(refused or "it is no STS").rstrip(".")
-        return InkdaskError(f"{sts} refuses the role of AWS_ROLE_ARN: {reason}.")
+        token = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
+        by = f" by the token in AWS_WEB_IDENTITY_TOKEN_FILE {token}" if token else ""
+        return InkdaskError(f"{sts} refuses the role of AWS_ROLE_ARN{by}: {reason}.")
     url = getattr(error, "kwargs", {}).get("endpoint_url") or ""
     if url.startswith(os.environ.get("AWS_ENDPOINT_URL_STS") or "https://sts."):
         return UnavailableError(f"STS at {url}, which AWS_ROLE_ARN needs, cannot be reached.")
