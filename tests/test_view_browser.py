@@ -370,7 +370,7 @@ def test_compare_notebook_zooms_all_panels(page, lab):
     )
     viewer.scroll_into_view_if_needed()
     panels = [viewer.locator("canvas").nth(i) for i in range(4)]
-    until(page, lambda: viewer.locator(".inkdask-status").inner_text() == "All 32 chunks computed.",
+    until(page, lambda: viewer.locator(".inkdask-status").inner_text() == "All 24 chunks computed.",
           "all four are computed", 180)  # fmt: skip
     until(page, lambda: all(picture(p)[..., 0].std() > 5 for p in panels), "all are drawn")
     page.wait_for_timeout(1000)

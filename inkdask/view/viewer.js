@@ -349,6 +349,7 @@ function render({ model, el }) {
       if (held?.isBox) {
         box = boxOf(held.at, point(panel, event));
         const isBox = box[1] > box[0] && box[3] > box[2];
+        model.set("is_drawing", false); // one box for each press of the button
         setBox(isBox ? box : null);
       }
       held = null;

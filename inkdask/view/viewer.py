@@ -270,7 +270,7 @@ class Viewer:
     def _say(self, trouble: str = "") -> None:
         """Tell how far it is and what the button would do, or what went wrong."""
         if self._inks:
-            backgrounds = [ink.background for ink in self._inks]
+            backgrounds = [*dict.fromkeys(ink.background for ink in self._inks)]  # may be shared
             button = words.offer(backgrounds, _sight(self.canvas), self._inks[0].whole)
             trouble = trouble or words.status(backgrounds, button)
             self.controls["compute"].description = button.label
