@@ -285,6 +285,8 @@ def test_resolve_reports_what_is_no_file_of_a_package(place: str) -> None:
         ("layers = 2.5", "layers must be a number above 0"),
         ("tile = 0", "tile must be a number above 0"),
         ("divisor = true", "divisor must be a number above 0"),
+        ("divisor = inf", "divisor must be a number above 0 and up to 65535"),
+        ("tile = 1_000_000_000", "tile must be a number above 0 and up to 65535"),
         ("licence = 1", "licence must be a text"),
     ],
 )

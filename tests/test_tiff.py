@@ -261,6 +261,8 @@ def with_tag(data, tag, value, kind=None):
         ({}, 279, 2000, 11, "cannot be read as a TIFF: Cannot cast"),  # a float, nearly 0
         ({"tile": (16, 16), "compression": "jpeg"}, 322, 2**31, None, "is corrupt: its pixels are"),
         ({"photometric": "rgb"}, 284, 0, None, "has PlanarConfiguration 0"),
+        ({"photometric": "rgb"}, 284, 2, None, "is corrupt: it lists 1 of 3 pieces"),
+        ({"compression": "zlib", "predictor": True}, 259, 1, None, "has predictor"),
     ],
 )
 def test_tags_without_sense_are_refused(tmp_path, options, tag, value, kind, message):
@@ -268,6 +270,17 @@ def test_tags_without_sense_are_refused(tmp_path, options, tag, value, kind, mes
     data = encode(pixels.squeeze(), **options)
     with pytest.raises(InkdaskError, match=rf"odd\.tif {message}"):
         open_image(with_tag(data, tag, value, kind), tmp_path, "odd.tif")
+
+
+def test_empty_tile_takes_no_memory_of_its_own(tmp_path):
+    """Its sides are what the file says, and need not be those of the image."""
+    data = with_tag(encode(np.zeros((64, 64), np.uint8), tile=(64, 64)), 323, 1 << 20)
+    image = open_image(with_tag(data, 325, 0), tmp_path)
+    tracemalloc.start()
+    assert not image.decode().any()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
 
 
 @pytest.mark.timeout(60)

@@ -153,6 +153,8 @@ _WORDS: dict[str, type] = {
     **{"clip": float, "divisor": float, "pixel_um": float},
 }
 
+MOST = 65535  # of any number in a description
+
 
 @cache
 def known() -> dict[str, ModelSpec]:
@@ -367,8 +369,8 @@ def _read_sidecar(path: Path, shown: str) -> dict[str, Any]:
                 f"The model description {shown} says {word!r}; it may say {', '.join(_WORDS)}."
             )
         number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        if not (isinstance(value, str) if kind is str else number and value > 0):
-            wanted = "a text" if kind is str else "a number above 0"
+        if not (isinstance(value, str) if kind is str else number and 0 < value <= MOST):
+            wanted = "a text" if kind is str else f"a number above 0 and up to {MOST}"
             raise InkdaskError(f"In the model description {shown}, {word} must be {wanted}.")
     if kind := values.pop("model_type", None):
         values["architecture"] = ARCHITECTURES.get(kind, kind)

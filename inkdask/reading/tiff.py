@@ -273,15 +273,13 @@ class _Run:
         data = memoryview(storage.read_range(uri, start, stop, etag) if stop > start else b"")
         spans = zip((self.offsets - start).tolist(), self.counts.tolist(), strict=True)
         for (row, column, inside, target), (offset, count) in zip(self.places, spans, strict=True):
+            if not count:  # The block is zero already.
+                continue
             rows = self.layout.piece[0]
             if not self.layout.is_tiled:  # The last strip may be shorter.
                 rows = min(rows, self.layout.shape[0] - row)
             try:
-                piece = (
-                    self.layout.decode(data[offset : offset + count], rows)
-                    if count
-                    else np.zeros((rows, self.layout.piece[1]), np.uint8)
-                )
+                piece = self.layout.decode(data[offset : offset + count], rows)
             except Exception as error:
                 raise InkdaskError(
                     f"{uri} is corrupt at row {row}, column {column} "

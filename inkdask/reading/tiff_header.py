@@ -27,7 +27,9 @@ HEAD = 8  # bytes of the shortest header
 MOST_SHRUNK = 1 << 16  # times that a codec makes zeros smaller
 MOST_VISITS = 1000  # of one byte, because tifffile follows pages in a circle without end
 
+PLANES = "PlanarConfiguration"
 _JPEG = (7, 33007)
+_UNPREDICTED = (*_JPEG, 1, 32773)  # libtiff ignores a predictor there, tifffile applies it
 _SEVERAL = "several pages, of which the first is read"
 _MEANINGS = {0: "of white that is 0, upside down; save it as MinIsBlack", 3: "colours of a palette"}
 _BYTES = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, zstd
@@ -98,46 +100,40 @@ def _describe(uri: str, page: Any, starts: Sequence[int], counts: Sequence[int])
             f"{uri} is no TIFF of uint8 or uint16, but {what or bits}: save it as one of these, "
             "over the whole range of values."
         )
-    for tag in ("FillOrder", "ImageDepth", "Orientation"):
-        if (value := page.tags.valueof(tag, 1)) != 1:
+    for tag, most in (("FillOrder", 1), ("ImageDepth", 1), ("Orientation", 1), (PLANES, 2)):
+        if not 1 <= (value := page.tags.valueof(tag, 1)) <= most:
             raise InkdaskError(f"{uri} has {tag} {int(value)}, and only 1 can be read: {PLAIN}.")
     if page.compression not in (*_BYTES, *_JPEG):
         raise InkdaskError(f"{uri} is compressed by {page.compression!r}, which cannot be read.")
-    if page.planarconfig not in (1, 2):
-        raise InkdaskError(f"{uri} has PlanarConfiguration {page.planarconfig}: save it anew.")
     if page.photometric in _MEANINGS:
         raise InkdaskError(f"{uri} cannot be read: its values are {_MEANINGS[page.photometric]}.")
-    if page.predictor not in (1, 2) or (page.predictor == 2 and page.compression in _JPEG):
+    if page.predictor not in (1, 2) or (page.predictor == 2 and page.compression in _UNPREDICTED):
         raise InkdaskError(f"{uri} has predictor {page.predictor!r}, which cannot be read.")
     height, width = index(page.imagelength), index(page.imagewidth)
     if not height * width:
         raise InkdaskError(f"{uri} has no pixels.")
-    piece = (
-        (index(page.tilelength), index(page.tilewidth))
-        if page.is_tiled
-        else (min(index(page.rowsperstrip), height), width)
-    )
+    piece = min(index(page.rowsperstrip), height), width
+    if page.is_tiled:
+        piece = index(page.tilelength), index(page.tilewidth)
     if min(piece) < 1:
         raise InkdaskError(f"{uri} is corrupt: it is cut into pieces of {piece[1]} x {piece[0]}.")
     grid = (-(-height // piece[0]), -(-width // piece[1]))
-    separate = page.planarconfig == 2
-    samples = 1 if separate else index(page.samplesperpixel)
+    planes, samples = 1, index(page.samplesperpixel)
+    if page.planarconfig == 2:
+        planes, samples = samples, 1
     dtype = np.dtype(f"{page.parent.byteorder}u{bits // 8}")
+    pieces, listed = grid[0] * grid[1], min(len(starts), len(counts))
+    if listed < pieces * planes:
+        raise InkdaskError(f"{uri} is corrupt: it lists {listed} of {pieces * planes} pieces.")
     # The tables begin with the pieces of the first plane.
     offsets, sizes = (
-        np.array(table[: grid[0] * grid[1]]).astype(np.int64, casting="same_kind").reshape(grid)
+        np.array(table[:pieces]).astype(np.int64, casting="same_kind").reshape(grid)
         for table in (starts, counts)
     )
     words = _words(page, piece, grid)
     if not page.is_tiled and page.compression == 1 and page.predictor == 1:
         row_bytes = width * samples * dtype.itemsize
         piece, offsets, sizes = _recut(height, row_bytes, piece, offsets, sizes)
-    jpeg = None
-    if page.compression in _JPEG:
-        colours = tifffile.tifffile.jpeg_decode_colorspace(
-            page.photometric, page.planarconfig, page.extrasamples, page.is_jfif
-        )
-        jpeg = (page.jpegtables, *colours)
     layout = Layout(
         shape=(height, width),
         dtype=dtype.str,
@@ -146,11 +142,18 @@ def _describe(uri: str, page: Any, starts: Sequence[int], counts: Sequence[int])
         samples=samples,
         compression=int(page.compression),
         predictor=int(page.predictor),
-        jpeg=jpeg,
+        jpeg=_jpeg(page) if page.compression in _JPEG else None,
         words=words,
     )
     channels = f"{page.samplesperpixel} channels, of which the first is read"
     return TiffImage(uri, layout, offsets, sizes, channels if page.samplesperpixel > 1 else "")
+
+
+def _jpeg(page: Any) -> tuple[bytes | None, Any, Any]:
+    colours = tifffile.tifffile.jpeg_decode_colorspace(
+        page.photometric, page.planarconfig, page.extrasamples, page.is_jfif
+    )
+    return page.jpegtables, *colours
 
 
 def _recut(

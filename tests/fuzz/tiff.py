@@ -57,18 +57,20 @@ def oracle(data, shape, is_stack):
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tif:
             page = tif.pages.first
-            if page.size > MOST or tif.series[0].size > 8 * MOST or 0 in page.databytecounts:
+            series = tif.series[0]
+            pages = [it for it in series if it is not None] if is_stack else [page]
+            if page.size > MOST or series.size > 8 * MOST:
+                return None
+            if any(0 in it.databytecounts for it in pages):
                 return None  # because tifffile misplaces what comes after an empty piece
-            if is_stack and tif.series[0].size > page.size:
-                pixels = tif.series[0].asarray(maxworkers=1)
-            else:
-                pixels = page.asarray(maxworkers=1)
+            whole = series if is_stack and series.size > page.size else page
+            pixels, axes = whole.asarray(maxworkers=1), whole.axes
     except Exception:
         return None
     if pixels.dtype.itemsize == 2:
         pixels = pixels >> 8
-    if "S" in page.axes:  # colours come first or last
-        pixels = pixels.take(0, page.axes.index("S") - len(page.axes))
+    if "S" in axes:  # colours come first or last
+        pixels = pixels.take(0, axes.index("S") - len(axes))
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
     count = depth if is_stack else 1
     return pixels[:count, :height, :width].astype(np.uint8)
