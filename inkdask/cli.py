@@ -358,7 +358,15 @@ def evidence(prediction: str, **given: Any) -> None:
 @inkdask_.command()
 @click.argument("path")
 @_settings_options(
-    "start_layer", "end_layer", "ome_zarr_level", "mask_path", "tile", "stride", "chunk_size"
+    "start_layer",
+    "end_layer",
+    "ome_zarr_level",
+    "mask_path",
+    "model",
+    "model_type",
+    "tile",
+    "stride",
+    "chunk_size",
 )
 def info(path: str, **given: Any) -> None:
     """Describe the segment, picture or tile grid at PATH.

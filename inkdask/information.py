@@ -13,11 +13,12 @@ from inkdask import provenance, storage
 from inkdask.errors import InkdaskError
 from inkdask.identity import Origin, Provenance, Recipe
 from inkdask.memory import expected_memory
+from inkdask.models.registry import shape_of
 from inkdask.pictures import exporting
 from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
 from inkdask.plan import span
-from inkdask.preflight import samples, warn_of_small_values
+from inkdask.preflight import grid_bytes, samples, warn_of_small_values
 from inkdask.progress import amount, size
 from inkdask.reading.tiff_header import read_stack
 from inkdask.segment import Segment, open_segment
@@ -26,7 +27,7 @@ from inkdask.specs import normalisation
 from inkdask.store import GridStore
 from inkdask.tiling import CHUNK, Tiling
 
-TILE, STRIDE = 64, 16  # of the usual model, where the user gives none
+TILE, STRIDE, K = 64, 16, 4  # of the usual model, where the user gives none
 
 
 def describe(path: str, **options: Any) -> dict[str, str]:
@@ -37,8 +38,8 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     path
         A segment, a PNG, TIFF or JPEG, a stored picture or tile grid; local or ``s3://``.
     **options
-        ``layers``, ``ome_zarr_level``, ``mask_path``, ``tile``, ``stride`` and ``chunk_size`` of
-        `inkdask.settings.Settings`.
+        ``layers``, ``ome_zarr_level``, ``mask_path``, ``model``, ``model_type``, ``tile``,
+        ``stride`` and ``chunk_size`` of `inkdask.settings.Settings`.
     """
     if is_picture(path) or (is_picture_file(path) and not _is_stack(path)):
         return dict(_of_picture(path, read_facts(path)))
@@ -48,11 +49,14 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     segment = open_segment(
         path, settings.layers, mask=settings.mask_path, level=settings.ome_zarr_level
     )
-    tile, stride = settings.tile or TILE, settings.stride or STRIDE
+    tile, stride, k = settings.tile or TILE, STRIDE, K
+    if settings.model:
+        tile, stride, k = shape_of(settings.model, settings.model_type, settings.tile)
+    stride = settings.stride or stride
     tiling = Tiling.of(segment.shape[1:], tile, stride, settings.chunk_size or CHUNK)
     pieces = samples(segment, share=2)
     warn_of_small_values(segment, pieces)
-    return dict(of_segment(segment, tiling, empty_share(pieces)))
+    return dict(of_segment(segment, tiling, empty_share(pieces), k))
 
 
 def _is_stack(path: str) -> bool:
@@ -64,9 +68,12 @@ def _is_stack(path: str) -> bool:
 
 
 def of_segment(
-    segment: Segment, tiling: Tiling, empty: float | None = None
+    segment: Segment, tiling: Tiling, empty: float | None = None, k: int = K
 ) -> Iterator[tuple[str, str]]:
-    """Describe a segment and its tiles; ``empty`` is its share of zero pixels, where known."""
+    """Describe a segment and its tiles of k x k probabilities.
+
+    ``empty`` is its share of zero pixels, where known.
+    """
     depth, height, width = segment.shape
     yield "segment", segment.uri
     yield "layers", f"{depth} ({span(segment.layers)})"
@@ -86,7 +93,8 @@ def of_segment(
     down, across = tiling.block_shape
     step = size((tiling.y.step, tiling.x.step))
     yield "chunks", f"{across} x {down} of {step}"
-    yield "memory", f"about {amount(expected_memory(segment.volume, tiling))} at most"
+    yield "memory", f"about {amount(expected_memory(segment.volume, tiling, k=k))} at most"
+    yield "grid", f"about {amount(grid_bytes(tiling, k))}"
 
 
 def empty_share(pieces: Sequence[np.ndarray]) -> float | None:

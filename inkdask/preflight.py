@@ -65,7 +65,7 @@ def check_places(job: Job, result_file: str, num_parts: int, overwrite: bool) ->
     if not overwrite and GridStore.label(job.grid.uri):
         with suppress(InkdaskError):  # another part is creating it, or `run` reports the error
             missing = float(np.mean(~job.grid.chunks_done()))
-    size = missing * _grid_bytes(job.grid) / num_parts
+    size = missing * grid_bytes(job.grid.tiling, job.grid.k) / num_parts
     needs = [Need("tile grid", variable, job.grid.uri, size)]
     if num_parts == 1:
         needs += _picture(job.region, job.target)
@@ -214,10 +214,10 @@ def _sources(segment: Segment | None) -> list[Source]:
     return [source for source in found if source]
 
 
-def _grid_bytes(grid: GridStore) -> float:
-    """Bytes of a whole tile grid."""
-    height, width = grid.tiling.shape
-    return CODE * grid.tiling.tiles * grid.k**2 + height * width / 16
+def grid_bytes(tiling: Tiling, k: int) -> float:
+    """Bytes of a whole tile grid of k x k probabilities."""
+    height, width = tiling.shape
+    return CODE * tiling.tiles * k**2 + height * width / 16
 
 
 def _picture(region: Box, target: str) -> list[Need]:

@@ -84,6 +84,13 @@ def test_info_describes_segment(segment, capsys):
     assert "MB" in rows["memory"]
 
 
+def test_info_tells_what_a_model_costs(segment, capsys):
+    rows = said(capsys, "info", str(segment), "--model", "hecate-9.6um")
+    assert rows["tiles"].startswith("108 of 64 px at stride 32")
+    assert rows["grid"].startswith("about 4")  # as many probabilities as 108 tiles have pixels
+    assert said(capsys, "info", str(segment))["grid"].endswith("kB")
+
+
 def test_info_of_masked_segment_says_that_fewer_tiles_run(segment, capsys):
     assert "mask" not in said(capsys, "info", str(segment))["tiles"]
     Image.new("L", (300, 400), 255).save(segment / f"{segment.name}_mask.png")

@@ -174,13 +174,11 @@ def test_both_directions_come_from_one_read(options, tmp_path):
     pictures = [read_picture(uri) for uri in both]
     assert (tmp_path / "result.txt").read_text().splitlines() == both
     options["zarr_output_dir"] = str(tmp_path / "single")
-    read_alone = 0
     for expected, way in zip(pictures, (False, True), strict=True):
         (uri,), bytes_read = run(force_reverse=way, output_path=str(tmp_path / f"{way}"))
         np.testing.assert_array_equal(read_picture(uri), expected)
-        read_alone += bytes_read
+        assert read < 1.4 * bytes_read  # headers are read twice
     assert np.abs(pictures[0].astype(int) - pictures[1]).max() > 10
-    assert read < 0.6 * read_alone
     # What is stored serves a later reduce.
     options["zarr_output_dir"] = str(tmp_path / "both")
     for uri in both:
