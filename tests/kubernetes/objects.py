@@ -50,6 +50,7 @@ RESOURCES = [
     DEFINITIONS,
     Resource("", "v1", "serviceaccounts", "ServiceAccount"),
     Resource("", "v1", "events", "Event"),
+    Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy"),
     *(
         Resource(
             definition["spec"]["group"],
