@@ -77,38 +77,24 @@ def evidence(
     """
     uri = os.fspath(prediction).rstrip("/")
     picture = open_picture(uri)
-    told = picture.provenance
-    if told is None or told.shows != "ink" or told.origin.source is None:
-        raise InkdaskError(f"{uri} does not say what segment and network its ink was made of.")
-    if changed := changed_input(told.recipe, told.origin):
-        raise InkdaskError(f"{uri} cannot be compared with what is there now: {changed}.")
+    told = _origin(picture)
     settings = _settings(told, uri, model, options)
     settings.export_devices()
     region = settings.roi_xyxy or _part_to_show(picture)
     part = picture.crop(region)
     stem = _stem(uri, settings.output_path, region if part.shape != picture.shape else None)
-    with outputs.moved_by("OUTPUT_PATH"):
-        outputs.check_writable(f"{stem}.png")
+    _check_place(stem)
     base = {**_said(settings), "roi_xyxy": region}
     own, ways = _own(told, settings, base), _ways(base, second_model, second_stride)
     with connect(settings):
         jobs = [way.job for way in ways if way.job]
-        fill_together([*jobs, *([own] if own.plan and own.origin.roi_xyxy == region else [])])
-        ours = Reading.of(own)
-        ink = np.asarray(part.levels[0])
-        _tell_if_apart(uri, ink, ours)
+        fill_together([*jobs, *([own] if own.plan else [])])
+        ours, ink = Reading.of(own), np.asarray(part.levels[0])
         shown = [_control(way, ink, ours.valid) for way in ways]
-        ground = open_ground(part, "mean")
-        papyrus, on_papyrus = (
-            np.asarray(laid_over(part.levels[0], ground, 0, opacity)) for opacity in (0.0, 0.85)
-        )
+        papyrus, on_papyrus = _on_papyrus(part)
+    _tell_if_apart(uri, ink, ours)
     page = Page(
-        segment=told.origin.segment,
-        ink=ink,
-        valid=ours.valid,
-        papyrus=papyrus,
-        on_papyrus=on_papyrus,
-        spread=ours.spread,
+        told.origin.segment, ink, ours.valid, papyrus, on_papyrus, ours.spread,
         agreement=agreement([ours]),
         contrast=contrast([Reading(ink, ours.spread, ours.valid)]),
         controls=tuple(shown),
@@ -117,10 +103,31 @@ def evidence(
         facts=_facts(told, region, uri),
         command=_command(uri, region, second_model, second_stride, settings),
         digest=digest([region, *(job.recipe.digest for job in jobs)]),
-    )
+    )  # fmt: skip
     write_page(page, stem)
     _note(uri, page.digest)
     return [f"{stem}.png", f"{stem}.html"]
+
+
+def _check_place(stem: str) -> None:
+    with outputs.moved_by("OUTPUT_PATH"):
+        outputs.check_writable(f"{stem}.png")
+
+
+def _origin(picture: Picture) -> Provenance:
+    """Return what a picture was made of, which must still be there."""
+    uri, told = picture.uri, picture.provenance
+    if told is None or told.shows != "ink" or told.origin.source is None:
+        raise InkdaskError(f"{uri} does not say what segment and network its ink was made of.")
+    if changed := changed_input(told.recipe, told.origin):
+        raise InkdaskError(f"{uri} cannot be compared with what is there now: {changed}.")
+    return told
+
+
+def _on_papyrus(part: Picture) -> list[NDArray[np.uint8]]:
+    """Return the papyrus, and the ink over it, uint8 (y, x, 3) each."""
+    ground = open_ground(part, "mean")
+    return [np.asarray(laid_over(part.levels[0], ground, 0, share)) for share in (0.0, 0.85)]
 
 
 def _settings(told: Provenance, uri: str, model: Any, options: dict[str, Any]) -> Settings:

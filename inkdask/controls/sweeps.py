@@ -76,42 +76,56 @@ def sweep(
     """
     models = list(model) if isinstance(model, list | tuple) else [model]
     given = {**options, "s3_path": s3_path}
-    settings = Settings.of(**given, **({"model": models[0]} if models[0] is not None else {}))
+    settings = Settings.of(**given, **({} if models[0] is None else {"model": models[0]}))
     settings.require("s3_path", "model")
     settings.export_devices()
     settings.export_token()
-    models = models if models[0] is not None else [settings.model]
-    whole = open_segment(
-        settings.surface_volume_zarr or str(settings.s3_path), mask=NO_MASK,
-        level=settings.ome_zarr_level,
-    )  # fmt: skip
+    models[0] = settings.model
+    place = settings.surface_volume_zarr or str(settings.s3_path)
+    whole = open_segment(place, mask=NO_MASK, level=settings.ome_zarr_level)
     folder = settings.output_path or storage.join(str(settings.s3_path), "predictions")
     targets = [storage.join(folder, f"sweep.{ending}") for ending in ("png", "json")]
     with outputs.moved_by("OUTPUT_PATH"):
         outputs.check_writable(targets[0])
     truth = None if labels is None else open_labels(os.fspath(labels), whole.shape[1:])
-    windows = [settings.roi_xyxy] if settings.roi_xyxy else full_windows(whole)
-    if not settings.roi_xyxy:
-        places = " and ".join(",".join(map(str, window)) for window in windows)
-        log.info("no ROI_XYXY was given: windows that are full of papyrus are run, %s", places)
+    windows = _windows(settings, whole)
     ways = _ways(given, models, offsets, directions, strides, whole)
-    jobs = [
-        job_of(str(settings.s3_path), Settings.of(**{**way, "roi_xyxy": window}))
-        for _, way in ways
-        for window in windows
-    ]
     with connect(settings):
-        costs = fill_together(jobs)
-        count = len(windows)
-        variants = [
-            _variant(way, jobs[n : n + count], costs[n : n + count], windows, truth)
-            for n, way in zip(range(0, len(jobs), count), ways, strict=True)
-        ]
+        variants = _run(str(settings.s3_path), ways, windows, truth)
     best, advice = suggestion(variants)
     result = Sweep(whole.uri, tuple(windows), tuple(variants), best, advice, *targets)
     draw(result, targets[0], settings.pixel_resolution_um)
     storage.write_bytes(targets[1], json.dumps(result.to_json(), indent=1).encode())
     return result
+
+
+def _run(
+    source: str,
+    ways: Sequence[tuple[int, dict[str, Any]]],
+    windows: Sequence[Region],
+    truth: da.Array | None,
+) -> list[Variant]:
+    """Fill the grids of all variants and windows, and read the pictures."""
+    jobs = [
+        job_of(source, Settings.of(**{**way, "roi_xyxy": window}))
+        for _, way in ways
+        for window in windows
+    ]
+    costs, count = fill_together(jobs), len(windows)
+    return [
+        _variant(way, jobs[n : n + count], costs[n : n + count], windows, truth)
+        for n, way in zip(range(0, len(jobs), count), ways, strict=True)
+    ]
+
+
+def _windows(settings: Settings, whole: Segment) -> list[Region]:
+    """Return the region of the settings, or windows that are full of papyrus, and say which."""
+    if settings.roi_xyxy:
+        return [settings.roi_xyxy]
+    windows = full_windows(whole)
+    places = " and ".join(",".join(map(str, window)) for window in windows)
+    log.info("no ROI_XYXY was given: windows that are full of papyrus are run, %s", places)
+    return windows
 
 
 def _ways(
