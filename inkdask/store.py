@@ -153,15 +153,15 @@ class GridStore:
         tiling, k = self.tiling, self.k
         side = [min(axis.step, axis.length) for axis in (tiling.y, tiling.x)]
         tiles = [axis.grid_chunks[0] for axis in (tiling.y, tiling.x)]
-        each = {"shape": tiling.block_shape, "dimension_names": ("row", "column")}
+        each = {"dimension_names": ("row", "column")}
         arrays: dict[str, dict[str, Any]] = {
             "grid": {
-                "shape": (*tiling.grid_shape, k, k), "chunks": (*tiles, k, k), "dtype": "uint16",
-                "fill_value": 0, "dimension_names": ("gy", "gx", "ky", "kx"),
+                "chunks": (*tiles, k, k), "dtype": "uint16", "fill_value": 0,
+                "dimension_names": ("gy", "gx", "ky", "kx"),
             },
             "valid": {
-                "shape": tiling.shape, "chunks": tuple(side), "dtype": "bool",
-                "fill_value": False, "dimension_names": ("y", "x"),
+                "chunks": tuple(side), "dtype": "bool", "fill_value": False,
+                "dimension_names": ("y", "x"),
             },
             "done": {**each, "chunks": (1, 1), "dtype": "int8", "fill_value": -1},
             "work": {**each, "chunks": tiling.block_shape, "dtype": "int32", "fill_value": -1},
@@ -171,6 +171,7 @@ class GridStore:
             place = storage.zarr_store(self.uri)
             for name, how in arrays.items():
                 with suppress(ContainsArrayError):
+                    how["shape"] = self._shape(name)
                     zarr.create_array(place, name=self._path(name), zarr_format=3, **how)
 
     def check_place(self, recipe: Recipe) -> Label | None:
@@ -321,7 +322,15 @@ class GridStore:
     def _array(self, name: str) -> zarr.Array:
         place = storage.join(self.uri, self._path(name))
         with storage.explained(place):
-            return storage.open_array(place, f"{self.tiling} {self.k}")
+            array = storage.open_array(place, f"{self.tiling} {self.k}")
+        if array.shape != (shape := self._shape(name)):
+            raise DamagedError(f"{place} has the shape {array.shape}, not {shape}{REMEDY}.")
+        return array
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Shape that an array must have."""
+        shapes = {"grid": (*self.tiling.grid_shape, self.k, self.k), "valid": self.tiling.shape}
+        return shapes.get(name, self.tiling.block_shape)
 
     def _path(self, name: str) -> str:
         return f"g{self.generation}/{name}"
