@@ -323,8 +323,10 @@ class GridStore:
         place = storage.join(self.uri, self._path(name))
         with storage.explained(place):
             array = storage.open_array(place, f"{self.tiling} {self.k}")
-        if array.shape != (shape := self._shape(name)):
-            raise DamagedError(f"{place} has the shape {array.shape}, not {shape}{REMEDY}.")
+        shape, chunks = self._shape(name), array.chunks
+        if array.shape != shape or any(np.greater(chunks, shape)):
+            is_so = f"has the shape {array.shape} in chunks of {chunks}, not {shape}"
+            raise DamagedError(f"{place} {is_so}{REMEDY}.")
         return array
 
     def _shape(self, name: str) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ class FakeRepo:
     """Files of one commit; ``token`` makes the repo private, ``gated`` asks for accepted terms.
 
     ``fault`` is how the way to it misbehaves: ``login page`` and ``other JSON`` answer everything,
-    ``no headers`` drops those of the Hub, and ``bad token`` refuses any token.
+    ``no headers`` drops those of the Hub, ``odd names`` lists a number as the name of a file, and
+    ``bad token`` refuses any token.
     """
 
     files: dict[str, bytes]
@@ -89,7 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif revision not in ("", "main", repo.commit):
             self._send(404, error="RevisionNotFound")
         elif listing:
-            siblings = [{"rfilename": file} for file in repo.files]
+            names = [7] * (repo.fault == "odd names")
+            siblings = [{"rfilename": file} for file in (*names, *repo.files)]
             info = {"id": f"{owner}/{name}", "sha": repo.commit, "siblings": siblings}
             self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
         elif repo.gated:

@@ -147,6 +147,13 @@ def test_answer_that_is_not_the_hubs_is_reported(
         ) in found["error"]
 
 
+def test_names_that_are_no_texts_are_reported(server: HubServer, tmp_path: Path) -> None:
+    server.repos["ink/odd"] = FakeRepo({"a.pt": WEIGHTS}, fault="odd names")
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
+    (found,) = answers(settle("ink/odd", **environment))
+    assert f"{server.url} does not answer as the Hugging Face Hub does" in found["error"]
+
+
 def test_cache_serves_behind_a_login_page(server: HubServer, tmp_path: Path) -> None:
     repo = server.repos["ink/known"] = FakeRepo({"a.pt": WEIGHTS})
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}

@@ -210,11 +210,13 @@ def test_new_grid_at_an_old_place_gets_no_stale_handle(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["grid", "valid", "done", "ran_in"])
-def test_array_of_another_shape_is_named(tmp_path, name):
+@pytest.mark.parametrize("is_chunk", [False, True])
+def test_array_of_another_shape_is_named(tmp_path, name, is_chunk):
     store = store_in(tmp_path)
     path = Path(store.uri) / "g1" / name / "zarr.json"
     metadata = json.loads(path.read_text())
-    metadata["shape"][0] += 1
+    chunks = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    (chunks if is_chunk else metadata["shape"])[0] += 1000
     path.write_text(json.dumps(metadata))
     with pytest.raises(DamagedError, match=rf"g1/{name} has the shape .* --overwrite, or"):
         store.grid(), store.valid(), store.passes_done(), store.precisions()
