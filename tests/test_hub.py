@@ -147,10 +147,13 @@ def test_answer_that_is_not_the_hubs_is_reported(
         ) in found["error"]
 
 
-def test_names_that_are_no_texts_are_reported(server: HubServer, tmp_path: Path) -> None:
-    server.repos["ink/odd"] = FakeRepo({"a.pt": WEIGHTS}, fault="odd names")
+@pytest.mark.parametrize(("fault", "model"), [("odd names", "ink/odd"), ("ETag .", "ink/odd/a.pt")])
+def test_names_that_are_none_are_reported(
+    fault: str, model: str, server: HubServer, tmp_path: Path
+) -> None:
+    server.repos["ink/odd"] = FakeRepo({"a.pt": WEIGHTS}, fault=fault)
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
-    (found,) = answers(settle("ink/odd", **environment))
+    (found,) = answers(settle(model, **environment))
     assert f"{server.url} does not answer as the Hugging Face Hub does" in found["error"]
 
 

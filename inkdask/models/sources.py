@@ -128,6 +128,8 @@ class Repo:
         """Return the path of a file in the cache, after a download if needed."""
         with self._explained(name):
             path = Path(huggingface_hub.hf_hub_download(self.name, name, revision=self.revision))
+            if not path.is_file():
+                raise ValueError("an ETag that is no name of a file, such as .")
         # The cache names a large file by the SHA-256 that the Hub promises.
         promised = path.resolve().name
         if _IS_SHA256.fullmatch(promised) and sha256(path) != promised:
