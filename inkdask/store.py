@@ -153,15 +153,15 @@ class GridStore:
         tiling, k = self.tiling, self.k
         side = [min(axis.step, axis.length) for axis in (tiling.y, tiling.x)]
         tiles = [axis.grid_chunks[0] for axis in (tiling.y, tiling.x)]
-        each = {"dimension_names": ("row", "column")}
+        each = {"shape": tiling.block_shape, "dimension_names": ("row", "column")}
         arrays: dict[str, dict[str, Any]] = {
             "grid": {
-                "chunks": (*tiles, k, k), "dtype": "uint16", "fill_value": 0,
-                "dimension_names": ("gy", "gx", "ky", "kx"),
+                "shape": (*tiling.grid_shape, k, k), "chunks": (*tiles, k, k), "dtype": "uint16",
+                "fill_value": 0, "dimension_names": ("gy", "gx", "ky", "kx"),
             },
             "valid": {
-                "chunks": tuple(side), "dtype": "bool", "fill_value": False,
-                "dimension_names": ("y", "x"),
+                "shape": tiling.shape, "chunks": tuple(side), "dtype": "bool",
+                "fill_value": False, "dimension_names": ("y", "x"),
             },
             "done": {**each, "chunks": (1, 1), "dtype": "int8", "fill_value": -1},
             "work": {**each, "chunks": tiling.block_shape, "dtype": "int32", "fill_value": -1},
@@ -171,7 +171,6 @@ class GridStore:
             place = storage.zarr_store(self.uri)
             for name, how in arrays.items():
                 with suppress(ContainsArrayError):
-                    how["shape"] = self._shape(name)
                     zarr.create_array(place, name=self._path(name), zarr_format=3, **how)
 
     def check_place(self, recipe: Recipe) -> Label | None:
@@ -322,17 +321,7 @@ class GridStore:
     def _array(self, name: str) -> zarr.Array:
         place = storage.join(self.uri, self._path(name))
         with storage.explained(place):
-            array = storage.open_array(place, f"{self.tiling} {self.k}")
-        shape, chunks = self._shape(name), array.chunks
-        if array.shape != shape or any(np.greater(chunks, shape)):
-            is_so = f"has the shape {array.shape} in chunks of {chunks}, not {shape}"
-            raise DamagedError(f"{place} {is_so}{REMEDY}.")
-        return array
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """Shape that an array must have."""
-        shapes = {"grid": (*self.tiling.grid_shape, self.k, self.k), "valid": self.tiling.shape}
-        return shapes.get(name, self.tiling.block_shape)
+            return storage.open_array(place, f"{self.tiling} {self.k}")
 
     def _path(self, name: str) -> str:
         return f"g{self.generation}/{name}"

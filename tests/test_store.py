@@ -1,6 +1,5 @@
 """Test the stored grid: 16-bit codes, marks, generations, and independent writers."""
 
-import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -207,19 +206,6 @@ def test_new_grid_at_an_old_place_gets_no_stale_handle(tmp_path):
         assert store.grid().shape == (*store.tiling.grid_shape, 4, 4)
         assert store.valid().compute().all()
         outputs.remove(place)
-
-
-@pytest.mark.parametrize("name", ["grid", "valid", "done", "ran_in"])
-@pytest.mark.parametrize("is_chunk", [False, True])
-def test_array_of_another_shape_is_named(tmp_path, name, is_chunk):
-    store = store_in(tmp_path)
-    path = Path(store.uri) / "g1" / name / "zarr.json"
-    metadata = json.loads(path.read_text())
-    chunks = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    (chunks if is_chunk else metadata["shape"])[0] += 1000
-    path.write_text(json.dumps(metadata))
-    with pytest.raises(DamagedError, match=rf"g1/{name} has the shape .* --overwrite, or"):
-        store.grid(), store.valid(), store.passes_done(), store.precisions()
 
 
 @pytest.mark.parametrize("name", ["grid", "valid", "done", "ran_in", "work"])
