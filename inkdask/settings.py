@@ -59,7 +59,7 @@ def layer_range(layers: Any) -> tuple[int, int]:
         said = (layers.start, layers.stop) if layers.step in (None, 1) else None
     try:
         start, end = map(int, said.split(":") if isinstance(said, str) else said)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValueError(f"layers must be START:END, such as 0:26, but is {layers!r}") from None
     return _in_order(start, end)
 
@@ -459,7 +459,7 @@ class Settings(BaseSettings):
             return None
         try:
             x0, y0, x1, y1 = (int(number) for number in numbers)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise ValueError("must be four whole numbers x0,y0,x1,y1") from None
         if not (0 <= x0 < x1 and 0 <= y0 < y1):
             raise ValueError("must have 0 <= x0 < x1 and 0 <= y0 < y1")

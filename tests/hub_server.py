@@ -15,7 +15,8 @@ class FakeRepo:
     """Files of one commit; ``token`` makes the repo private, ``gated`` asks for accepted terms.
 
     ``fault`` is how the way to it misbehaves: ``login page`` and ``other JSON`` answer everything,
-    ``no headers`` drops those of the Hub, and ``bad token`` refuses any token.
+    ``no headers`` drops those of the Hub, ``odd names`` lists a number as the name of a file,
+    ``ETag .`` has that ETag, and ``bad token`` refuses any token.
     """
 
     files: dict[str, bytes]
@@ -91,7 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif revision not in ("", "main", repo.commit):
             self._send(404, error="RevisionNotFound")
         elif listing:
-            siblings = [{"rfilename": file} for file in repo.files]
+            names = [7] * (repo.fault == "odd names")
+            siblings = [{"rfilename": file} for file in (*names, *repo.files)]
             info = {"id": f"{owner}/{name}", "sha": repo.commit, "siblings": siblings}
             self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
         elif repo.gated:
@@ -104,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
         if data is None:
             return self._send(404, headers=headers, error="EntryNotFound")
-        sha256 = hashlib.sha256(data).hexdigest()
+        sha256 = "." if repo.fault == "ETag ." else hashlib.sha256(data).hexdigest()
         headers |= {"ETag": f'"{sha256}"', "X-Linked-Etag": f'"{sha256}"'}
         headers["X-Linked-Size"] = str(len(data))
         if repo.fault == "no headers":

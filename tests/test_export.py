@@ -416,3 +416,14 @@ def test_overlay_at_half_opacity_is_the_mean(tmp_path):
         shown[opacity] = read_picture(tmp_path / "p.png").astype(int)
     assert np.abs(shown[0.5] - (shown[0] + shown[1]) / 2).max() <= 1
     assert np.abs(shown[0] - shown[1]).max() > 100
+
+
+@pytest.mark.parametrize(("shape", "chunk"), [([9, 9], 0), ([2**40, 9], 1), ([0, 9], 1)])
+def test_picture_of_odd_size_is_named(tmp_path, shape, chunk):
+    zarr.create_array(tmp_path / "x.zarr", shape=(9, 9), chunks=(3, 3), dtype="u1")
+    path = tmp_path / "x.zarr" / "zarr.json"
+    metadata = json.loads(path.read_text()) | {"shape": shape}
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = [chunk, 3]
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(InkdaskError, match=r"x\.zarr (cannot be read|has no pixels|has 1 layers)"):
+        open_picture(str(tmp_path / "x.zarr"))

@@ -147,6 +147,16 @@ def test_answer_that_is_not_the_hubs_is_reported(
         ) in found["error"]
 
 
+@pytest.mark.parametrize(("fault", "model"), [("odd names", "ink/odd"), ("ETag .", "ink/odd/a.pt")])
+def test_names_that_are_none_are_reported(
+    fault: str, model: str, server: HubServer, tmp_path: Path
+) -> None:
+    server.repos["ink/odd"] = FakeRepo({"a.pt": WEIGHTS}, fault=fault)
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
+    (found,) = answers(settle(model, **environment))
+    assert f"{server.url} does not answer as the Hugging Face Hub does" in found["error"]
+
+
 def test_cache_serves_behind_a_login_page(server: HubServer, tmp_path: Path) -> None:
     repo = server.repos["ink/known"] = FakeRepo({"a.pt": WEIGHTS})
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}

@@ -155,6 +155,7 @@ def test_given_layers_win_over_both_variables(monkeypatch):
         ({"tiel": 64}, "tiel"),
         ({"part_id": 2, "num_parts": 2}, "PART_ID"),
         ({"roi_xyxy": "1,2,3"}, "ROI_XYXY"),
+        ({"roi_xyxy": (0, 0, float("inf"), 9)}, "ROI_XYXY"),
         ({"roi_xyxy": "3,0,3,9"}, "ROI_XYXY"),
         ({"z_downsample_mean_factor": "3"}, "Z_DOWNSAMPLE_MEAN_FACTOR"),
     ],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -104,14 +104,14 @@ class Repo:
                 info = huggingface_hub.model_info(
                     self.name, revision=self.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
                 )
-                return [file.rfilename for file in info.siblings or ()]
+                return _texts(file.rfilename for file in info.siblings or ())
             except Exception as error:  # of any type, because the library trusts the answer
                 if isinstance(error, hf.HfHubHTTPError) and error.response.status_code < 500:
                     raise
                 if cached := self._cached_names():
                     return cached
             # With more patience, because nothing is cached.
-            return huggingface_hub.list_repo_files(self.name, revision=self.revision)
+            return _texts(huggingface_hub.list_repo_files(self.name, revision=self.revision))
 
     def _cached_names(self) -> list[str]:
         try:
@@ -128,6 +128,8 @@ class Repo:
         """Return the path of a file in the cache, after a download if needed."""
         with self._explained(name):
             path = Path(huggingface_hub.hf_hub_download(self.name, name, revision=self.revision))
+            if not path.is_file():
+                raise ValueError("an ETag that is no name of a file, such as .")
         # The cache names a large file by the SHA-256 that the Hub promises.
         promised = path.resolve().name
         if _IS_SHA256.fullmatch(promised) and sha256(path) != promised:
@@ -186,6 +188,11 @@ class Repo:
         if disconnected or "Consistency check failed" in str(error):
             return f"The download of {file} broke off, and trying again did not help."
         return f"{file} cannot be had: {' '.join(str(error).split()).rstrip('.')}."
+
+
+def _texts(names: Iterable[Any]) -> list[str]:
+    """List names; other values are a TypeError, because the library trusts the answer."""
+    return [str.__str__(name) for name in names]
 
 
 def _place_of_token() -> str:

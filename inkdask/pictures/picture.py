@@ -15,6 +15,7 @@ from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Provenance
 from inkdask.pictures.pyramid import ORIGIN, halved
+from inkdask.reading.volume import check_size
 from inkdask.storage.dask_arrays import StoredArray
 
 log = logging.getLogger("inkdask")
@@ -89,9 +90,12 @@ def open_picture(uri: str) -> Picture:
             raise InkdaskError(
                 f"{uri} is no picture of uint8 (y, x): it has {array.dtype} of shape {array.shape}."
             )
-    levels = tuple(
-        da.from_array(StoredArray(place, array), array.chunks) for place, array in arrays.items()
-    )
+        check_size(uri, (1, *array.shape))
+    with storage.decoded(uri):  # because chunks may have no pixels
+        levels = tuple(
+            da.from_array(StoredArray(place, array), array.chunks)
+            for place, array in arrays.items()
+        )
     return Picture(uri, levels, pixel_um, corner, provenance_in(attributes.get(ORIGIN), uri))
 
 

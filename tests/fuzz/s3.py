@@ -148,8 +148,10 @@ def spoiled(rng, status, headers, body, fault):
             _, headers, body = answer_of(error_of(spoil.choice(rng, CODES)))
     elif fault == 2:
         headers.pop(spoil.choice(rng, [*headers]), None)
-    elif fault == 3 and not is_xml:  # other lengths and texts than those of the right answer
-        headers["Content-Length"] = str(spoil.number(rng))
+    elif fault == 3 and not is_xml:
+        length = spoil.number(rng)
+        if status == 206 or length > len(body):  # nobody can tell a shorter one from a whole file
+            headers["Content-Length"] = str(length)
     elif fault == 4:
         value = spoil.choice(rng, [*spoil.TEXTS, str(spoil.number(rng))])
         headers[spoil.choice(rng, HEADERS)] = value.replace("\n", " ").replace("\r", "")
@@ -202,7 +204,7 @@ def read(rng, server, volume):
     what = rng.integers(7)
     name = spoil.choice(rng, ("seg", "v.zarr"))
     if what < 3:
-        segment = open_segment(f"s3://b/{name}")
+        segment = open_segment(f"s3://b/{name}", (0, 2))  # a listing may lack a layer
         got = segment.volume.compute(scheduler="synchronous")
         np.testing.assert_array_equal(got, volume)
     elif what == 3:

@@ -1,5 +1,6 @@
 """Seeded changes of bytes, texts and JSON values."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -118,8 +119,9 @@ def _places(value):
 def change_text(rng, text):
     """Change a JSON text by its values, or else by its bytes."""
     if rng.integers(4):
-        changed = json.dumps(change_json(rng, json.loads(text)), ensure_ascii=bool(rng.integers(2)))
-        return changed.encode("utf-8", "surrogatepass")
+        value, is_ascii = change_json(rng, json.loads(text)), bool(rng.integers(2))
+        with contextlib.suppress(RecursionError):
+            return json.dumps(value, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")
     return change(rng, text.encode())
 
 

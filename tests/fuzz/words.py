@@ -119,8 +119,7 @@ def on_command_line(rng, given, segment, folder):
         return "read"
     assert status in (1, 2), status
     lines = err.getvalue().strip().splitlines()
-    is_usage = lines[-1].startswith("Error: ")  # of click
-    assert is_usage or lines[-1].startswith("inkdask: "), lines
+    assert any(line.startswith(("Error: ", "inkdask: ")) for line in lines), lines
     return "refused"
 
 
