@@ -68,6 +68,8 @@ def off(uri, name):
     return np.abs(read_picture(uri).astype(int) - expected).max()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_job_makes_both_maps_of_hecate(hecate, options, tmp_path):
     values = volume("hecate_9.6um-map", (21, 80, 100), (0, 30, 0, 37))
     uris = inkdask.run(segment(tmp_path, values), model=hecate, direction="both", **options)
