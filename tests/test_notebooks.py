@@ -20,6 +20,9 @@ def read(name):
     return nbformat.read(EXAMPLES / name, as_version=4)
 
 
+pytestmark = pytest.mark.xdist_group("notebooks")  # whose fixture takes long
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """The notebooks after they ran, and the folder of each, by name: one kernel runs them all."""
