@@ -34,6 +34,7 @@ TRIES = 3  # of a task, before it fails for good
 PAUSE = 1.0  # seconds before the second try; the next waits twice as long
 MOST_THREADS = 32  # of the local scheduler, beside the network's
 HOPELESS = 10  # failures without one success: something is wrong with all of them
+_LOST = "processing-tasks", "lost-computed-tasks"  # tasks in the event of a removed worker
 Tell = Callable[[int, Any], None]  # number of a task, and its result or `Failure`
 
 
@@ -193,9 +194,6 @@ def _on_threads(tasks: Mapping[int, Delayed], tell: Tell) -> None:
             tell(number, failure)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-_LOST = "processing-tasks", "lost-computed-tasks"  # of the event of a worker's removal
 
 
 def last_steps(tasks: Mapping[int, Delayed]) -> dict[Any, int]:

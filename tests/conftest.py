@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from inkdask import engine, storage
 from inkdask.settings import parameters
 from tests.faultproxy import FaultProxy
 from tests.files import SHAPE, random_volume
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which processes of tests inherit
 
 
 @pytest.fixture(autouse=True)

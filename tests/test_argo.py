@@ -11,6 +11,8 @@ from tests.argo import FailedError, Runner
 from tests.files import random_volume, read_picture, write_layers
 from tests.manifests import CLUSTER, only, render
 
+pytestmark = pytest.mark.xdist_group("argo")  # whose fixture takes long
+
 
 @pytest.fixture(scope="module")
 def templates():

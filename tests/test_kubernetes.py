@@ -33,7 +33,8 @@ def settings(**given):
     return Settings.of(**{**JOB, **given})
 
 
-pytestmark = pytest.mark.timeout(900)  # on a busy machine
+# On a busy machine; and one small Kubernetes for all.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("kubernetes")]
 
 
 # The manifest

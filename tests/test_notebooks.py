@@ -28,6 +28,9 @@ def read(name):
     return nbformat.read(EXAMPLES / name, as_version=4)
 
 
+pytestmark = pytest.mark.xdist_group("notebooks")  # whose fixture takes long
+
+
 def of_own_segment(place):
     """The notebook explore as a reader changes it: a larger segment of more layers, off-centre."""
     synthetic.write_segment(place, text=("ΑΦΟΒΟΝ",), layers=30, height=200, width=400)

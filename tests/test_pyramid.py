@@ -359,6 +359,21 @@ def test_picture_swept_by_another_job_is_not_taken_for_whole(tmp_path, pixels, m
     assert not storage.exists(uri)
 
 
+def test_step_that_fails_in_a_swept_picture_says_what_to_do(tmp_path, pixels, monkeypatch):
+    def swept(*_):
+        outputs.sweep(uri)
+        raise InkdaskError("the array of level 0 does not exist.")
+
+    monkeypatch.setattr(outputs, "REST", -1)
+    monkeypatch.setattr(engine, "compute_each", swept)
+    uri = str(tmp_path / "p.zarr")
+    with pytest.raises(
+        InkdaskError, match=r"\.unfinished was removed: give the same command again"
+    ):
+        write_pyramid(lazy(pixels), uri, PROVENANCE)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("shape", [(1301, 91), (1100, 91)])
 def test_picture_is_written_in_place_where_nothing_may_be_removed(s3, faults, pixels, shape):
     uri = f"{s3}/p.zarr"

@@ -15,6 +15,9 @@ from tests.oracle import naive_map, picture
 FRAMES, START, HEIGHT, WIDTH = 26, 3, 80, 77  # 2 x 2 tiles
 
 
+pytestmark = pytest.mark.xdist_group("real network")  # whose fixture takes long
+
+
 @pytest.fixture(scope="module")
 def reference():
     """A reference network with random weights whose probabilities are spread over (0, 1)."""

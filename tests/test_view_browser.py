@@ -21,7 +21,7 @@ from PIL import Image
 import inkdask
 from tests.conftest import free_port, start_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("browser")]
 
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "build" / "browser"

@@ -68,12 +68,15 @@ def write_pyramid(
         with storage.explained(place):
             group = zarr.open_group(storage.zarr_store(place), mode="a", zarr_format=3)
             group.attrs.put({})  # of an earlier picture
-        steps = list(_writes(picture, place))
-        with Meter("picture", sum(map(len, steps)), "chunks") as meter:
-            for step in steps:  # each level is made of the stored one before
-                engine.compute_each(step, lambda _: meter.add(1)).check()
-        if not storage.exists(storage.join(place, "zarr.json")):  # `outputs.sweep`
-            raise InkdaskError(f"{place} was removed: give the same command again.")
+        try:
+            steps = list(_writes(picture, place))
+            with Meter("picture", sum(map(len, steps)), "chunks") as meter:
+                for step in steps:  # each level is made of the stored one before
+                    engine.compute_each(step, lambda _: meter.add(1)).check()
+        except InkdaskError:
+            _check_there(place)
+            raise
+        _check_there(place)
         with storage.explained(place):
             group.attrs.put(attributes)
         draw(place)
@@ -166,6 +169,12 @@ def _side(sizes: tuple[int, ...]) -> int:
     side = max(others, default=0)
     # The last may be longer than a chunk, but not twice as long.
     return last if last > 2 * side else side
+
+
+def _check_there(place: str) -> None:
+    """Check that no other job has taken the picture for that of a dead one (`outputs.sweep`)."""
+    if not storage.exists(storage.join(place, "zarr.json")):
+        raise InkdaskError(f"{place} was removed: give the same command again.")
 
 
 def _discard(uri: str) -> None:

@@ -95,13 +95,11 @@ def probabilities(network: Any, x: Any) -> Any:
 
 
 def exact(network: Any, x: Any) -> Any:
-    """Return those without TF32; the package's network has frames before channels."""
+    """Return those without TF32, of tiles in the order of axes that the network takes."""
     import torch
 
     from inkdask.models.hardware import full_float32
 
-    if type(network).__module__.startswith("timesformer_pytorch"):
-        x = x.transpose(1, 2)
     with full_float32():
         p = torch.cat([probabilities(network, part) for part in x.split(32)])
     k = round(p[0].numel() ** 0.5)
@@ -115,7 +113,7 @@ def kernels(given: Given) -> None:
     from inkdask.models import kernels as ours
 
     plain, network, x = timesformers(given)
-    expected = exact(plain, x)
+    expected = exact(plain, x.transpose(1, 2))  # frames before channels
     fast.prepare(network, given.dtype)
     x, fused = x.to(given.dtype), ours.FusedTimeSformer(network)
     given.within(f"{len(x)} tiles, against float32", probabilities(fused, x), expected, 0.03)
@@ -154,7 +152,7 @@ def correctness(given: Given) -> None:
     at = np.concatenate([edges, rng.integers(0, (46, 84), (count - len(edges), 2))])
     tiles = np.stack([block[:, y : y + TILE, x : x + TILE] for y, x in at])[:, None]
     x = torch.from_numpy(tiles).to(given.device).float().clamp_(max=200).div_(200)
-    expected = exact(plain.to(given.device), x)[:, 0].cpu().numpy()
+    expected = exact(plain.to(given.device), x.transpose(1, 2))[:, 0].cpu().numpy()
     for some in (count, 1, count // 2 + 1):
         what = f"{some} tiles of an odd block, against float32"
         given.within(what, predictor.predict(block, at[:some], count), expected[:some], 0.03)
@@ -194,7 +192,7 @@ def timesformer(given: Given) -> None:
     from inkdask.models.fast import prepare
 
     plain, network, tiles = timesformers(given)
-    expected, x = exact(plain, tiles), tiles.to(given.dtype)
+    expected, x = exact(plain, tiles.transpose(1, 2)), tiles.to(given.dtype)
     batches = given.size((256, 128, 512), (2,))
     with given.autocast("bfloat16"):
         found = speed(given, plain, tiles.transpose(1, 2), batches[0])
