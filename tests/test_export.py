@@ -428,8 +428,10 @@ def test_picture_of_several_heights_is_named(tmp_path):
     path = tmp_path / "x.tif"
     tifffile.imwrite(path, np.zeros((9, 9), np.uint8))
     with tifffile.TiffFile(path) as tif:
-        at = tif.pages.first.tags["ImageLength"].offset + 4
-    data = path.read_bytes()
-    path.write_bytes(data[:at] + struct.pack("<II", 2, 8) + data[at + 8 :])  # values at byte 8
+        height, strips = (tif.pages.first.tags[name].offset for name in (257, 273))
+    data = bytearray(path.read_bytes())
+    data[height + 4 : height + 12] = struct.pack("<II", 2, 8)  # two values, at byte 8
+    data[strips : strips + 2] = struct.pack("<H", 65000)
+    path.write_bytes(data)
     with pytest.raises(InkdaskError, match=r"x\.tif cannot be read as a picture: "):
         read_facts(str(path))
