@@ -426,12 +426,12 @@ def test_picture_of_odd_size_is_named(tmp_path, shape, chunk):
 
 def test_picture_of_several_heights_is_named(tmp_path):
     path = tmp_path / "x.tif"
-    tifffile.imwrite(path, np.zeros((9, 9), np.uint8))
+    tifffile.imwrite(path, np.zeros((9, 9), np.uint8), tile=(16, 16), compression="zlib")
     with tifffile.TiffFile(path) as tif:
-        height, strips = (tif.pages.first.tags[name].offset for name in (257, 273))
+        height, tiles = (tif.pages.first.tags[tag].offset for tag in (257, 324))
     data = bytearray(path.read_bytes())
     data[height + 4 : height + 12] = struct.pack("<II", 2, 8)  # two values, at byte 8
-    data[strips : strips + 2] = struct.pack("<H", 65000)
+    data[tiles : tiles + 2] = struct.pack("<H", 65000)
     path.write_bytes(data)
     with pytest.raises(InkdaskError, match=r"x\.tif cannot be read as a picture: "):
         read_facts(str(path))
