@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,6 +28,7 @@ from inkdask.pictures.colour import colour_table
 from inkdask.pictures.picture import open_picture
 from inkdask.pictures.png import write_png
 from inkdask.pictures.pyramid import halve, write_pyramid
+from inkdask.pictures.reading import read_facts
 from inkdask.pictures.scale_bar import ScaleBar, with_scale_bar
 from tests.files import random_volume, read_picture, write_layers
 from tests.jobs import made_of
@@ -427,3 +429,16 @@ def test_picture_of_odd_size_is_named(tmp_path, shape, chunk):
     path.write_text(json.dumps(metadata))
     with pytest.raises(InkdaskError, match=r"x\.zarr (cannot be read|has no pixels|has 1 layers)"):
         open_picture(str(tmp_path / "x.zarr"))
+
+
+def test_picture_of_several_heights_is_named(tmp_path):
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, np.zeros((9, 9), np.uint8), tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(path) as tif:
+        height, tiles = (tif.pages.first.tags[tag].offset for tag in (257, 324))
+    data = bytearray(path.read_bytes())
+    data[height + 4 : height + 12] = struct.pack("<II", 2, 8)  # two values, at byte 8
+    data[tiles : tiles + 2] = struct.pack("<H", 65000)
+    path.write_bytes(data)
+    with pytest.raises(InkdaskError, match=r"x\.tif cannot be read as a picture: "):
+        read_facts(str(path))

@@ -398,6 +398,14 @@ def test_broken_picture_is_named_at_opening(tmp_path, name, data):
         open_segment(str(tmp_path))
 
 
+def test_jpeg_without_channels_is_refused(tmp_path):
+    data = imagecodecs.jpeg_encode(random_volume((1, 20, 30), "|u1")[0])
+    at = data.index(b"\xff\xc0")  # the frame header: length, bits, height, width, channels
+    (tmp_path / "00.jpg").write_bytes(data[: at + 9] + b"\0" + data[at + 10 :])
+    with pytest.raises(InkdaskError, match=r"00\.jpg has no pixels"):
+        open_segment(tmp_path)
+
+
 def test_truncated_picture_is_named_at_reading(tmp_path, pixels):
     (tmp_path / "00.png").write_bytes(imagecodecs.png_encode(pixels[0])[:-3000])
     segment = open_segment(str(tmp_path))

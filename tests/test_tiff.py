@@ -263,6 +263,9 @@ def with_tag(data, tag, value, kind=None):
         ({"photometric": "rgb"}, 284, 0, None, "has PlanarConfiguration 0"),
         ({"photometric": "rgb"}, 284, 2, None, "is corrupt: it lists 1 of 3 pieces"),
         ({"compression": "zlib", "predictor": True}, 259, 1, None, "has predictor"),
+        ({}, 277, 0, None, "is corrupt: it is cut into"),
+        ({}, 257, 2**32 - 1, 9, "has no pixels"),
+        ({"compression": "jpeg"}, 262, 2, None, "cannot be read as a TIFF: colours of one sample"),
     ],
 )
 def test_tags_without_sense_are_refused(tmp_path, options, tag, value, kind, message):
@@ -281,6 +284,20 @@ def test_empty_tile_takes_no_memory_of_its_own(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10e6
+
+
+def test_tile_without_bounds_is_refused(tmp_path):
+    data = encode(random_volume((64, 64, 1), "|u1").squeeze(), tile=(16, 16), compression="zlib")
+    data = with_tag(with_tag(data, 322, 2**32 - 1), 323, 2**32 - 1)
+    with pytest.raises(InkdaskError, match=r"odd\.tif is corrupt: its pixels are not where"):
+        open_image(data, tmp_path, "odd.tif")
+
+
+def test_description_of_millions_of_images_is_refused(tmp_path):
+    pixels = '<Pixels SizeZ="9876543" SizeC="1" SizeT="1"/>'
+    data = encode(random_volume(SHAPE)[0], description=f"<OME>{pixels}</OME>", metadata=None)
+    with pytest.raises(InkdaskError, match=r"image\.tif cannot be read .* of too many images"):
+        open_image(data, tmp_path)
 
 
 @pytest.mark.timeout(60)

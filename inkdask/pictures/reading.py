@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from operator import index
 from typing import Any, BinaryIO
 
 import png
@@ -94,7 +95,7 @@ def _of_tiff(file: BinaryIO, uri: str) -> Facts:
             kind += f", tiles of {page.tilewidth} x {page.tilelength} px"
         return Facts(
             kind,
-            (page.imagelength, page.imagewidth),
+            (index(page.imagelength), index(page.imagewidth)),
             _micrometers(1e4 if centimetre else 25400, per_unit / parts if per_unit > 1 else 0),
             _decoded(page.description, uri),
         )

@@ -144,7 +144,7 @@ def _parse(uri: str, head: bytes) -> ImageFile:
             bits, height, width, channels = jpeg_shape(head)
     except Exception as error:
         raise InkdaskError(f"{uri} cannot be read as a PNG or JPEG: {reason(error)}.") from error
-    if not height * width:
+    if not height * width * channels:
         raise InkdaskError(f"{uri} has no pixels.")
     if 8 < bits < 16:
         raise InkdaskError(f"{uri} has {bits}-bit values: save it as uint8, or as a PNG of uint16.")

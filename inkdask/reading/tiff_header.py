@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import collections
 import io
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import index
@@ -25,6 +27,7 @@ CUT_BYTES, CUT_ROWS = 1 << 20, 64  # limits of a piece where pieces can be chose
 
 HEAD = 8  # bytes of the shortest header
 MOST_SHRUNK = 1 << 16  # times that a codec makes zeros smaller
+MOST_IMAGES = 1 << 20
 MOST_VISITS = 1000  # of one byte, because tifffile follows pages in a circle without end
 
 PLANES = "PlanarConfiguration"
@@ -50,7 +53,10 @@ def read_stack(uri: str, size: int, etag: str = "") -> list[TiffImage]:
     try:
         with tifffile.TiffFile(file, _multifile=False) as tif:
             len(tif.pages)  # finds a circle of less than 100 pages
-            images = list(_describe_all(uri, size, tif.pages.first, tif.series[0]))
+            page: Any = tif.pages.first
+            first = _describe(uri, page, page.dataoffsets, page.databytecounts)
+            _check_claims(page.description)
+            images = list(_describe_all(size, first, page, tif.series[0]))
             if len(images) == 1 and (tif.pages.is_multipage or tif.series[0].ndim > 3):
                 images = [replace(images[0], oddity=_SEVERAL)]
     except InkdaskError:
@@ -68,7 +74,8 @@ def _check_places(image: TiffImage, size: int) -> None:
     places, counts = image.offsets[image.counts != 0], image.counts[image.counts != 0]
     height, width = image.layout.piece
     least = -(-height * width * image.layout.pixel_bytes // MOST_SHRUNK)
-    if places.min(initial=HEAD) < HEAD or counts.min(initial=least) < least:
+    shortest = int(counts.min(initial=size))  # an int, because `least` may be any large
+    if places.min(initial=HEAD) < HEAD or (counts.size and shortest < least):
         raise InkdaskError(f"{image.uri} is corrupt: its pixels are not where it says.")
     end = (places.astype(np.uint64) + counts.astype(np.uint64)).max(initial=0)  # no overflow
     if end > size:
@@ -77,15 +84,21 @@ def _check_places(image: TiffImage, size: int) -> None:
         )
 
 
-def _describe_all(uri: str, size: int, page: Any, series: Any) -> Iterator[TiffImage]:
+def _check_claims(description: str) -> None:
+    """Check that a description in OME-XML is none of millions of images, which tifffile lists."""
+    sizes = (re.findall(rf'\bSize{axis}="(\d+)"', description) for axis in "CTZ")
+    if math.prod(max(map(int, found), default=1) for found in sizes) > MOST_IMAGES:
+        raise ValueError("its description speaks of too many images")
+
+
+def _describe_all(size: int, first: TiffImage, page: Any, series: Any) -> Iterator[TiffImage]:
     """Describe the images along the one axis of a stack; where there are more axes, the first."""
-    first = _describe(uri, page, page.dataoffsets, page.databytecounts)
     count = series.size // page.size
     if count < 2 or series.ndim - ("S" in series.axes) > 3:
         yield first
     elif series.dataoffset is None:
         for it in (it for it in series if it is not None):  # others lie in other files
-            yield _describe(uri, page, it.dataoffsets, it.databytecounts)
+            yield _describe(first.uri, page, it.dataoffsets, it.databytecounts)
     else:  # One page may describe all. The first beyond the end of the file will be an error.
         for shift in range(0, min(count * page.nbytes, size + 1), page.nbytes):
             yield replace(first, offsets=first.offsets + shift)
@@ -110,15 +123,15 @@ def _describe(uri: str, page: Any, starts: Sequence[int], counts: Sequence[int])
     if page.predictor not in (1, 2) or (page.predictor == 2 and page.compression in _UNPREDICTED):
         raise InkdaskError(f"{uri} has predictor {page.predictor!r}, which cannot be read.")
     height, width = index(page.imagelength), index(page.imagewidth)
-    if not height * width:
+    if min(height, width) < 1:
         raise InkdaskError(f"{uri} has no pixels.")
     piece = min(index(page.rowsperstrip), height), width
     if page.is_tiled:
         piece = index(page.tilelength), index(page.tilewidth)
-    if min(piece) < 1:
+    planes, samples = 1, index(page.samplesperpixel)
+    if min(*piece, samples) < 1:
         raise InkdaskError(f"{uri} is corrupt: it is cut into pieces of {piece[1]} x {piece[0]}.")
     grid = (-(-height // piece[0]), -(-width // piece[1]))
-    planes, samples = 1, index(page.samplesperpixel)
     if page.planarconfig == 2:
         planes, samples = samples, 1
     dtype = np.dtype(f"{page.parent.byteorder}u{bits // 8}")
@@ -150,6 +163,8 @@ def _describe(uri: str, page: Any, starts: Sequence[int], counts: Sequence[int])
 
 
 def _jpeg(page: Any) -> tuple[bytes | None, Any, Any]:
+    if page.photometric == 2 and page.samplesperpixel < 3:
+        raise ValueError("colours of one sample")
     colours = tifffile.tifffile.jpeg_decode_colorspace(
         page.photometric, page.planarconfig, page.extrasamples, page.is_jfif
     )

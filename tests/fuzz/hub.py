@@ -61,6 +61,7 @@ def opened(home):
     # huggingface_hub has read its environment when it was imported.
     patches = [
         mock.patch.object(constants, "ENDPOINT", server.url),
+        mock.patch.object(constants, "HF_HUB_OFFLINE", False),
         mock.patch.object(constants, "HF_HUB_CACHE", str(home / "cache")),
         mock.patch.object(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1),
         mock.patch.object(constants, "HF_HUB_ETAG_TIMEOUT", 1),

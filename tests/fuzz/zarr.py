@@ -75,7 +75,17 @@ def read(rng, folder, base):
     if math.prod(segment.shape) > MOST:
         segment = segment.take(slice(0, 4)).crop(slice(0, min(9, height)), slice(0, min(9, width)))
     got = segment.volume.compute(scheduler="synchronous")
-    return compare(got, segment, contents)
+    try:
+        return compare(got, segment, contents)
+    except AssertionError:
+        # A damaged chunk without a checksum may be decoded to what was in memory.
+        if all(data == base[name] for name, data in contents.items() if not is_metadata(name)):
+            raise
+        return "unjudged"
+
+
+def is_metadata(name):
+    return name.endswith(METADATA)
 
 
 def compare(got, segment, contents):
@@ -110,7 +120,7 @@ def compare(got, segment, contents):
 def spoil_one(rng, contents):
     """Spoil one file; most often metadata."""
     names = sorted(contents)
-    metadata = [name for name in names if name.endswith(METADATA)]
+    metadata = list(filter(is_metadata, names))
     if metadata and rng.integers(5):
         name = spoil.choice(rng, metadata)
         if rng.integers(20) == 0:
