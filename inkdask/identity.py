@@ -131,6 +131,8 @@ class Origin(_Value):
         Versions, by package.
     command
         Words of the command that makes it again; None for a callable.
+    pixel_um
+        Side of a pixel in micrometers, where the segment tells it.
     """
 
     segment: str
@@ -144,6 +146,7 @@ class Origin(_Value):
     roi_xyxy: Region | None
     software: dict[str, str]
     command: tuple[str, ...] | None
+    pixel_um: float | None = None
 
 
 @dataclass(frozen=True)

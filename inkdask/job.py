@@ -52,11 +52,14 @@ class Rendering:
 
 def rendering_of(settings: Settings, origin: Origin) -> Rendering:
     """Return what the settings say about the picture."""
+    pixel_um = settings.pixel_resolution_um or origin.pixel_um
+    if settings.add_scale_bar and pixel_um is None:
+        settings.require("pixel_resolution_um")
     bar = settings.scale_bar_length_um if settings.add_scale_bar else None
     return Rendering(
         blend_mode=settings.blend_mode,
         gaussian_sigma=settings.gaussian_sigma,
-        pixel_um=settings.pixel_resolution_um,
+        pixel_um=pixel_um,
         look=Look(reverse_video=settings.reverse_video, scale_bar_um=bar),
         words=picture_options(settings, origin.roi_xyxy),
     )
@@ -215,7 +218,9 @@ def _digest_of(weights: str | None) -> str | None:
 
 def output_stem(folder: str | None, origin: Origin, model: str) -> str:
     """Where the outputs go, without their endings: ``.../prediction_<MODEL>_<START>_<END>``."""
-    folder = folder or storage.join(str(origin.source), "predictions")
+    source = str(origin.source)
+    beside = "." if _is_for_readers(source) else storage.join(source, "predictions")
+    folder = folder or beside
     if storage.is_local(folder):  # the reader of the result file may be in another folder
         folder = str(Path(storage.filesystem(folder)[1]).absolute())
     start, end = origin.layer_range
@@ -223,6 +228,11 @@ def output_stem(folder: str | None, origin: Origin, model: str) -> str:
     if roi := origin.roi_xyxy:  # a part must not take the place of the whole
         name += "_{}-{}-{}-{}".format(*roi)
     return storage.join(folder, name)
+
+
+def _is_for_readers(uri: str) -> bool:
+    """Whether nothing can be written beside a segment."""
+    return storage.is_http(uri) or not (storage.is_local(uri) or storage.has_credentials())
 
 
 def _name_of(model: str, weights: str) -> str:

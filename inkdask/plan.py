@@ -10,6 +10,7 @@ from typing import TypeAlias
 import dask.array as da
 import numpy as np
 
+from inkdask import catalogue
 from inkdask.box import Box
 from inkdask.engine import has_gpus
 from inkdask.errors import InkdaskError, SettingsError
@@ -87,7 +88,9 @@ class Plan:
         opened = _open(source, settings, network)
         segment = opened if isinstance(opened, Segment) else None
         given = segment.layers if segment else tuple(range(opened.shape[0]))
-        path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+        path = None
+        if isinstance(source, str | os.PathLike):
+            path = catalogue.locate(os.fspath(source), settings.catalogue)
         asked = settings.layers if path else None
         kept = _kept_layers(len(given), settings, None if asked else network)
         layers, factor = given[kept], settings.z_downsample_mean_factor
@@ -208,7 +211,13 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
             mask = mask or find_mask(place)
             place = settings.surface_volume_zarr
         return open_segment(
-            place, settings.layers, count=wanted, mask=mask, level=settings.ome_zarr_level
+            place,
+            settings.layers,
+            count=wanted,
+            mask=mask,
+            level=settings.ome_zarr_level,
+            volume=settings.volume,
+            root=settings.catalogue,
         )
     array = source if isinstance(source, da.Array) else np.asarray(source)
     if array.ndim != 3:

@@ -79,6 +79,7 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
         roi_xyxy=plan.roi_xyxy,
         software=software(),
         command=None,
+        pixel_um=segment.pixel_um if segment else None,
     )
     origin = without_secrets(origin)
     if plan.network.function is not None:

@@ -18,21 +18,28 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from inkdask import showing, storage
+from inkdask import catalogue, showing, storage
 from inkdask.box import Box
 from inkdask.errors import InkdaskError, SettingsError
-from inkdask.reading import images, tiff_header
-from inkdask.reading.layers import LayerFile, check_unique, choose_layers, find_layers, no_layers
+from inkdask.reading import images, pixel_size, tiff_header
+from inkdask.reading.layers import (
+    ZARR_FILES,
+    LayerFile,
+    check_unique,
+    choose_layers,
+    find_layers,
+    list_names,
+    no_layers,
+)
 from inkdask.reading.tiff import TiffImage
 from inkdask.reading.volume import DecodedStack, Reading, Source, TiffStack, lazy, read_block
-from inkdask.reading.zarr_volume import open_zarr
+from inkdask.reading.zarr_volume import ZarrSource, open_zarr
 from inkdask.settings import layer_range
 from inkdask.specs import NO_MASK
 from inkdask.storage.parallel import for_each
+from inkdask.volumes import choose_volume
 
 log = logging.getLogger(__name__)
-
-_ZARR_FILES = {"zarr.json", ".zarray", ".zgroup"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,6 +72,8 @@ class Segment:
         Pixels of the files that are kept (see `crop`); None for all.
     level
         Level of an OME-Zarr group that was asked for.
+    pixel_um
+        Side of a pixel in micrometers, where the catalogue, the name or the metadata tell it.
     """
 
     uri: str
@@ -79,6 +88,7 @@ class Segment:
     mask_identity: str | None = None
     box: Box | None = None
     level: str = "0"
+    pixel_um: float | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -139,14 +149,17 @@ def open_segment(
     count: int | None = None,
     mask: str | os.PathLike[str] | None = None,
     level: str = "0",
+    volume: str | None = None,
+    root: str | None = None,
 ) -> Segment:
     """Find the layers of a segment, and read their headers.
 
     Parameters
     ----------
     uri
-        Local path or ``s3://`` URI: a folder that holds ``layers`` or ``surface_volume``, a folder
-        of layers (``<id>.tifs``), a TIFF of all layers, a zarr array, or an OME-Zarr group.
+        Local path, ``s3://`` or ``https://`` URI: a folder that holds ``layers``,
+        ``surface_volume`` or ``surface-volumes``, a folder of layers (``<id>.tifs``), a TIFF of all
+        layers, a zarr array, or an OME-Zarr group. Or an id of the catalogue, ``SAMPLE/SEGMENT``.
     layers
         Numbers of the first layer (inclusive) and the last (exclusive), or ``"0:26"``.
     count
@@ -156,33 +169,32 @@ def open_segment(
         the folder ``<id>``, where there is one.
     level
         Level of an OME-Zarr group.
+    volume
+        Surface volume of a published segment: its name, or the id of its scan.
+    root
+        Root of the catalogue. Default: ``INKDASK_CATALOGUE``, else the open bucket.
     """
-    uri = storage.absolute(os.fspath(uri))  # because workers may run in another folder
+    # Absolute, because workers may run in another folder.
+    uri = storage.absolute(catalogue.locate(os.fspath(uri), root))
     if layers is not None:
         try:
             layers = layer_range(layers)
         except ValueError as error:
             raise SettingsError(f"{error}.") from None
-    listing = storage.list_folder(uri)
+    listing = list_names(uri)
     name = name_of(uri)
-    if _ZARR_FILES & {entry.name for entry in listing}:
+    mask_uri = os.fspath(mask) if mask else find_mask(uri, listing)
+    if (chosen_uri := choose_volume(uri, listing, volume, root)) != uri:
+        uri, listing = chosen_uri, list_names(chosen_uri)
+    if {*ZARR_FILES} & {entry.name for entry in listing}:
         source, numbers, dtype, identity = _open_array(uri, layers, count, level)
         stored = 0
     else:
-        folder, files = find_layers(uri, listing)
-        check_unique(files, layers)
-        only = files[0] if len(files) == 1 and files[0].is_tiff else None
-        stack = tiff_header.read_stack(only.uri, only.entry.size, only.entry.etag) if only else []
-        numbers = tuple(range(len(stack)) if len(stack) > 1 else (file.number for file in files))
-        if not numbers or numbers[0] < 0:
-            raise no_layers(uri, folder, layers)
-        chosen = choose_layers(numbers, folder, layers, count)
-        numbers = numbers[chosen]
-        files = files if only else files[chosen]
-        source, dtype, identity = _open_files(files, stack[chosen])
-        stored = sum(file.entry.size for file in files)
-    mask_uri = os.fspath(mask) if mask else find_mask(uri, listing)
-    segment = Segment(uri, name, numbers, dtype, identity, source, stored, mask_uri, level=level)
+        source, numbers, dtype, identity, stored = _open_folder(uri, listing, layers, count)
+    side = _pixel_um(uri, source, root)
+    segment = Segment(
+        uri, name, numbers, dtype, identity, source, stored, mask_uri, level=level, pixel_um=side
+    )
     if mask_uri and mask_uri != NO_MASK:
         mask_source = _open_mask(mask_uri, source.shape[1:])
         segment = replace(segment, mask_source=mask_source, mask_identity=mask_source.identity)
@@ -194,8 +206,8 @@ def identify(
     uri: str, layers: tuple[int, int], mask: str | None, level: str
 ) -> tuple[str, str | None]:
     """Return the identities that layers and mask have now, as `Segment` has them; opens no file."""
-    listing = storage.list_folder(uri)
-    if _ZARR_FILES & {entry.name for entry in listing}:
+    listing = list_names(uri)
+    if {*ZARR_FILES} & {entry.name for entry in listing}:
         identity = open_zarr(uri, level).identity
     else:
         start, end = layers
@@ -208,6 +220,21 @@ def identify(
     if mask is None or mask == NO_MASK:
         return identity, None
     return identity, _digest([_traits(LayerFile(0, mask, storage.entry(mask)))])
+
+
+def _pixel_um(uri: str, source: Source, root: str | None) -> float | None:
+    """Return the side of a pixel: as the catalogue has it, as the name, else as the metadata."""
+    told = source if isinstance(source, ZarrSource) else None
+    names = uri.split("/")
+    index = told.level if told else 0
+    if len(names) > 1 and names[-2].endswith(".zarr") and names[-1].isdecimal():
+        index, uri = int(names.pop()), "/".join(names[:-1])  # a level that was named itself
+    named = catalogue.pixel_um(uri, root) or next(
+        filter(None, map(pixel_size.of_name, names[::-1])), None
+    )
+    if named and not (told and told.prepared_as):
+        return named * 2**index
+    return told.pixel_um if told else None
 
 
 def _open_array(
@@ -224,6 +251,23 @@ def _open_array(
         numbers = tuple(range(*layers))
     chosen = choose_layers(numbers, uri, layers, count)
     return source.take(chosen), numbers[chosen], source.dtype, source.identity
+
+
+def _open_folder(
+    uri: str, listing: Sequence[storage.Entry], layers: tuple[int, int] | None, count: int | None
+) -> tuple[Source, tuple[int, ...], np.dtype[Any], str, int]:
+    """Find layers in a folder or a stack, choose some, and read their headers."""
+    folder, files = find_layers(uri, listing)
+    check_unique(files, layers)
+    only = files[0] if len(files) == 1 and files[0].is_tiff else None
+    stack = tiff_header.read_stack(only.uri, only.entry.size, only.entry.etag) if only else []
+    numbers = tuple(range(len(stack)) if len(stack) > 1 else (file.number for file in files))
+    if not numbers or numbers[0] < 0:
+        raise no_layers(uri, folder, layers)
+    chosen = choose_layers(numbers, folder, layers, count)
+    files = files if only else files[chosen]
+    source, dtype, identity = _open_files(files, stack[chosen])
+    return source, numbers[chosen], dtype, identity, sum(file.entry.size for file in files)
 
 
 def _open_files(
@@ -277,7 +321,7 @@ def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) ->
 
 def find_mask(uri: str, listing: Sequence[storage.Entry] | None = None) -> str | None:
     """Return the mask in a segment, or None; other ``*_mask.png`` are no masks of papyrus."""
-    there = {entry.name for entry in listing or storage.list_folder(uri)}
+    there = {entry.name for entry in listing or list_names(uri)}
     own = [name for name in (f"{name_of(uri)}_mask.png", "mask.png") if name in there]
     return storage.join(uri, own[0]) if own else None
 

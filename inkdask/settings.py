@@ -104,8 +104,20 @@ class Settings(BaseSettings):
     # Input
     s3_path: str | None = Field(
         None,
-        description="Segment to read: an `s3://` URI or a local path of the folder that holds "
-        "`layers/`. Required.",
+        description="Segment to read: a local path, or an `s3://` or `https://` URI, of the folder "
+        "that holds `layers/` or `surface-volumes/`; or its id in the catalogue, `SAMPLE/SEGMENT`. "
+        "Required.",
+    )
+    volume: str | None = Field(
+        None,
+        description="Surface volume to read of a segment that has several: its name, the id of its "
+        "scan, or how one of these begins.",
+    )
+    catalogue: str | None = Field(
+        None,
+        validation_alias=AliasChoices("catalogue", "inkdask_catalogue"),
+        description="Folder, `s3://` or `https://` URI of a copy of the open bucket, whose "
+        "`metadata.json` is the catalogue. Default: the open bucket.",
     )
     start_layer: int | None = Field(
         None,
@@ -307,7 +319,8 @@ class Settings(BaseSettings):
     # Outputs
     output_path: str | None = Field(
         None,
-        description="Folder for the picture, local or `s3://`. Default: `<S3_PATH>/predictions`.",
+        description="Folder for the picture, local or `s3://`. Default: `<S3_PATH>/predictions`; "
+        "the current folder for a segment over HTTPS, or from a bucket without credentials.",
     )
     zarr_output_dir: str = Field(
         "/tmp/partitions",  # noqa: S108  the contract's default
@@ -449,8 +462,8 @@ class Settings(BaseSettings):
         return int(value) if isinstance(value, str) and value.isdigit() else value
 
     @field_validator(
-        "s3_path", "model", "surface_volume_zarr", "mask_path", "output_path", "zarr_output_dir",
-        "result_file", "grid", "report", "cluster_spec", mode="before",
+        "s3_path", "catalogue", "model", "surface_volume_zarr", "mask_path", "output_path",
+        "zarr_output_dir", "result_file", "grid", "report", "cluster_spec", mode="before",
     )  # fmt: skip
     @classmethod
     def _as_text(cls, value: Any) -> Any:

@@ -40,6 +40,8 @@ class ModelSpec:
         tile of any size.
     clip, divisor
         A voxel ``v`` reaches the network as ``min(v, clip) / divisor``.
+    pixel_um
+        Side of a voxel of the scans that the network was trained on, in micrometers.
     filename, revision
         File and revision inside the repo; ``None`` picks by preference and the newest.
     precision
@@ -57,6 +59,7 @@ class ModelSpec:
     pixels_per_logit: int = 16
     clip: float = 200.0
     divisor: float = 200.0
+    pixel_um: float | None = None
     filename: str | None = None
     revision: str | None = None
     precision: Precision = "auto"
