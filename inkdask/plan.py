@@ -10,7 +10,7 @@ from typing import TypeAlias
 import dask.array as da
 import numpy as np
 
-from inkdask import catalogue
+from inkdask import catalogue, isotropic
 from inkdask.box import Box
 from inkdask.engine import has_gpus
 from inkdask.errors import InkdaskError, SettingsError
@@ -117,7 +117,7 @@ class Plan:
             layers=layers,
             layer_range=asked or (min(layers), max(layers) + 1),
             is_reversed=settings.force_reverse,
-            volume=_average(volume, factor),
+            volume=average(volume, factor),
             mask=mask,
             tiling=Tiling.of(reach.shape, network.tile, stride, chunk),
             corner=corner,
@@ -155,7 +155,7 @@ class Plan:
         else:
             inside = self.inside.crop(rows, columns)
             volume, mask = inside.lazy(read_or_fail)
-            volume = _average(volume, self.averaged)
+            volume = average(volume, self.averaged)
         return volume.rechunk(-1), None if mask is None else mask.rechunk(-1)
 
     @property
@@ -205,12 +205,14 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
     if isinstance(source, Segment):
         return source
     if isinstance(source, str | os.PathLike):
-        wanted = network.layers * settings.z_downsample_mean_factor if network else None
+        factor = settings.z_downsample_mean_factor
+        # Without a count, `isotropic.centre` says which layers are the middle ones.
+        wanted = network.layers * factor if network and factor < isotropic.FACTOR else None
         place, mask = os.fspath(source), settings.mask_path
         if settings.surface_volume_zarr:  # the mask stays where the segment is
             mask = mask or find_mask(place)
             place = settings.surface_volume_zarr
-        return open_segment(
+        segment = open_segment(
             place,
             settings.layers,
             count=wanted,
@@ -219,6 +221,7 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
             volume=settings.volume,
             root=settings.catalogue,
         )
+        return isotropic.centre(segment, settings)
     array = source if isinstance(source, da.Array) else np.asarray(source)
     if array.ndim != 3:
         raise InkdaskError(
@@ -238,7 +241,8 @@ def _kept_layers(depth: int, settings: Settings, network: Network | None) -> sli
     if wanted := settings.model_in_chans or (network and network.layers):
         count = min(wanted * factor, depth)
     count -= count % factor  # the same layers in both directions
-    first = (depth - count) // 2
+    unit = factor if factor == isotropic.FACTOR else 1  # whole groups are left out
+    first = (depth // unit - count // unit) // 2 * unit
     kept = range(depth)[first : first + count]
     if settings.force_reverse:
         kept = kept[::-1]
@@ -283,8 +287,8 @@ def _reach(whole: Tiling, roi_xyxy: Region | None) -> tuple[Box, Box]:
     return reach, roi.inside(reach.corner)
 
 
-def _average(volume: da.Array, factor: int) -> da.Array:
-    """Average neighbouring layers, rounded to the nearest value."""
+def average(volume: da.Array, factor: int) -> da.Array:
+    """Average neighbouring layers of dask uint8 (z, y, x), rounded to the nearest value."""
     if factor == 1:
         return volume
     one_chunk = volume.rechunk({0: -1}, method="tasks")
@@ -299,6 +303,8 @@ def _average(volume: da.Array, factor: int) -> da.Array:
 
 @fallible
 def average_layers(block: np.ndarray, factor: int) -> np.ndarray:
-    """Average every ``factor`` layers of uint8 (z, y, x), rounded half up."""
+    """Average every ``factor`` layers of uint8 (z, y, x), rounded half up; half to even of four."""
     grouped = block.reshape(-1, factor, *block.shape[1:]).sum(axis=1, dtype=np.uint16)
+    if factor == isotropic.FACTOR:
+        return ((grouped + 1 + (grouped >> 2 & 1)) >> 2).astype(np.uint8)
     return ((grouped + factor // 2) // factor).astype(np.uint8)

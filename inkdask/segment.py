@@ -229,11 +229,9 @@ def _pixel_um(uri: str, source: Source, root: str | None) -> float | None:
     index = told.level if told else 0
     if len(names) > 1 and names[-2].endswith(".zarr") and names[-1].isdecimal():
         index, uri = int(names.pop()), "/".join(names[:-1])  # a level that was named itself
-    named = catalogue.pixel_um(uri, root) or next(
-        filter(None, map(pixel_size.of_name, names[::-1])), None
-    )
-    if named and not (told and told.prepared_as):
-        return named * 2**index
+    if not (told and (told.made_of or told.prepared_as)):  # whose name may be that of a finer level
+        if named := catalogue.pixel_um(uri, root) or pixel_size.of_path("/".join(names)):
+            return named * 2**index
     return told.pixel_um if told else None
 
 

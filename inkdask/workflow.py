@@ -202,8 +202,9 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
     s3_path
         The segment, an ``s3://`` URI or a local path.
     **options
-        Of `inkdask.settings.Settings`: ``layers`` (default: all), ``surface_volume_zarr`` (where
-        the array goes; default: in ``zarr_output_dir``), ``use_zarr_compression``, ``overwrite``.
+        Of `inkdask.settings.Settings`: ``layers`` (default: all), ``z_downsample_mean_factor``,
+        ``ome_zarr_level``, ``volume``, ``surface_volume_zarr`` (where the array goes; default: in
+        ``zarr_output_dir``), ``use_zarr_compression``, ``overwrite``.
     """
     settings = _settings(s3_path, options)
     settings.require("s3_path")
@@ -215,12 +216,7 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
         volume=settings.volume,
         root=settings.catalogue,
     )
-    array = Preparation.of(
-        segment,
-        settings.surface_volume_zarr,
-        settings.zarr_output_dir,
-        settings.use_zarr_compression,
-    )
+    array = Preparation.of(segment, settings)
     warn_of_small_values(segment)
     array.begin(settings.overwrite)
     if array.is_finished:

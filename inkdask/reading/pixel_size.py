@@ -23,6 +23,18 @@ def halvings(name: str) -> int:
     return int(found[1]) if found else 0
 
 
+def of_prepared(attributes: dict[str, Any]) -> float | None:
+    """Return the pixel size of an array of means, by the name and level of its source."""
+    source, level = str(attributes.get("source")), str(attributes.get("source_level"))
+    side = of_path(source)
+    return side * 2 ** int(level) if side and level.isdecimal() else None
+
+
+def of_path(uri: str) -> float | None:
+    """Return the pixel size in the name of a file or folder, or in that of a folder above it."""
+    return next((side for name in reversed(uri.split("/")) if (side := of_name(name))), None)
+
+
 def of_ome(attributes: dict[str, Any], index: int) -> float | None:
     """Return the pixel size of a level of an OME-Zarr group, where it is plausible.
 

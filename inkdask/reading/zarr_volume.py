@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,13 +22,14 @@ import zarr
 from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.memory import map_large_blocks
-from inkdask.reading.pixel_size import of_ome
+from inkdask.reading.pixel_size import of_ome, of_prepared
 from inkdask.reading.volume import WHOLE_BYTES, MadeOf, Occupied, check_size, whole_units
 
 # Attributes of a prepared array.
 LAYERS_ATTRIBUTE = "layers"  # numbers of the layers
 PREPARED_ATTRIBUTE = "prepared_from"  # see `MadeOf`
 OCCUPIED_ATTRIBUTE = "occupied"  # see `Occupied`
+PIXEL_ATTRIBUTE = "pixel_um"  # side of a pixel in micrometers, or null
 FINISHED_ATTRIBUTE = "finished"  # False until the last block is written
 
 _DEPTHS = ("z", "depth", "layer", "c", "channel")  # names of the axis of the layers
@@ -74,7 +76,7 @@ class ZarrSource:
     pixel_um
         Side of a pixel in micrometers, where the metadata tell it and it is plausible.
     prepared_as
-        Format of an array of means of layers (`ISOTROPIC`); mostly empty.
+        Format of an array of means of layers (`inkdask.isotropic`); mostly empty.
     """
 
     uri: str
@@ -195,6 +197,7 @@ def open_zarr(uri: str, level: str = "0", wanted: int = 0) -> ZarrSource:
     pieces = (node.shards or node.chunks)[-3:]
     if depth * math.prod(pieces) // pieces[axes[0]] > WHOLE_BYTES:
         pieces = node.chunks[-3:]
+    said = str(attributes.get("format") or "")
     kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
     numbers = kept or range(depth)
     chunks = " x ".join(str(length) for length in node.chunks)
@@ -217,7 +220,10 @@ def open_zarr(uri: str, level: str = "0", wanted: int = 0) -> ZarrSource:
         made_of=_made_of(node.attrs.get(PREPARED_ATTRIBUTE)),
         oddity=oddity,
         level=index,
-        pixel_um=of_ome(attributes, index),
+        pixel_um=attributes.get(PIXEL_ATTRIBUTE)
+        or of_prepared(attributes)
+        or of_ome(attributes, index),
+        prepared_as=said if re.match(r"level\d+-zmean\d+-", said) else "",
     )
 
 
