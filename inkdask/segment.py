@@ -229,10 +229,10 @@ def _pixel_um(uri: str, source: Source, root: str | None) -> float | None:
     index = told.level if told else 0
     if len(names) > 1 and names[-2].endswith(".zarr") and names[-1].isdecimal():
         index, uri = int(names.pop()), "/".join(names[:-1])  # a level that was named itself
-    if not (told and (told.made_of or told.prepared_as)):  # whose name may be that of a finer level
-        if named := catalogue.pixel_um(uri, root) or pixel_size.of_path("/".join(names)):
-            return named * 2**index
-    return told.pixel_um if told else None
+    if told and (told.made_of or told.prepared_as):  # whose name may be that of a finer level
+        return told.pixel_um
+    named = catalogue.pixel_um(uri, root) or pixel_size.of_path("/".join(names))
+    return named * 2**index if named else told and told.pixel_um
 
 
 def _open_array(

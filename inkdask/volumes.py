@@ -29,7 +29,7 @@ def choose_volume(
     root
         Root of the catalogue, which says what a folder holds where nothing is listed.
     """
-    there = _find(uri, listing, root)
+    there = _find(uri, listing, wanted, root)
     if not wanted and (not there or {entry.name for entry in listing} & {*FOLDERS}):
         return uri
     last = (wanted or "").rsplit("/", 1)[-1]
@@ -50,7 +50,9 @@ def choose_volume(
     raise SettingsError(f"VOLUME is not set: {uri} has several surface volumes, {said}; name one.")
 
 
-def _find(uri: str, listing: Sequence[storage.Entry], root: str | None) -> dict[str, str]:
+def _find(
+    uri: str, listing: Sequence[storage.Entry], wanted: str | None, root: str | None
+) -> dict[str, str]:
     """Return the surface volumes of a folder: their URIs by name."""
     if storage.is_http(uri):
         if listing:
@@ -62,7 +64,10 @@ def _find(uri: str, listing: Sequence[storage.Entry], root: str | None) -> dict[
                 f"{uri} is no folder of layers and no zarr, and what else it holds is not known: "
                 f"{error}"
             ) from error
-        return {volume.rsplit("/", 1)[-1]: volume for volume in there}
+        names = {volume.rsplit("/", 1)[-1]: volume for volume in there}
+        if wanted and wanted.endswith(".tifs"):  # which no catalogue names
+            names.setdefault(wanted, storage.join(uri, VOLUMES, wanted))
+        return names
     folders = [entry.name for entry in listing if entry.is_folder]
     if VOLUMES in folders:
         uri = storage.join(uri, VOLUMES)
@@ -87,7 +92,8 @@ def _describe(uri: str, root: str | None) -> str:
     side = catalogue.pixel_um(uri, root) or pixel_size.of_name(name)
     try:
         files = [] if name.endswith(".zarr") else find_layers(uri, list_names(uri))[1]
-        depth = f"{len(files) or open_zarr(uri).shape[0]} layers"
+        count = len(files) or open_zarr(uri).shape[0]
+        depth = f"{count} layer{'s' * (count > 1)}"
     except InkdaskError:
         depth = "unreadable"
     return f"{name} ({f'{side:g} um, ' if side else ''}{depth})"

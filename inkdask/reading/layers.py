@@ -104,8 +104,6 @@ def no_layers(uri: str, folder: str, layers: tuple[int, int] | None) -> InkdaskE
     """Say what is in a segment, or in its folder of layers, instead of layers."""
     what = "it does not exist"
     if names := [entry.name for entry in storage.list_folder(folder)]:
-        inner = storage.list_folder(storage.join(folder, VOLUMES))
-        names = [storage.join(VOLUMES, entry.name) for entry in inner] or names
         names.sort(key=lambda name: name not in FOLDERS)
         for at, name in enumerate(names[:3]):
             if not storage.exists(storage.join(folder, name)):

@@ -38,11 +38,11 @@ class RemoteStore(zarr_storage.FsspecStore):
     """zarr store over a network.
 
     A bucket that does not let its keys be listed refuses those that are not there. When the store
-    only reads, a refused key is absent, if the metadata can be read right after it.
+    only reads, a refused key is absent, if the array's header can be read right after it.
     """
 
     refused: PermissionError | None = None  # the last refusal that stood for an absent key
-    _told: tuple[str, tuple[Any, ...], dict[str, Any]] | None = None  # a read of metadata
+    _told: tuple[str, tuple[Any, ...], dict[str, Any]] | None = None  # a read of a header
 
     async def get(self, key: str, *how: Any, **named: Any) -> Buffer | None:
         """Read a key; None where it is absent."""
@@ -50,14 +50,16 @@ class RemoteStore(zarr_storage.FsspecStore):
         try:
             buffer = await super().get(key, *how, **named)
         except PermissionError as error:
-            if not self.read_only or not (is_metadata or self._told):
+            told = getattr(error.__cause__, "response", {}).get("Error", {})  # by S3
+            is_right = told.get("Code", "403") in ("403", "AccessDenied")  # and no key that expired
+            if not (self.read_only and is_right and (is_metadata or self._told)):
                 raise
             self.refused = error
             if not is_metadata and self._told:
                 again, how, named = self._told
                 await super().get(again, *how, **named)
             return None
-        if is_metadata and buffer is not None:
+        if buffer is not None and key.endswith((".zarray", "zarr.json")):
             self._told = key, how, named
         return _readable(key, buffer)
 
