@@ -210,8 +210,9 @@ def reduce(**given: Any) -> None:
 @inkdask_.command()
 @click.argument("s3_path", required=False)
 @_settings_options(
-    "start_layer", "end_layer", "ome_zarr_level", "surface_volume_zarr", "zarr_output_dir",
-    "use_zarr_compression", "overwrite",
+    "start_layer", "end_layer", "volume", "catalogue", "ome_zarr_level",
+    "z_downsample_mean_factor", "surface_volume_zarr", "zarr_output_dir", "use_zarr_compression",
+    "overwrite",
 )  # fmt: skip
 def prepare(**given: Any) -> None:
     """Write the layers of a segment to one zarr array, for SURFACE_VOLUME_ZARR.
@@ -358,16 +359,9 @@ def evidence(prediction: str, **given: Any) -> None:
 @inkdask_.command()
 @click.argument("path")
 @_settings_options(
-    "start_layer",
-    "end_layer",
-    "ome_zarr_level",
-    "mask_path",
-    "model",
-    "model_type",
-    "tile",
-    "stride",
-    "chunk_size",
-)
+    "start_layer", "end_layer", "volume", "catalogue", "ome_zarr_level", "mask_path", "model",
+    "model_type", "tile", "stride", "chunk_size",
+)  # fmt: skip
 def info(path: str, **given: Any) -> None:
     """Describe the segment, picture or tile grid at PATH.
 

@@ -137,6 +137,8 @@ class Origin(_Value):
         Words of the command that makes it again; None for a callable.
     offset
         Layers from the middle of the segment to that of the layers read; None where unknown.
+    pixel_um
+        Side of a pixel in micrometers, where the segment tells it.
     """
 
     segment: str
@@ -151,6 +153,7 @@ class Origin(_Value):
     software: dict[str, str]
     command: tuple[str, ...] | None
     offset: float | None = None
+    pixel_um: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from inkdask import provenance, storage
+from inkdask import catalogue, provenance, storage
 from inkdask.errors import InkdaskError
 from inkdask.identity import Origin, Provenance, Recipe
 from inkdask.memory import expected_memory
-from inkdask.models.registry import shape_of
+from inkdask.models.registry import known, shape_of
 from inkdask.pictures import exporting
 from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
 from inkdask.plan import span
-from inkdask.preflight import grid_bytes, samples, warn_of_small_values
+from inkdask.preflight import TOLERANCE, grid_bytes, samples, warn_of_small_values
 from inkdask.progress import amount, size
 from inkdask.reading.tiff_header import read_stack
 from inkdask.segment import Segment, open_segment
@@ -36,18 +36,28 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     Parameters
     ----------
     path
-        A segment, a PNG, TIFF or JPEG, a stored picture or tile grid; local or ``s3://``.
+        A segment, a PNG, TIFF or JPEG, a stored picture or tile grid; or an id of the catalogue,
+        of a segment (``SAMPLE/SEGMENT``) or of a scroll, whose segments are listed.
     **options
-        ``layers``, ``ome_zarr_level``, ``mask_path``, ``model``, ``model_type``, ``tile``,
+        ``layers``, ``volume``, ``catalogue``, ``ome_zarr_level``, ``mask_path``, ``model``,
+        ``model_type``, ``tile``,
         ``stride`` and ``chunk_size`` of `inkdask.settings.Settings`.
     """
+    settings = Settings.of(s3_path=path, **options)
+    if catalogue.is_id(path) and "/" not in path:
+        return dict(_of_sample(path, settings.catalogue))
+    path = catalogue.locate(path, settings.catalogue)
     if is_picture(path) or (is_picture_file(path) and not _is_stack(path)):
         return dict(_of_picture(path, read_facts(path)))
     if GridStore.label(path):
         return dict(_of_grid(path))
-    settings = Settings.of(s3_path=path, **options)
     segment = open_segment(
-        path, settings.layers, mask=settings.mask_path, level=settings.ome_zarr_level
+        path,
+        settings.layers,
+        mask=settings.mask_path,
+        level=settings.ome_zarr_level,
+        volume=settings.volume,
+        root=settings.catalogue,
     )
     tile, stride, k = settings.tile or TILE, STRIDE, K
     if settings.model:
@@ -57,6 +67,26 @@ def describe(path: str, **options: Any) -> dict[str, str]:
     pieces = samples(segment, share=2)
     warn_of_small_values(segment, pieces)
     return dict(of_segment(segment, tiling, empty_share(pieces), k))
+
+
+def _of_sample(sample: str, root: str | None) -> Iterator[tuple[str, str]]:
+    """Describe the segments of a scroll, with their surface volumes."""
+    for it in catalogue.find(sample, root):
+        volumes = [
+            uri.rsplit("/", 1)[-1] + (f" ({side:.4g} um{_fitting(side)})" if side else "")
+            for uri, side in it.volumes.items()
+        ]
+        yield f"{it.sample}/{it.id}", ", ".join(volumes) or "no surface volumes"
+
+
+def _fitting(side: float) -> str:
+    """Name the models that were trained at this side of a pixel."""
+    near = [
+        spec.key
+        for spec in known().values()
+        if spec.pixel_um and abs(spec.pixel_um - side) <= TOLERANCE * spec.pixel_um
+    ]
+    return f", as of {', '.join(near)}" if near else ""
 
 
 def _is_stack(path: str) -> bool:
@@ -78,6 +108,8 @@ def of_segment(
     yield "segment", segment.uri
     yield "layers", f"{depth} ({span(segment.layers)})"
     yield "size", size((height, width))
+    if side := segment.pixel_um:
+        yield "pixels", f"{side:.4g} um{_fitting(side)}"
     yield "type", segment.dtype.name + (" (the high byte is read)" * (segment.dtype.itemsize == 2))
     yield "layout", segment.source.words
     if segment.stored_bytes:

@@ -55,11 +55,14 @@ class Rendering:
 
 def rendering_of(settings: Settings, origin: Origin) -> Rendering:
     """Return what the settings say about the picture."""
+    pixel_um = settings.pixel_resolution_um or origin.pixel_um
+    if settings.add_scale_bar and pixel_um is None:
+        settings.require("pixel_resolution_um")
     bar = settings.scale_bar_length_um if settings.add_scale_bar else None
     return Rendering(
         blend_mode=settings.blend_mode,
         gaussian_sigma=settings.gaussian_sigma,
-        pixel_um=settings.pixel_resolution_um,
+        pixel_um=pixel_um,
         look=Look(reverse_video=settings.reverse_video, scale_bar_um=bar),
         spread=settings.spread,
         words=picture_options(settings, origin.roi_xyxy),
@@ -230,7 +233,8 @@ def output_stem(folder: str | None, origin: Origin, model: str, way: str = "") -
     Where no folder on the way is the segment's own, its name comes before that of the model.
     """
     source, name = str(origin.source), _name_of(model, origin.weights_from or "")
-    folder = folder or storage.join(source, "predictions")
+    beside = "." if _is_for_readers(source) else storage.join(source, "predictions")
+    folder = folder or beside
     if storage.is_local(folder):  # the reader of the result file may be in another folder
         folder = str(Path(storage.filesystem(folder)[1]).absolute())
     segment = name_of(source)
@@ -246,6 +250,11 @@ def output_stem(folder: str | None, origin: Origin, model: str, way: str = "") -
 def is_below(uri: str, folder: str) -> bool:
     """Whether ``uri`` lies in a folder, or is it."""
     return f"{uri}/".startswith(f"{folder}/")
+
+
+def _is_for_readers(uri: str) -> bool:
+    """Whether nothing can be written beside a segment."""
+    return storage.is_http(uri) or not (storage.is_local(uri) or storage.has_credentials())
 
 
 def _name_of(model: str, weights: str) -> str:

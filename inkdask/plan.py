@@ -11,6 +11,7 @@ from typing import TypeAlias
 import dask.array as da
 import numpy as np
 
+from inkdask import catalogue, isotropic
 from inkdask.box import Box
 from inkdask.engine import has_gpus
 from inkdask.errors import InkdaskError, SettingsError
@@ -90,7 +91,9 @@ class Plan:
         opened = _open(source, settings, network)
         segment = opened if isinstance(opened, Segment) else None
         given = segment.layers if segment else tuple(range(opened.shape[0]))
-        path = home_of(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
+        path = None
+        if isinstance(source, str | os.PathLike):
+            path = home_of(catalogue.locate(os.fspath(source), settings.catalogue))
         asked = settings.layers if path else None
         kept, turned = (
             _kept_layers(len(given), settings, network, asked is not None, is_reversed)
@@ -122,7 +125,7 @@ class Plan:
             layers=layers,
             layer_range=asked or (min(layers), max(layers) + 1),
             is_reversed=settings.is_reversed,
-            volume=_average(volume, factor),
+            volume=average(volume, factor),
             mask=mask,
             tiling=Tiling.of(reach.shape, network.tile, stride, chunk),
             corner=corner,
@@ -165,7 +168,7 @@ class Plan:
         else:
             inside = self.inside.crop(rows, columns)
             volume, mask = inside.lazy(read_or_fail)
-            volume = _average(volume, self.averaged)
+            volume = average(volume, self.averaged)
         return volume.rechunk(-1), None if mask is None else mask.rechunk(-1)
 
     def over(self, whole: Segment, volume: da.Array) -> Plan:
@@ -183,7 +186,7 @@ class Plan:
             chunks=((len(order),), *part.chunks[1:]),
             meta=np.empty((0, 0, 0), np.uint8),
         )
-        return replace(self, volume=_average(part, self.averaged))
+        return replace(self, volume=average(part, self.averaged))
 
     @property
     def name(self) -> str:
@@ -240,16 +243,28 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
     if isinstance(source, Segment):
         return source
     if isinstance(source, str | os.PathLike):
-        wanted = network.layers * settings.z_downsample_mean_factor if network else None
-        if network and family_of(network.model.architecture) != Family():
-            wanted = None  # because which layers are the middle ones is for its family to say
-        place, mask = home_of(os.fspath(source)), settings.mask_path
+        factor = settings.z_downsample_mean_factor
+        wanted = network.layers * factor if network else None
+        # Which layers are the middle ones is for the model's family, or `isotropic`, to say.
+        if factor >= isotropic.FACTOR or (
+            network and family_of(network.model.architecture) != Family()
+        ):
+            wanted = None
+        place = home_of(catalogue.locate(os.fspath(source), settings.catalogue))
+        mask = settings.mask_path
         if settings.surface_volume_zarr:  # the mask stays where the segment is
             mask = mask or find_mask(place)
             place = settings.surface_volume_zarr
-        return open_segment(
-            place, settings.layers, count=wanted, mask=mask, level=settings.ome_zarr_level
+        segment = open_segment(
+            place,
+            settings.layers,
+            count=wanted,
+            mask=mask,
+            level=settings.ome_zarr_level,
+            volume=settings.volume,
+            root=settings.catalogue,
         )
+        return isotropic.centre(segment, settings)
     array = source if isinstance(source, da.Array) else np.asarray(source)
     if array.ndim != 3:
         raise InkdaskError(
@@ -288,7 +303,10 @@ def _kept_layers(
         count = min(wanted * factor, depth)
     count -= count % factor  # the same layers in both directions
     family = family_of(network.model.architecture) if network else Family()
-    return _as_slice(family.centre(depth, count, is_reversed))
+    unit = factor if factor == isotropic.FACTOR else 1  # whole groups are left out
+    groups = family.centre(depth // unit, count // unit, is_reversed)
+    first, last = min(groups) * unit, (max(groups) + 1) * unit
+    return _as_slice(range(depth)[first:last][:: groups.step])
 
 
 def _check_layers(
@@ -332,8 +350,8 @@ def _reach(whole: Tiling, roi_xyxy: Region | None) -> tuple[Box, Box]:
     return reach, roi.inside(reach.corner)
 
 
-def _average(volume: da.Array, factor: int) -> da.Array:
-    """Average neighbouring layers, rounded to the nearest value."""
+def average(volume: da.Array, factor: int) -> da.Array:
+    """Average neighbouring layers of dask uint8 (z, y, x), rounded to the nearest value."""
     if factor == 1:
         return volume
     one_chunk = volume.rechunk({0: -1}, method="tasks")
@@ -354,6 +372,8 @@ def take_layers(block: np.ndarray, order: list[int]) -> np.ndarray:
 
 @fallible
 def average_layers(block: np.ndarray, factor: int) -> np.ndarray:
-    """Average every ``factor`` layers of uint8 (z, y, x), rounded half up."""
+    """Average every ``factor`` layers of uint8 (z, y, x), rounded half up; half to even of four."""
     grouped = block.reshape(-1, factor, *block.shape[1:]).sum(axis=1, dtype=np.uint16)
+    if factor == isotropic.FACTOR:
+        return ((grouped + 1 + (grouped >> 2 & 1)) >> 2).astype(np.uint8)
     return ((grouped + factor // 2) // factor).astype(np.uint8)

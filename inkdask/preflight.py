@@ -39,6 +39,7 @@ log = logging.getLogger("inkdask")
 
 PICTURE = 0.5  # bytes per pixel of the stored picture, and of the PNG; part of it is empty
 CODE = 1.0  # bytes per probability of the tile grid; part of it is empty
+TOLERANCE = 0.02  # share by which the side of a pixel may differ from the model's
 COMPRESSED = 0.3  # share of the bytes of a volume
 
 
@@ -100,16 +101,18 @@ def check_prepared(job: Job, replaces: bool) -> None:
     place, source = job.origin.volume, job.origin.source
     if made_of is None or source is None or place == source:
         return
-    if name_of(made_of.uri) != name_of(source) and replaces:
+    origin = absolute(made_of.uri)
+    is_inside = origin == source or origin.startswith(f"{source}/")  # a surface volume is
+    if not is_inside and name_of(origin) != name_of(source) and replaces:
         raise SettingsError(
             f"SURFACE_VOLUME_ZARR {place} was prepared from {made_of.uri}, and the picture of "
             f"S3_PATH {source} would be replaced: set OUTPUT_PATH where that is right."
         )
-    if absolute(made_of.uri) != source:
+    if not is_inside:
         return
     layers = min(made_of.layers), max(made_of.layers) + 1
     try:
-        now, _ = identify(source, layers, None, job.origin.ome_zarr_level)
+        now, _ = identify(origin, layers, None, job.origin.ome_zarr_level)
     except InkdaskError as error:  # the layers may be gone, because an array can serve instead
         log.info("The layers of %s cannot be compared with %s: %s", source, place, error)
         return
@@ -118,6 +121,28 @@ def check_prepared(job: Job, replaces: bool) -> None:
             f"SURFACE_VOLUME_ZARR {place} was prepared before the layers of {source} were changed: "
             "run inkdask prepare again, or leave it out."
         )
+
+
+def check_pixels(plan: Plan, given: float | None) -> None:
+    """Compare the side of a pixel, ``given`` or as the segment tells it, with the model's."""
+    found = given or (plan.segment.pixel_um if plan.segment else None)
+    model = plan.network.model
+    check_pixel_size(found, model.pixel_um, model.key, is_strict="hecate" in model.architecture)
+
+
+def check_pixel_size(
+    found: float | None, wanted: float | None, model: str, is_strict: bool = False
+) -> None:
+    """Warn where a side in micrometers is not the model's; a strict model refuses the segment."""
+    if not found or not wanted or abs(found - wanted) <= TOLERANCE * wanted:
+        return
+    says = f"Pixels of {found:.4g} um: model {model} was trained at {wanted:g} um"
+    if is_strict:
+        raise SettingsError(
+            f"{says}, and refuses others: name a surface volume (VOLUME) or level (OME_ZARR_LEVEL) "
+            "of that size, or set PIXEL_RESOLUTION_UM where the size is wrong."
+        )
+    log.warning("%s, and others may show no ink", says)
 
 
 def warn_of_small_values(segment: Segment | None, pieces: Sequence[np.ndarray] = ()) -> None:

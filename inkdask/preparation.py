@@ -16,20 +16,23 @@ import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
-from inkdask import engine, storage
+from inkdask import engine, isotropic, storage
 from inkdask.errors import InkdaskError
 from inkdask.failures import fallible, read_or_fail
 from inkdask.identity import digest
 from inkdask.inference import over_chunks
+from inkdask.plan import average
 from inkdask.preflight import check_room_to_prepare
 from inkdask.progress import Meter, size
 from inkdask.reading.zarr_volume import (
     FINISHED_ATTRIBUTE,
     LAYERS_ATTRIBUTE,
     OCCUPIED_ATTRIBUTE,
+    PIXEL_ATTRIBUTE,
     PREPARED_ATTRIBUTE,
 )
 from inkdask.segment import Segment
+from inkdask.settings import Settings
 from inkdask.storage import outputs
 from inkdask.store import restarted
 from inkdask.tiling import Tiling
@@ -46,16 +49,23 @@ class Preparation:
     uri: str
     segment: Segment
     is_compressed: bool
+    averaged: int
+    tags: dict[str, Any]
 
     @classmethod
-    def of(cls, segment: Segment, uri: str | None, folder: str, is_compressed: bool) -> Preparation:
-        """Settle where the array goes: to ``uri``, or under a folder by the segment's name."""
+    def of(cls, whole: Segment, settings: Settings) -> Preparation:
+        """Settle which layers are kept, and where the array goes."""
+        uri, factor = settings.surface_volume_zarr, settings.z_downsample_mean_factor
+        segment = isotropic.centre(whole, settings)
+        segment = segment.take(slice(len(segment.layers) // factor * factor))
+        tags = isotropic.tags(whole, segment, factor)
         first, last = min(segment.layers), max(segment.layers)
-        name = f"{segment.name}-{first:02d}-{last + 1:02d}-{segment.identity}.volume.zarr"
-        uri = storage.absolute(uri or storage.join(folder, name))
+        means = f"-means-of-{factor}" if factor > 1 else ""
+        name = f"{segment.name}-{first:02d}-{last + 1:02d}{means}-{segment.identity}.volume.zarr"
+        uri = storage.absolute(uri or storage.join(settings.zarr_output_dir, name))
         with outputs.moved_by("SURFACE_VOLUME_ZARR"):
             outputs.check_writable(storage.join(uri, "zarr.json"))
-        return cls(uri, segment, is_compressed)
+        return cls(uri, segment, settings.use_zarr_compression, factor, tags)
 
     def begin(self, overwrite: bool) -> None:
         """Lay the empty array and its marks, where it is not begun or is to start anew."""
@@ -64,7 +74,8 @@ class Preparation:
         check_room_to_prepare(self.segment, self.uri, self.is_compressed)
         restarted.append(self.uri)
         outputs.remove(self.uri)
-        depth = self.segment.shape[0]
+        depth, height, width = self.segment.shape
+        depth //= self.averaged
         with storage.explained(self.uri):
             zarr.create_array(
                 storage.zarr_store(self._marks),
@@ -76,7 +87,7 @@ class Preparation:
             )
             zarr.create_array(
                 storage.zarr_store(self.uri),
-                shape=self.segment.shape,
+                shape=(depth, height, width),
                 shards=(depth, SHARD, SHARD),
                 chunks=(depth, CHUNK, CHUNK),
                 dtype="uint8",
@@ -84,9 +95,11 @@ class Preparation:
                 compressors=ZstdCodec(level=3) if self.is_compressed else None,
                 dimension_names=("z", "y", "x"),
                 attributes={
-                    LAYERS_ATTRIBUTE: list(self.segment.layers),
+                    LAYERS_ATTRIBUTE: [*(range(depth) if self.tags else self.segment.layers)],
                     FINISHED_ATTRIBUTE: False,
                     PREPARED_ATTRIBUTE: self._source,
+                    PIXEL_ATTRIBUTE: self.segment.pixel_um,
+                    **self.tags,
                 },
             )
 
@@ -102,7 +115,7 @@ class Preparation:
         copies = over_chunks(
             _copy_block,
             self._blocks,
-            volume,
+            average(volume, self.averaged),
             uri=self.uri,
             marks=self._marks,
             version=digest(self._source),
@@ -141,6 +154,7 @@ class Preparation:
             "identity": self.segment.identity,
             "layers": list(self.segment.layers),
             "compressed": self.is_compressed,
+            **self.tags,
         }
 
     def _is_begun(self, overwrite: bool) -> bool:

@@ -89,6 +89,7 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
         software=software(),
         command=None,
         offset=offset_of(plan),
+        pixel_um=segment.pixel_um if segment else None,
     )
     origin = without_secrets(origin)
     if plan.network.function is not None:

@@ -18,22 +18,29 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from inkdask import showing, storage
+from inkdask import catalogue, showing, storage
 from inkdask.box import Box
 from inkdask.errors import DamagedError, InkdaskError, SettingsError
 from inkdask.progress import size
-from inkdask.reading import images, tiff_header
-from inkdask.reading.layers import LayerFile, check_unique, choose_layers, find_layers, no_layers
+from inkdask.reading import images, pixel_size, tiff_header
+from inkdask.reading.layers import (
+    ZARR_FILES,
+    LayerFile,
+    check_unique,
+    choose_layers,
+    find_layers,
+    list_names,
+    no_layers,
+)
 from inkdask.reading.tiff import TiffImage
 from inkdask.reading.volume import DecodedStack, Reading, Source, TiffStack, lazy, read_block
-from inkdask.reading.zarr_volume import LAYERS_ATTRIBUTE, open_zarr
+from inkdask.reading.zarr_volume import LAYERS_ATTRIBUTE, ZarrSource, open_zarr
 from inkdask.settings import layer_range
 from inkdask.specs import NO_MASK
 from inkdask.storage.parallel import for_each
+from inkdask.volumes import choose_volume
 
 log = logging.getLogger(__name__)
-
-_ZARR_FILES = {"zarr.json", ".zarray", ".zgroup"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,6 +75,8 @@ class Segment:
         Level of an OME-Zarr group that was asked for.
     found
         Numbers of all layers that are there, ascending.
+    pixel_um
+        Side of a pixel in micrometers, where the catalogue, the name or the metadata tell it.
     """
 
     uri: str
@@ -83,6 +92,7 @@ class Segment:
     box: Box | None = None
     level: str = "0"
     found: tuple[int, ...] = ()
+    pixel_um: float | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -143,14 +153,17 @@ def open_segment(
     count: int | None = None,
     mask: str | os.PathLike[str] | None = None,
     level: str = "0",
+    volume: str | None = None,
+    root: str | None = None,
 ) -> Segment:
     """Find the layers of a segment, and read their headers.
 
     Parameters
     ----------
     uri
-        Local path or ``s3://`` URI: a folder that holds ``layers`` or ``surface_volume``, a folder
-        of layers (``<id>.tifs``), a TIFF of all layers, a zarr array, or an OME-Zarr group.
+        Local path, ``s3://`` or ``https://`` URI: a folder that holds ``layers``,
+        ``surface_volume`` or ``surface-volumes``, a folder of layers (``<id>.tifs``), a TIFF of all
+        layers, a zarr array, or an OME-Zarr group. Or an id of the catalogue, ``SAMPLE/SEGMENT``.
     layers
         Numbers of the first layer (inclusive) and the last (exclusive), or ``"0:26"``.
     count
@@ -160,34 +173,40 @@ def open_segment(
         the folder ``<id>``, where there is one.
     level
         Level of an OME-Zarr group.
+    volume
+        Surface volume of a published segment: its name, or the id of its scan.
+    root
+        Root of the catalogue. Default: ``INKDASK_CATALOGUE``, else the open bucket.
     """
-    uri = home_of(storage.absolute(os.fspath(uri)))  # because workers may run in another folder
+    # Absolute, because workers may run in another folder.
+    uri = home_of(storage.absolute(catalogue.locate(os.fspath(uri), root)))
     if layers is not None:
         try:
             layers = layer_range(layers)
         except ValueError as error:
             raise SettingsError(f"{error}.") from None
-    listing = storage.list_folder(uri)
+    listing = list_names(uri)
     name = name_of(uri)
-    if _ZARR_FILES & {entry.name for entry in listing}:
+    mask_uri = os.fspath(mask) if mask else find_mask(uri, listing)
+    if (chosen_uri := choose_volume(uri, listing, volume, root)) != uri:
+        uri, listing = chosen_uri, list_names(chosen_uri)
+    if {*ZARR_FILES} & {entry.name for entry in listing}:
         source, found, numbers, dtype, identity = _open_array(uri, layers, count, level)
         stored = 0
     else:
-        folder, files = find_layers(uri, listing)
-        check_unique(files, layers)
-        only = files[0] if len(files) == 1 and files[0].is_tiff else None
-        stack = tiff_header.read_stack(only.uri, only.entry.size, only.entry.etag) if only else []
-        found = tuple(range(len(stack)) if len(stack) > 1 else (file.number for file in files))
-        if not found or found[0] < 0:
-            raise no_layers(uri, folder, layers)
-        chosen = choose_layers(found, folder, layers, count)
-        numbers = found[chosen]
-        files = files if only else files[chosen]
-        source, dtype, identity = _open_files(files, stack[chosen])
-        stored = sum(file.entry.size for file in files)
-    mask_uri = os.fspath(mask) if mask else find_mask(uri, listing)
+        source, found, numbers, dtype, identity, stored = _open_folder(uri, listing, layers, count)
     segment = Segment(
-        uri, name, numbers, dtype, identity, source, stored, mask_uri, level=level, found=found
+        uri,
+        name,
+        numbers,
+        dtype,
+        identity,
+        source,
+        stored,
+        mask_uri,
+        level=level,
+        found=found,
+        pixel_um=_pixel_um(uri, source, root),
     )
     if mask_uri and mask_uri != NO_MASK:
         mask_source = _open_mask(mask_uri, source.shape[1:])
@@ -200,8 +219,8 @@ def identify(
     uri: str, layers: tuple[int, int], mask: str | None, level: str
 ) -> tuple[str, str | None]:
     """Return the identities that layers and mask have now, as `Segment` has them; opens no file."""
-    listing = storage.list_folder(uri)
-    if _ZARR_FILES & {entry.name for entry in listing}:
+    listing = list_names(uri)
+    if {*ZARR_FILES} & {entry.name for entry in listing}:
         with storage.decoded(uri):
             identity = open_zarr(uri, level).identity
     else:
@@ -215,6 +234,19 @@ def identify(
     if mask is None or mask == NO_MASK:
         return identity, None
     return identity, _digest([_traits(LayerFile(0, mask, storage.entry(mask)))])
+
+
+def _pixel_um(uri: str, source: Source, root: str | None) -> float | None:
+    """Return the side of a pixel: as the catalogue has it, as the name, else as the metadata."""
+    told = source if isinstance(source, ZarrSource) else None
+    names = uri.split("/")
+    index = told.level if told else 0
+    if len(names) > 1 and names[-2].endswith(".zarr") and names[-1].isdecimal():
+        index, uri = int(names.pop()), "/".join(names[:-1])  # a level that was named itself
+    if told and (told.made_of or told.prepared_as):  # whose name may be that of a finer level
+        return told.pixel_um
+    named = catalogue.pixel_um(uri, root) or pixel_size.of_path("/".join(names))
+    return named * 2**index if named else told and told.pixel_um
 
 
 def _open_array(
@@ -235,6 +267,24 @@ def _open_array(
         numbers = tuple(range(*layers))
     chosen = choose_layers(numbers, uri, layers, count)
     return source.take(chosen), numbers, numbers[chosen], source.dtype, source.identity
+
+
+def _open_folder(
+    uri: str, listing: Sequence[storage.Entry], layers: tuple[int, int] | None, count: int | None
+) -> tuple[Source, tuple[int, ...], tuple[int, ...], np.dtype[Any], str, int]:
+    """Find layers in a folder or a stack, choose some of them, and read their headers."""
+    folder, files = find_layers(uri, listing)
+    check_unique(files, layers)
+    only = files[0] if len(files) == 1 and files[0].is_tiff else None
+    stack = tiff_header.read_stack(only.uri, only.entry.size, only.entry.etag) if only else []
+    numbers = tuple(range(len(stack)) if len(stack) > 1 else (file.number for file in files))
+    if not numbers or numbers[0] < 0:
+        raise no_layers(uri, folder, layers)
+    chosen = choose_layers(numbers, folder, layers, count)
+    files = files if only else files[chosen]
+    source, dtype, identity = _open_files(files, stack[chosen])
+    stored = sum(file.entry.size for file in files)
+    return source, numbers, numbers[chosen], dtype, identity, stored
 
 
 def _open_files(
@@ -288,7 +338,7 @@ def _check_alike(headers: Sequence[Any], what: str, of: Callable[[Any], str]) ->
 
 def find_mask(uri: str, listing: Sequence[storage.Entry] | None = None) -> str | None:
     """Return the mask in a segment, or None; other ``*_mask.png`` are no masks of papyrus."""
-    there = {entry.name for entry in listing or storage.list_folder(uri)}
+    there = {entry.name for entry in listing or list_names(uri)}
     own = [name for name in (f"{name_of(uri)}_mask.png", "mask.png") if name in there]
     return storage.join(uri, own[0]) if own else None
 
@@ -333,7 +383,7 @@ def home_of(uri: str) -> str:
         is_own = find_layers(folder, listing)[0].endswith(f"/{name}")
     except InkdaskError:  # which may not be listed
         return uri
-    is_zarr = _ZARR_FILES & {entry.name for entry in listing}
+    is_zarr = {*ZARR_FILES} & {entry.name for entry in listing}
     is_segment = find_layers(uri, storage.list_folder(uri))[0] != uri
     return folder if is_own and not is_zarr and not is_segment else uri
 

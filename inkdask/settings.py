@@ -97,8 +97,20 @@ class Settings(BaseSettings):
     # Input
     s3_path: str | None = Field(
         None,
-        description="Segment to read: an `s3://` URI or a local path of the folder that holds "
-        "`layers/`. Required.",
+        description="Segment to read: a local path, or an `s3://` or `https://` URI, of the folder "
+        "that holds `layers/` or `surface-volumes/`; or its id in the catalogue, `SAMPLE/SEGMENT`. "
+        "Required.",
+    )
+    volume: str | None = Field(
+        None,
+        description="Surface volume to read of a segment that has several: its name, the id of its "
+        "scan, or how one of these begins.",
+    )
+    catalogue: str | None = Field(
+        None,
+        validation_alias=AliasChoices("catalogue", "inkdask_catalogue"),
+        description="Folder, `s3://` or `https://` URI of a copy of the open bucket, whose "
+        "`metadata.json` is the catalogue. Default: the open bucket.",
     )
     start_layer: int | None = Field(
         None,
@@ -126,8 +138,10 @@ class Settings(BaseSettings):
         description="Picture that is non-zero where there is papyrus; tiles elsewhere are skipped. "
         "Default: the segment's own `<id>_mask.png`, if there is one. `none`: no mask.",
     )
-    z_downsample_mean_factor: Literal[1, 2] = Field(
-        1, description="Average this many neighbouring layers to one."
+    z_downsample_mean_factor: Literal[1, 2, 4] = Field(
+        1,
+        description="Average this many neighbouring layers to one. 4, with OME_ZARR_LEVEL=2 of a "
+        "scan of 2.4 um: the middle 84 layers, as models of 9 um read them.",
     )
     force_reverse: bool = Field(
         False, description="Read the layers from the last to the first (the sheet lies face down)."
@@ -319,7 +333,8 @@ class Settings(BaseSettings):
     # Outputs
     output_path: str | None = Field(
         None,
-        description="Folder for the picture, local or `s3://`. Default: `<S3_PATH>/predictions`. "
+        description="Folder for the picture, local or `s3://`. Default: `<S3_PATH>/predictions`; "
+        "the current folder for a segment over HTTPS, or from a bucket without credentials. "
         "Pictures in a folder that is not the segment's own have the segment's name in theirs.",
     )
     zarr_output_dir: str = Field(
@@ -481,8 +496,8 @@ class Settings(BaseSettings):
         return int(value) if isinstance(value, str) and value.isdigit() else value
 
     @field_validator(
-        "s3_path", "model", "surface_volume_zarr", "mask_path", "output_path", "zarr_output_dir",
-        "result_file", "grid", "report", "cluster_spec", mode="before",
+        "s3_path", "catalogue", "model", "surface_volume_zarr", "mask_path", "output_path",
+        "zarr_output_dir", "result_file", "grid", "report", "cluster_spec", mode="before",
     )  # fmt: skip
     @classmethod
     def _as_text(cls, value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from inkdask import storage
+from inkdask import catalogue, storage
 from inkdask.blending import blend
 from inkdask.clusters import connect, report
 from inkdask.environment import environment_kept
@@ -22,18 +22,21 @@ from inkdask.parts import agreed_work, assign
 from inkdask.plan import Given, Plan
 from inkdask.preflight import (
     check_memory,
+    check_pixels,
     check_places,
     check_prepared,
     check_replaced,
     warn_of_small_values,
 )
 from inkdask.preparation import Preparation
+from inkdask.reading.layers import list_names
 from inkdask.reduction import ink_of, picture, preview
 from inkdask.segment import open_segment
 from inkdask.settings import Settings, with_parameters
 from inkdask.specs import NO_MASK
 from inkdask.storage import outputs
 from inkdask.summary import Summary
+from inkdask.volumes import choose_volume
 
 log = logging.getLogger("inkdask")
 
@@ -105,7 +108,7 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     ``num_parts`` above 1 that of the stored grid, until ``step="reduce"`` makes the picture. With
     ``direction="both"`` two URIs, each in a line.
     """
-    settings = Settings.of(**options, **_given(s3_path=s3_path))
+    settings = _settings(s3_path, options)
     if settings.step == "prepare":
         return prepare(s3_path, **options)
     if settings.step == "reduce":
@@ -168,12 +171,13 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
     s3_path, **options
         As for `run`.
     """
-    settings = Settings.of(**options, **_given(s3_path=s3_path))
+    settings = _settings(s3_path, options)
     with outputs.moved_by("RESULT_FILE"):
         outputs.remove_file(settings.result_file)
         outputs.check_writable(settings.result_file)
-    if settings.add_scale_bar:
-        settings.require("pixel_resolution_um")
+    if settings.volume and (place := settings.s3_path):
+        volume = choose_volume(place, list_names(place), settings.volume, settings.catalogue)
+        settings = settings.model_copy(update={"surface_volume_zarr": volume})
     jobs = [Job.found(way) for way in settings.each_way()]
     for job in jobs:
         check_replaced(job)
@@ -200,7 +204,7 @@ def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     -------
     The URI that the PNG will have.
     """
-    settings = Settings.of(**options, **_given(s3_path=s3_path))
+    settings = _settings(s3_path, options)
     jobs = [settle(way) for way in settings.each_way()]
     for job in jobs:
         log.info("%s", job.plan)
@@ -222,20 +226,21 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
     s3_path
         The segment, an ``s3://`` URI or a local path.
     **options
-        Of `inkdask.settings.Settings`: ``layers`` (default: all), ``surface_volume_zarr`` (where
-        the array goes; default: in ``zarr_output_dir``), ``use_zarr_compression``, ``overwrite``.
+        Of `inkdask.settings.Settings`: ``layers`` (default: all), ``z_downsample_mean_factor``,
+        ``ome_zarr_level``, ``volume``, ``surface_volume_zarr`` (where the array goes; default: in
+        ``zarr_output_dir``), ``use_zarr_compression``, ``overwrite``.
     """
-    settings = Settings.of(**options, **_given(s3_path=s3_path))
+    settings = _settings(s3_path, options)
     settings.require("s3_path")
     segment = open_segment(
-        str(settings.s3_path), settings.layers, mask=NO_MASK, level=settings.ome_zarr_level
+        str(settings.s3_path),
+        settings.layers,
+        mask=NO_MASK,
+        level=settings.ome_zarr_level,
+        volume=settings.volume,
+        root=settings.catalogue,
     )
-    array = Preparation.of(
-        segment,
-        settings.surface_volume_zarr,
-        settings.zarr_output_dir,
-        settings.use_zarr_compression,
-    )
+    array = Preparation.of(segment, settings)
     warn_of_small_values(segment)
     array.begin(settings.overwrite)
     if array.is_finished:
@@ -249,14 +254,13 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
 def settle(settings: Settings) -> Job:
     """Settle what `run` will do, and check that there is a place for all that it writes."""
     settings.require("s3_path", "model")
-    if settings.add_scale_bar:
-        settings.require("pixel_resolution_um")
     settings.export_devices()
     settings.export_token()
     plan = Plan.of(str(settings.s3_path), settings)
     job = Job.of(plan, settings)
     check_prepared(job, replaces=settings.output_path is None)
     check_replaced(job)
+    check_pixels(plan, settings.pixel_resolution_um)
     warn_of_small_values(plan.inside)
     job.grid.check_place(job.recipe)
     check_places(job, settings.result_file, settings.num_parts, settings.overwrite)
@@ -288,6 +292,15 @@ def plan_of(job: Job) -> Plan:
     """Return the plan of a job that computes."""
     assert job.plan is not None  # noqa: S101  only a job of a stored grid has none
     return job.plan
+
+
+def _settings(s3_path: str | os.PathLike[str] | None, options: dict[str, Any]) -> Settings:
+    """Return the settings of a job, with the URI of its segment where an id was given."""
+    settings = Settings.of(**options, **_given(s3_path=s3_path))
+    if settings.s3_path is None:
+        return settings
+    uri = catalogue.locate(settings.s3_path, settings.catalogue)
+    return settings.model_copy(update={"s3_path": uri})
 
 
 def _given(**values: Any) -> dict[str, Any]:

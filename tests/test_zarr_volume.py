@@ -87,6 +87,7 @@ def test_identity_of_an_array_changes_with_its_middle_chunk(tmp_path, shards):
     uri = str(tmp_path / "x.zarr")
     identities = []
     array = create(uri, np.zeros(SHAPE, "|u1"), chunks=(6, 32, 32), shards=shards)
+    array[:, :32, :32] = 1
     for value in (0, 1, 2):
         array[:, 64:96, 64:96] = value
         identities.append(open_segment(uri).identity)

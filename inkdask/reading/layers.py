@@ -11,8 +11,12 @@ from inkdask import storage
 from inkdask.errors import InkdaskError
 
 _LAYER = re.compile(r"([^_]+_)?(\d+)\.(tiff?|png|(jpe?g))", re.IGNORECASE)  # 00.tif, ID_00.tif
-_FOLDERS = ("layers", "surface_volume")
-_VOLUMES = "surface-volumes"  # folder of several in the open bucket
+FOLDERS = ("layers", "surface_volume")
+VOLUMES = "surface-volumes"  # folder of several in the open bucket
+
+ZARR_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
+_FIRST = ("00.tif", "000.tif", "00.png", "00.jpg")  # of the layers that are asked for by name
+PROBED = 32  # layers that are asked for at a time
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,45 @@ class LayerFile:
         return self.uri.lower().endswith((".tif", ".tiff"))
 
 
+def list_names(uri: str) -> list[storage.Entry]:
+    """List a folder; over HTTP, where nothing is listed, ask for what a segment may have."""
+    if not storage.is_http(uri):
+        return storage.list_folder(uri)
+    found = storage.find_entries(
+        uri, (*ZARR_FILES, "mask.png", f"{uri.rsplit('/', 1)[-1]}_mask.png")
+    )
+    if {entry.name for entry in found} & {*ZARR_FILES}:
+        return found
+    found += _list_layers(uri)
+    inner = [name for name in FOLDERS if storage.find_entries(storage.join(uri, name), _FIRST)]
+    return found + [storage.Entry(name, 0, "", "", True) for name in inner]
+
+
+def _list_layers(uri: str) -> list[storage.Entry]:
+    """Ask for the layers from number 0 on, until some are missing."""
+    found: list[storage.Entry] = []
+    for first in storage.find_entries(uri, _FIRST)[:1]:
+        digits, ending = first.name.split(".")
+        numbers = iter(range(10 ** len(digits)))
+        while names := [
+            f"{it:0{len(digits)}d}.{ending}" for it in itertools.islice(numbers, PROBED)
+        ]:
+            found += (batch := storage.find_entries(uri, names))
+            if len(batch) < len(names):
+                break
+    return found
+
+
 def find_layers(uri: str, listing: Sequence[storage.Entry]) -> tuple[str, list[LayerFile]]:
     """Return the folder of layers in a segment of this listing, and its layers by number.
 
-    The folder is ``layers``, ``surface_volume``, the only one ending in ``.tifs``, or the segment.
+    The folder is ``layers``, ``surface_volume``, or the segment.
     Instead of layers there may be one TIFF that may hold a stack, or nothing.
     """
     folders = [entry.name for entry in listing if entry.is_folder]
-    inner = [name for name in _FOLDERS if name in folders]
-    stacks = [name for name in folders if name.endswith(".tifs")]
-    inner += stacks if len(stacks) == 1 else []
+    inner = [name for name in FOLDERS if name in folders]
     folder = storage.join(uri, inner[0]) if inner else uri.rstrip("/")
-    entries = storage.list_folder(folder) if inner else listing
+    entries = list_names(folder) if inner else listing
     places = [(storage.join(folder, entry.name), entry) for entry in entries if not entry.is_folder]
     found = [(m, place) for place in places if (m := _LAYER.fullmatch(place[1].name))]
     # Names without an ID come first; files of several IDs are no layers of one segment. JPEGs
@@ -73,14 +104,14 @@ def no_layers(uri: str, folder: str, layers: tuple[int, int] | None) -> InkdaskE
     """Say what is in a segment, or in its folder of layers, instead of layers."""
     what = "it does not exist"
     if names := [entry.name for entry in storage.list_folder(folder)]:
-        inner = storage.list_folder(storage.join(folder, _VOLUMES))
-        names = [storage.join(_VOLUMES, entry.name) for entry in inner] or names
-        names.sort(key=lambda name: name not in _FOLDERS)
+        names.sort(key=lambda name: name not in FOLDERS)
         for at, name in enumerate(names[:3]):
             if not storage.exists(storage.join(folder, name)):
                 names[at] += " (a link to nothing)"
         some = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
         what = f"it holds {some}; name a folder of 00.tif or ID_00.tif, a TIFF stack or a zarr"
+    elif storage.is_http(uri):
+        what = "it is neither a zarr nor a folder of 00.tif, and the catalogue does not name it"
     elif storage.exists(uri):
         what = "it is empty" if storage.entry(folder).is_folder else "it is a file, and no stack"
     return InkdaskError(f"No layers found in {folder}{asked_for(layers)}: {what}.")

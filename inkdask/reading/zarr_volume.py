@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,15 +22,18 @@ import zarr
 from inkdask import storage
 from inkdask.errors import InkdaskError, reason
 from inkdask.memory import map_large_blocks
+from inkdask.reading.pixel_size import of_ome, of_prepared
 from inkdask.reading.volume import WHOLE_BYTES, MadeOf, Occupied, check_size, whole_units
 
 # Attributes of a prepared array.
 LAYERS_ATTRIBUTE = "layers"  # numbers of the layers
 PREPARED_ATTRIBUTE = "prepared_from"  # see `MadeOf`
 OCCUPIED_ATTRIBUTE = "occupied"  # see `Occupied`
+PIXEL_ATTRIBUTE = "pixel_um"  # side of a pixel in micrometers, or null
 FINISHED_ATTRIBUTE = "finished"  # False until the last block is written
 
 _DEPTHS = ("z", "depth", "layer", "c", "channel")  # names of the axis of the layers
+SAMPLED = (16, 512)  # chunks that are asked for, to find out whether an array has any
 MOST_LAYERS = 256  # where axes have no names: a longer axis is rows or columns
 
 
@@ -67,6 +71,12 @@ class ZarrSource:
         Segment that the array was prepared from, when it says so.
     oddity
         What was guessed, for a warning; mostly empty.
+    level
+        Position of the array among the levels of its group, from the finest.
+    pixel_um
+        Side of a pixel in micrometers, where the metadata tell it and it is plausible.
+    prepared_as
+        Format of an array of means of layers (`inkdask.isotropic`); mostly empty.
     """
 
     uri: str
@@ -85,6 +95,9 @@ class ZarrSource:
     occupancy: Occupied | None = None
     made_of: MadeOf | None = None
     oddity: str = ""
+    level: int = 0
+    pixel_um: float | None = None
+    prepared_as: str = ""
 
     can_be_sampled = True
     decoding_bytes = scratch_bytes = 0.0
@@ -169,9 +182,9 @@ def open_zarr(uri: str, level: str = "0", wanted: int = 0) -> ZarrSource:
 def _open(uri: str, level: str, wanted: int) -> ZarrSource:
     node: Any = storage.zarr_node(uri)
     names: Any = None
-    name, path = uri, ""
+    name, path, index, attributes = uri, "", 0, node.attrs.asdict()
     if isinstance(node, zarr.Group):
-        path, names = _level(node, uri, level)
+        path, index, names = _level(node, uri, level)
         name = storage.join(uri, path)
         node = storage.zarr_array(name)
     if node.attrs.get(FINISHED_ATTRIBUTE) is False:
@@ -188,6 +201,7 @@ def _open(uri: str, level: str, wanted: int) -> ZarrSource:
     pieces = (node.shards or node.chunks)[-3:]
     if depth * math.prod(pieces) // pieces[axes[0]] > WHOLE_BYTES:
         pieces = node.chunks[-3:]
+    said = str(attributes.get("format") or "")
     kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
     numbers = [*(kept or range(depth))]
     if len(numbers) != depth or numbers != sorted({*map(int, numbers)}):
@@ -211,6 +225,11 @@ def _open(uri: str, level: str, wanted: int) -> ZarrSource:
         occupancy=_occupied(node.attrs.get(OCCUPIED_ATTRIBUTE)),
         made_of=_made_of(node.attrs.get(PREPARED_ATTRIBUTE)),
         oddity=oddity,
+        level=index,
+        pixel_um=attributes.get(PIXEL_ATTRIBUTE)
+        or of_prepared(attributes)
+        or of_ome(attributes, index),
+        prepared_as=said if re.match(r"level\d+-zmean\d+-", said) else "",
     )
 
 
@@ -226,13 +245,13 @@ def _occupied(kept: Any) -> Occupied | None:
     return Occupied(int(kept["side"]), tuple(tuple(map(float, row)) for row in kept["share"]))
 
 
-def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, tuple[str, ...] | None]:
-    """Return the path of a level of an OME-Zarr group, and the names of the axes."""
+def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, int, tuple[str, ...] | None]:
+    """Return the path of a level of an OME-Zarr group, its position, and the names of the axes."""
     attributes: Any = group.attrs.asdict()
     images = (attributes.get("ome") or attributes).get("multiscales")
     if not images:
-        if storage.exists(storage.join(uri, level)):
-            return level, None
+        if storage.find_entries(storage.join(uri, level), (".zarray", ".zgroup", "zarr.json")):
+            return level, int(level) if level.isdecimal() else 0, None
         raise InkdaskError(f"{uri} is a zarr group without an array {level!r}.")
     levels = [dataset["path"] for dataset in images[0]["datasets"]]
     if level not in levels and level.isdecimal() and int(level) < len(levels):
@@ -240,7 +259,7 @@ def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, tuple[str, ...
     if level not in levels:
         raise InkdaskError(f"{uri} has no level {level!r}; it has {', '.join(levels)}.")
     axes = [axis["name"] if isinstance(axis, dict) else axis for axis in images[0].get("axes", [])]
-    return level, tuple(axes) or None
+    return level, levels.index(level), tuple(axes) or None
 
 
 def _axes(shape: Sequence[int], names: Any, wanted: int) -> tuple[tuple[int, int, int], str]:
@@ -268,19 +287,42 @@ def _identity(name: str, array: zarr.Array) -> str:
     Times and not ETags, because an array written anew in the same shape has equal metadata.
     """
     written = [
-        entry.modified
-        for entry in storage.list_folder(name)
-        if entry.name in ("zarr.json", ".zarray", ".zattrs")
+        entry.modified or entry.etag
+        for entry in storage.find_entries(name, ("zarr.json", ".zarray", ".zattrs"))
     ]
     pieces = array.shards or array.chunks
-    middle = [-(-side // piece) // 2 for side, piece in zip(array.shape, pieces, strict=True)]
-    chunk = storage.join(name, array.metadata.encode_chunk_key(tuple(middle)))
+    counts = [-(-side // piece) for side, piece in zip(array.shape, pieces, strict=True)]
+    chunk = storage.join(name, _chunk(array, [count // 2 for count in counts]))
     sample = b""
     if storage.exists(chunk):
         sample = storage.read_middle(chunk, storage.entry(chunk).size)
+    else:
+        _check_filled(name, array, counts)
     parts = [storage.absolute(name), array.metadata.to_dict(), written, sample.hex()]
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_filled(name: str, array: zarr.Array, counts: Sequence[int]) -> None:
+    """Refuse an array of headers alone, which zarr reads as zeros.
+
+    Over HTTP only some of its chunks are asked for, because they cannot be listed.
+    """
+    if array.attrs.get(FINISHED_ATTRIBUTE) is not None:  # ours, of a segment without data
+        return
+    if not storage.is_http(name):
+        entries = (entry.name for entry in storage.list_folder(name))
+        there = any(not entry.startswith((".", "zarr.json")) for entry in entries)
+    else:
+        ends = (np.linspace(0, math.prod(counts) - 1, most).astype(int) for most in SAMPLED)
+        keys = ([_chunk(array, np.unravel_index(it, counts)) for it in end] for end in ends)
+        there = any(storage.find_entries(name, {*some}) for some in keys)
+    if not there:
+        raise InkdaskError(f"{name} has a header and no chunks: name another volume or level.")
+
+
+def _chunk(array: zarr.Array, place: Any) -> str:
+    return str(array.metadata.encode_chunk_key(tuple(map(int, place))))
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Files and zarr arrays at local paths and ``s3://`` URIs."""
+"""Files and zarr arrays at local paths and at ``s3://`` and ``https://`` URIs."""
 
 from inkdask.storage.counting import Counters, counters
 from inkdask.storage.files import (
@@ -11,6 +11,9 @@ from inkdask.storage.files import (
     explain,
     explained,
     filesystem,
+    find_entries,
+    has_credentials,
+    is_http,
     is_local,
     join,
     list_files,
@@ -30,7 +33,8 @@ from inkdask.storage.files import (
 
 __all__ = [
     "Counters", "Entry", "absolute", "code_of", "counters", "decoded", "entry", "exists",
-    "explain", "explained", "filesystem", "is_local", "join", "list_files", "list_folder",
-    "open_array", "put_file", "read_bytes", "read_middle", "read_range", "s3_filesystem",
-    "write_bytes", "writing", "zarr_array", "zarr_node", "zarr_store",
+    "explain", "explained", "filesystem", "find_entries", "has_credentials", "is_http",
+    "is_local", "join", "list_files", "list_folder", "open_array", "put_file", "read_bytes",
+    "read_middle", "read_range", "s3_filesystem", "write_bytes", "writing", "zarr_array",
+    "zarr_node", "zarr_store",
 ]  # fmt: skip

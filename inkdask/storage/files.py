@@ -1,4 +1,4 @@
-"""Files at local paths and ``s3://`` URIs, behind the same few functions.
+"""Files at local paths and at ``s3://`` and ``https://`` URIs, behind the same few functions.
 
 Every `InkdaskError` names the file. Each process makes its own S3 connection, because an event loop
 does not survive a fork.
@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from inkdask.errors import DamagedError, InkdaskError, UnavailableError, reason
 from inkdask.storage.counting import count
+from inkdask.storage.parallel import for_each
 
 if TYPE_CHECKING:
     from zarr import Array, Group
@@ -77,9 +78,19 @@ def s3_filesystem(asynchronous: bool = False) -> S3FileSystem:
     return connection(asynchronous)
 
 
+def has_credentials() -> bool:
+    """Whether there are AWS credentials; without them, buckets are only read."""
+    return not s3_filesystem().anon
+
+
 def is_local(uri: str) -> bool:
     """Whether ``uri`` is a path of this machine (``/data/x``, ``file:///data/x``)."""
     return split_protocol(uri)[0] in (None, "file", "local")
+
+
+def is_http(uri: str) -> bool:
+    """Whether ``uri`` is read by HTTP, which neither lists nor writes."""
+    return split_protocol(uri)[0] in ("http", "https")
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -88,8 +99,12 @@ def filesystem(uri: str) -> tuple[Any, str]:
         fs = LocalFileSystem()
         return fs, fs._strip_protocol(uri)
     protocol, path = split_protocol(uri)
+    if is_http(uri):
+        from inkdask.storage.http import connection
+
+        return connection(), uri.rstrip("/")
     if protocol not in ("s3", "s3a") or not path:
-        raise InkdaskError(f"{uri} is neither a local path nor an s3:// URI.")
+        raise InkdaskError(f"{uri} is neither a local path nor an s3:// or https:// URI.")
     with explained(uri):
         return s3_filesystem(), path.rstrip("/")
 
@@ -100,8 +115,10 @@ def join(uri: str, *names: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """Return the absolute path or ``s3://`` URI of ``uri``, without following links."""
+    """Return the absolute path or the URI of ``uri``, without following links."""
     path: str = filesystem(uri)[1]
+    if is_http(uri):
+        return path
     return os.path.normpath(path) if is_local(uri) else f"s3://{path}"
 
 
@@ -125,6 +142,21 @@ def list_folder(uri: str) -> list[Entry]:
     # Skip what has the path itself: the listing of a file, and the marker object of an S3 folder.
     entries = [_entry(info) for info in found if info["name"].rstrip("/") != path]
     return sorted(entries, key=lambda entry: entry.name)
+
+
+def find_entries(uri: str, names: Iterable[str]) -> list[Entry]:
+    """Return the entries of a folder that have one of these names; over HTTP, ask for each."""
+    if not is_http(uri):
+        wanted = {*names}
+        return [entry for entry in list_folder(uri) if entry.name in wanted]
+
+    def ask(name: str) -> Entry | None:
+        fs, path = filesystem(join(uri, name))
+        with explained(path), suppress(FileNotFoundError, PermissionError):
+            return _entry(fs.info(path))
+        return None
+
+    return [found for found in for_each(ask, names) if found]
 
 
 def list_files(uri: str) -> list[str]:
@@ -224,12 +256,16 @@ def writing(uri: str) -> Iterator[Path]:
 
 
 def zarr_store(uri: str, read_only: bool = False) -> Store:
-    """Return the zarr store at ``uri``; its reads are counted, and retried on S3."""
-    from inkdask.storage.zarr_stores import LocalStore, S3Store
+    """Return the zarr store at ``uri``; its reads are counted, and retried over a network."""
+    from inkdask.storage.zarr_stores import LocalStore, RemoteStore, S3Store
 
     _, path = filesystem(uri)
     if is_local(uri):
         return LocalStore(path, read_only=read_only)
+    if is_http(uri):
+        from inkdask.storage.http import connection
+
+        return RemoteStore(connection(asynchronous=True), path=path, read_only=read_only)
     with explained(uri):
         return S3Store(s3_filesystem(asynchronous=True), path=path, read_only=read_only)
 
@@ -239,9 +275,12 @@ def zarr_node(uri: str) -> Array[Any] | Group:
     import zarr
 
     with decoded(uri):
+        store = zarr_store(uri, read_only=True)
         try:
-            node = zarr.open(zarr_store(uri, read_only=True), mode="r")
+            node = zarr.open(store, mode="r")
         except FileNotFoundError as error:
+            if refused := getattr(store, "refused", None):
+                raise refused from error
             if not exists(uri):
                 raise
             raise InkdaskError(f"{uri} is no zarr array and no zarr group.") from error
@@ -275,6 +314,8 @@ def explain(error: BaseException, uri: str) -> InkdaskError:
     if isinstance(error, PermissionError):
         if is_local(uri):
             return InkdaskError(f"{uri}: permission denied.")
+        if is_http(uri):
+            return InkdaskError(f"{uri} does not exist, or is not open to all: {reason(error)}.")
         from inkdask.storage.s3 import refusal
 
         return InkdaskError(f"Access to {uri} is denied{refusal(error, s3_filesystem().anon)}.")
@@ -285,14 +326,14 @@ def explain(error: BaseException, uri: str) -> InkdaskError:
     if isinstance(error, FileNotFoundError):
         return InkdaskError(f"{uri} does not exist.")
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
-        return UnavailableError(f"{uri} does not answer{_endpoint()}: several tries timed out.")
-    if type(error).__name__ == "EndpointConnectionError":
-        return UnavailableError(f"{uri} cannot be reached{_endpoint()}: nothing answers there.")
+        return UnavailableError(f"{uri} does not answer{_endpoint(uri)}: several tries timed out.")
+    if type(error).__name__ == "EndpointConnectionError" or "ClientConn" in type(error).__name__:
+        return UnavailableError(f"{uri} cannot be reached{_endpoint(uri)}: nothing answers there.")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return InkdaskError(f"No space is left to write {uri}.")
     if not isinstance(error, OSError) and _is_odd(error):
         said = f"{type(error).__name__}: {reason(error)}"
-        return InkdaskError(f"What answers for {uri}{_endpoint()} is not S3 ({said}).")
+        return InkdaskError(f"What answers for {uri}{_endpoint(uri)} is not S3 ({said}).")
     return InkdaskError(f"{uri}: {reason(error)}.")
 
 
@@ -354,7 +395,9 @@ def code_of(error: BaseException) -> str:
     return str(response["Error"].get("Code", "")) if response else ""
 
 
-def _endpoint() -> str:
+def _endpoint(uri: str) -> str:
+    if is_http(uri):
+        return ""
     from inkdask.storage.s3 import endpoint_variable
 
     variable = endpoint_variable()

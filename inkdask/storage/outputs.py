@@ -38,6 +38,8 @@ def moved_by(variable: str) -> Iterator[None]:
 
 def check_writable(uri: str) -> None:
     """Check that the file ``uri`` can be written and replaced; leaves nothing there."""
+    if storage.is_http(uri):
+        raise InkdaskError(f"{uri} cannot be written: over HTTP, files are read alone.")
     fs, place = storage.filesystem(uri)
     path = folder = Path(place)
     with storage.explained(uri):

@@ -1,6 +1,6 @@
 """S3 by s3fs, with one retry policy, checked lengths, and every request counted.
 
-`_persist` is the only retry loop. Those of botocore and s3fs are switched off, because their waits
+`persist` is the only retry loop. Those of botocore and s3fs are switched off, because their waits
 multiply: a server that never answers would hold a call for minutes.
 """
 
@@ -50,7 +50,7 @@ _RIGHTS = {"List": "ListBucket", "Head": "GetObject", "GetO": "GetObject", "Dele
 class S3FileSystem(s3fs.S3FileSystem):
     """S3 file system that counts, checks and retries; made by `connect`."""
 
-    retries = 1  # because `_persist` retries
+    retries = 1  # because `persist` retries
 
     async def set_session(self, refresh: bool = False, kwargs: Any = None) -> Any:
         """Open the session.
@@ -76,7 +76,7 @@ class S3FileSystem(s3fs.S3FileSystem):
             count(requests=1)
             return await super(S3FileSystem, self)._call_s3(method, *args, **kwargs)
 
-        return await _persist(call, method, kwargs)
+        return await persist(call, method, kwargs)
 
     call_s3 = sync_wrapper(_call_s3)
 
@@ -113,7 +113,7 @@ class S3FileSystem(s3fs.S3FileSystem):
             count(bytes_read=len(data))
             return data
 
-        return await _persist(get, "get_object", request)
+        return await persist(get, "get_object", request)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # No credentials are pickled, because graphs travel to other machines.
@@ -223,7 +223,7 @@ def _of_credentials(error: Exception) -> InkdaskError | None:
     return None
 
 
-async def _persist(call: Callable[[], Awaitable[Any]], method: str, request: dict[str, Any]) -> Any:
+async def persist(call: Callable[[], Awaitable[Any]], method: str, request: dict[str, Any]) -> Any:
     """Await ``call()``, and repeat it after temporary faults."""
 
     def again(state: RetryCallState) -> None:
