@@ -221,7 +221,10 @@ class Campaign:
         for number in range(most_jobs):
             if self.tally.faults.total() >= faults or time.monotonic() > end:
                 break
-            self.one_job(number, faults - self.tally.faults.total())
+            try:
+                self.one_job(number, faults - self.tally.faults.total())
+            except KeyboardInterrupt:
+                break
             took, met = time.monotonic() - end + seconds, self.tally.faults.total()
             said = f"{took:.0f} s: {number + 1} jobs, {met} faults, {len(self.tally.wrong)} wrong"
             print(said, file=sys.stderr, flush=True)
@@ -388,6 +391,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     start = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends with the tally so far
     with scratch() as folder, rig_at(Path(folder)) as rig:
         tally = Campaign(rig, given.seed).run(given.faults, given.hours * 3600)
     report(tally, f"Seed {given.seed}, {WORKERS} workers, {time.monotonic() - start:.0f} s.")
