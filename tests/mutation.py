@@ -1,7 +1,7 @@
 """Mutants of modules, each with one operator, number or comparison changed, and who notices.
 
     pip install cosmic-ray
-    python -m tests.mutation [--count COUNT] [--seed SEED] [MODULE ...]
+    python -m tests.mutation [--count COUNT] [--minutes MINUTES] [--seed SEED] [MODULE ...]
 
 Cosmic Ray makes the mutants. It would start Python for each of them, which imports torch for
 seconds; here each is a fork of a process that has imported all other packages. A place of the code
@@ -168,6 +168,7 @@ def main() -> None:
     )
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="such as inkdask.tiling")
     parser.add_argument("--count", type=int, default=1_000_000, help="most of a module, by chance")
+    parser.add_argument("--minutes", type=float, default=1e6, help="most for a module")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     rows, survivors = [], []
@@ -179,13 +180,16 @@ def main() -> None:
         start = time.monotonic()
         if is_noticed(original, TESTS[module], 3600):
             sys.exit(f"the tests of {module} fail without a mutation")
-        seconds, left = LONGEST * (time.monotonic() - start) + 60, 0
-        for number, mutant in enumerate(some):
+        seconds, left, tried = LONGEST * (time.monotonic() - start) + 60, 0, 0
+        for mutant in some:
+            if time.monotonic() > start + 60 * given.minutes:
+                break
+            tried += 1
             if not is_noticed(mutant, TESTS[module], seconds):
                 left += 1
                 survivors.append(mutant.change)
-                print(f"{number + 1}/{len(some)} {mutant.change}", file=sys.stderr, flush=True)
-        rows.append(f"| {module} | {len(every)} | {len(some)} | {left} |")
+                print(f"{tried}/{len(some)} {mutant.change}", file=sys.stderr, flush=True)
+        rows.append(f"| {module} | {len(every)} | {tried} | {left} |")
         print(rows[-1], file=sys.stderr, flush=True)
     print("| module | mutants | tried | not noticed |\n|---|---|---|---|", *rows, "", sep="\n")
     print(*(f"- {change}" for change in survivors), sep="\n")

@@ -84,11 +84,24 @@ def test_reaching_chunks_own_all_tiles_of_a_box(axis, data):
     found = axis.reaching_chunks(start, stop)
     touching = (axis.origins < stop) & (axis.origins + axis.tile > start)
     owners = np.searchsorted(axis.rows, np.flatnonzero(touching), "right") - 1
-    assert found.start <= owners.min()
+    assert 0 <= found.start <= owners.min()  # a slice counts negative numbers from its end
     assert owners.max() < found.stop
     last = np.searchsorted(axis.edges, stop - 1, "right") - 1
     assert found.start >= owners.min() - 1
     assert found.stop == last + 1
+
+
+@given(axes())
+def test_tiles_of_a_chunk_are_in_one_pass_each(axis):
+    tiling = Tiling(axis, axis)
+    for row in {0, len(axis.chunks) - 1}:
+        passes = [tiling.in_passes(row, 0, last - 1, last) for last in range(tiling.passes)]
+        assert all(mask.dtype == bool for mask in passes)
+        assert np.array_equal(sum(mask.astype(int) for mask in passes), np.ones(passes[0].shape))
+        for last, mask in enumerate(passes):
+            assert np.count_nonzero(mask) == (
+                tiling.tiles_until(last)[row, 0] - tiling.tiles_until(last - 1)[row, 0]
+            )
 
 
 def test_tiling_of_known_image_has_known_grid():
