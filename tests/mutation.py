@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
-from importlib.util import spec_from_loader
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,8 @@ class Finder:
             return None
         path = str(ROOT / f"{name.replace('.', '/')}.py")
         loader = SourceFileLoader(name, path)
-        loader.get_code = lambda _: compile(self.source, path, "exec")  # type: ignore[method-assign]
-        return spec_from_loader(name, loader, origin=path)
+        loader.get_code = lambda _: compile(self.source, path, "exec", dont_inherit=True)  # type: ignore[method-assign]
+        return spec_from_file_location(name, path, loader=loader)
 
 
 def is_noticed(mutant: Mutant, tests: list[str], seconds: float) -> bool:

@@ -112,6 +112,9 @@ def test_tiles_of_a_chunk_are_in_one_pass_each(axis):
             assert np.count_nonzero(mask) == (
                 tiling.tiles_until(last)[row, 0] - tiling.tiles_until(last - 1)[row, 0]
             )
+    done = np.arange(np.prod(tiling.block_shape)).reshape(tiling.block_shape) % (tiling.passes + 1)
+    for place, there in np.ndenumerate(tiling.tiles_there(done - 1)):
+        assert there == np.count_nonzero(tiling.in_passes(*place, -1, done[place] - 1))
 
 
 def test_tiling_of_known_image_has_known_grid():
