@@ -25,7 +25,7 @@ from inkdask.reduction import picture, preview
 from inkdask.segment import open_segment
 from inkdask.settings import Settings, with_parameters
 from inkdask.specs import NO_MASK
-from inkdask.storage import outputs
+from inkdask.storage import outputs, scratch
 from inkdask.summary import Summary
 
 log = logging.getLogger("inkdask")
@@ -104,6 +104,7 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
             outputs.remove_file(settings.result_file)  # of an earlier job
     job = settle(settings)
     outputs.sweep(job.target)
+    scratch.sweep()
     if settings.overwrite and is_whole:
         job = job.restarted()
     log.info("%s", job.plan)
@@ -208,6 +209,7 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
         settings.use_zarr_compression,
     )
     warn_of_small_values(segment)
+    scratch.sweep()
     array.begin(settings.overwrite)
     if array.is_finished:
         log.info("%s is there already, made of the same files", array.uri)

@@ -10,7 +10,6 @@ import errno
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from inkdask.errors import DamagedError, InkdaskError, UnavailableError
 from inkdask.storage.counting import count
+from inkdask.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from zarr import Array, Group
@@ -206,8 +206,8 @@ def writing(uri: str) -> Iterator[Path]:
     fs, path = filesystem(uri)
     with explained(uri):
         if not is_local(uri):
-            with tempfile.TemporaryDirectory(prefix="inkdask-") as scratch:
-                part = Path(scratch) / "file"
+            with Scratch() as scratch:
+                part = scratch / "file"
                 yield part
                 fs.put_file(str(part), path)
             return
