@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from PIL import Image
 
 from inkdask import storage
 from inkdask.storage import outputs
+from inkdask.storage import scratch as storage_scratch
 from tests.benchmarks._common import scratch, table
 from tests.benchmarks._rig import WORKERS, Rig
 from tests.oracle import papyrus
@@ -342,7 +344,8 @@ class Campaign:
     def count_leftovers(self, job: Job) -> None:
         """Count what is left beside the layers, the tiles and the pictures.
 
-        Next to outputs, the next job sweeps what killed processes left a day ago.
+        The next job sweeps temporary folders of killed processes, and what lies next to its
+        outputs for a day.
         """
         for process in self.rig.strangers():
             self.tally.complain(job.number, f"the process {process} is left")
@@ -350,8 +353,11 @@ class Campaign:
         self.tally.counts.update(f"left, {kind}" for kind, _ in at_once)
         with mock.patch.object(outputs, "REST", 0):
             outputs.sweep(f"{job.options['output_path']}/prediction_")
+        sweep_scratch(self.rig.disk / "tmp")
         for _, file in self.leftovers(job):
             self.tally.complain(job.number, f"{file} is left for good")
+        for path in (self.rig.disk / "tmp").glob("inkdask-*"):
+            shutil.rmtree(path)  # counted once
 
     def leftovers(self, job: Job) -> list[tuple[str, str]]:
         """Kinds and places of unfinished files, uploads and temporary folders."""
@@ -362,6 +368,12 @@ class Campaign:
             found += [(ending[1], storage.join(home, file)) for ending, file in files if ending]
         uploads = storage.s3_filesystem().call_s3("list_multipart_uploads", Bucket="scrolls")
         return found + [("upload", upload["Key"]) for upload in uploads.get("Uploads", ())]
+
+
+def sweep_scratch(folder: Path) -> None:
+    """Sweep a folder for temporary ones, as a job does."""
+    with mock.patch.object(tempfile, "tempdir", str(folder)):
+        storage_scratch.sweep()
 
 
 def picture(uri: str) -> np.ndarray:
