@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -29,6 +28,7 @@ from inkdask.job import Job
 from inkdask.plan import Plan
 from inkdask.provenance import recipe_of
 from inkdask.specs import InferredChunk, Passes
+from inkdask.storage.scratch import Scratch
 from inkdask.store import GridStore
 from inkdask.tiling import Axis
 
@@ -125,8 +125,8 @@ class Background:
         """Where the chunks are stored; a scratch folder is made at the first use."""
         with self._turn:
             if self._grid is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="inkdask-")
-                self._grid = GridStore.at(f"{self._folder.name}/grid.zarr", recipe_of(self._plan))
+                self._folder = Scratch()
+                self._grid = GridStore.at(f"{self._folder.path}/grid.zarr", recipe_of(self._plan))
                 self._grid.make_arrays()
             return self._grid
 

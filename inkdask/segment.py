@@ -246,7 +246,9 @@ def _pixel_um(uri: str, source: Source, root: str | None) -> float | None:
     if told and (told.made_of or told.prepared_as):  # whose name may be that of a finer level
         return told.pixel_um
     named = catalogue.pixel_um(uri, root) or pixel_size.of_path("/".join(names))
-    return named * 2**index if named else told and told.pixel_um
+    if named:
+        return named * 2**index
+    return told.pixel_um if told else None
 
 
 def _open_array(

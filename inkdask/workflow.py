@@ -34,7 +34,7 @@ from inkdask.reduction import ink_of, picture, preview
 from inkdask.segment import open_segment
 from inkdask.settings import Settings, with_parameters
 from inkdask.specs import NO_MASK
-from inkdask.storage import outputs
+from inkdask.storage import outputs, scratch
 from inkdask.summary import Summary
 from inkdask.volumes import choose_volume
 
@@ -121,6 +121,7 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     for job in jobs:
         outputs.sweep(job.target)
         log.info("%s", job.plan)
+    scratch.sweep()
     if settings.overwrite and is_whole:
         jobs = [job.restarted() for job in jobs]
     with connect(settings), report(settings.report):
@@ -242,6 +243,7 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
     )
     array = Preparation.of(segment, settings)
     warn_of_small_values(segment)
+    scratch.sweep()
     array.begin(settings.overwrite)
     if array.is_finished:
         log.info("%s is there already, made of the same files", array.uri)

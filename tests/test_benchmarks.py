@@ -11,11 +11,13 @@ import sys
 import time
 from types import SimpleNamespace
 
+import imagecodecs
 import numpy as np
 import psutil
 import pytest
 
-from tests.benchmarks import gpu
+from inkdask import storage
+from tests.benchmarks import faults, gpu
 from tests.benchmarks.__main__ import benchmarks
 from tests.benchmarks._common import measure, reference_network, save_checkpoint, write_noise
 
@@ -203,3 +205,42 @@ def test_clocks_of_a_large_job_see_its_steps(tmp_path):
     assert said["tiles"] == 4
     assert 0 < said["thread"] < said["fill"]
     assert said["picture"] > 0
+
+
+def test_few_faults_are_survived_and_counted():
+    command = [sys.executable, "-m", "tests.benchmarks.faults", "--faults", "3", "--seed", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "| all | 3 |" in done.stdout
+    assert "| pixels wrong | 0 |" in done.stdout
+    assert "| left for good, hung or failed | 0 |" in done.stdout
+
+
+def test_wrong_pixels_and_leftovers_are_noticed(s3, tmp_path, monkeypatch):
+    storage.s3_filesystem().mkdir("scrolls")
+    (tmp_path / "tmp" / "inkdask-0123").mkdir(parents=True)
+    child = SimpleNamespace(pid=0)
+    campaign = faults.Campaign(SimpleNamespace(disk=tmp_path, strangers=lambda: [child]), seed=0)
+    job = faults.Job.of(0, 0, tmp_path)
+    job.options.update(output_path=f"{faults.BUCKET}/out", result_file=f"{faults.BUCKET}/result")
+    files = storage.s3_filesystem()
+    files.call_s3("create_multipart_upload", Bucket="scrolls", Key="out/a.png")
+    for name in ("out/prediction_a.zarr.01234567.unfinished/0", "out/a.partial", "out/a.png"):
+        storage.write_bytes(f"{faults.BUCKET}/{name}", b"x")
+    campaign.count_leftovers(job)
+    counts = campaign.tally.counts
+    for kind in ("temporary folder", "upload", "unfinished", "partial"):
+        assert counts[f"left, {kind}"] == 1
+    wrong = "\n".join(campaign.tally.wrong)
+    assert len(campaign.tally.wrong) == 4  # the folder that a job sweeps is none of them
+    assert all(what in wrong for what in ("process", "inkdask-0123", "out/a.png", "a.partial"))
+
+    pixels = np.zeros((4, 5), np.uint8)
+    storage.write_bytes(f"{faults.BUCKET}/out/a.png", imagecodecs.png_encode(pixels))
+    storage.write_bytes(f"{faults.BUCKET}/result", f"{faults.BUCKET}/out/a.png".encode())
+    campaign.compare(job, pixels, tmp_path / "log")
+    assert counts["pixels wrong"] == 0
+    pixels[1, 2] = 1
+    campaign.compare(job, pixels, tmp_path / "log")
+    assert counts["pixels wrong"] == 1
+    assert len(campaign.tally.wrong) == 5

@@ -36,7 +36,7 @@ def write_pngs(folder, volume):
 def scratch(tmp_path, monkeypatch):
     """Folder of the scratch folders of this test."""
     monkeypatch.setattr(images, "_kept", {})
-    monkeypatch.setattr(images.tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     return tmp_path / "scratch"
 
@@ -95,6 +95,40 @@ def test_block_whose_layers_are_removed_is_an_error(tmp_path, scratch, monkeypat
     assert list(scratch.iterdir()) == []
 
 
+def test_next_job_removes_temporary_folders_of_a_killed_one_alone(tmp_path, scratch):
+    folder = tmp_path / "seg"
+    write_pngs(folder, papyrus((3, 70, 70)))
+    code = (
+        "import sys, time; from inkdask.storage.scratch import Scratch\n"
+        "held = Scratch(); (held.path / 'layer').touch()\n"
+        "print(held.path, flush=True); time.sleep(600)"
+    )
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    command = [sys.executable, "-c", code]
+    others = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        killed, living = (Path(other.stdout.readline().strip()) for other in others)
+        others[0].kill()
+        others[0].wait()
+        (scratch / "inkdask-of-a-user").mkdir()
+        (scratch / "inkdask-tmp-link").symlink_to(folder)
+        inkdask.run(folder, model=depth_slope, stride=64)
+        assert not killed.exists()
+        assert (living / "layer").exists()
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    inkdask.prepare(folder)
+    images.forget()
+    left = sorted(path.name for path in scratch.iterdir())
+    assert left == ["inkdask-of-a-user", "inkdask-tmp-link"]
+    assert len(list(folder.glob("*.png"))) == 3
+
+
 @pytest.mark.parametrize(
     "how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
 )
@@ -109,7 +143,7 @@ def test_interrupted_job_removes_its_decoded_layers(tmp_path, how):
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_until(lambda: any(scratch.glob("inkdask-scratch-*/*.zarr")), process)
+        wait_until(lambda: any(scratch.glob("inkdask-*/*.zarr")), process)
         process.send_signal(how)
         assert process.wait(60) == 128 + how
     finally:

@@ -84,11 +84,37 @@ def test_reaching_chunks_own_all_tiles_of_a_box(axis, data):
     found = axis.reaching_chunks(start, stop)
     touching = (axis.origins < stop) & (axis.origins + axis.tile > start)
     owners = np.searchsorted(axis.rows, np.flatnonzero(touching), "right") - 1
-    assert found.start <= owners.min()
+    assert 0 <= found.start <= owners.min()  # a slice counts negative numbers from its end
     assert owners.max() < found.stop
     last = np.searchsorted(axis.edges, stop - 1, "right") - 1
     assert found.start >= owners.min() - 1
     assert found.stop == last + 1
+
+
+@given(axes())
+def test_passes_halve_the_stride_and_begin_with_both_borders(axis):
+    strides = [axis.stride << halvings for halvings in reversed(range(axis.passes))]
+    assert axis.tile / 2 < strides[0] <= axis.tile
+    for number, origin in enumerate(axis.origins):
+        is_last = number == len(axis.origins) - 1
+        expected = [number * axis.stride % stride == 0 or is_last for stride in strides]
+        assert axis.pass_of_tile[number] == expected.index(True), origin
+
+
+@given(axes())
+def test_tiles_of_a_chunk_are_in_one_pass_each(axis):
+    tiling = Tiling(axis, axis)
+    for row in {0, len(axis.chunks) - 1}:
+        passes = [tiling.in_passes(row, 0, last - 1, last) for last in range(tiling.passes)]
+        assert all(mask.dtype == bool for mask in passes)
+        assert np.array_equal(sum(mask.astype(int) for mask in passes), np.ones(passes[0].shape))
+        for last, mask in enumerate(passes):
+            assert np.count_nonzero(mask) == (
+                tiling.tiles_until(last)[row, 0] - tiling.tiles_until(last - 1)[row, 0]
+            )
+    done = np.arange(np.prod(tiling.block_shape)).reshape(tiling.block_shape) % (tiling.passes + 1)
+    for place, there in np.ndenumerate(tiling.tiles_there(done - 1)):
+        assert there == np.count_nonzero(tiling.in_passes(*place, -1, done[place] - 1))
 
 
 def test_tiling_of_known_image_has_known_grid():
@@ -97,6 +123,13 @@ def test_tiling_of_known_image_has_known_grid():
     assert tiling.tiles == 1073
     assert tiling.chunks == ((256, 256), (256, 256, 128))
     assert tiling.grid_chunks == ((16, 13), (16, 16, 5))
+
+
+@pytest.mark.parametrize("stride", [1, 64])
+def test_tiling_takes_any_stride_up_to_the_tile(stride):
+    tiling = Tiling.of((512, 640), tile=64, stride=stride, chunk=256)
+    assert tiling.stride == stride
+    assert {tiling: 1}[Tiling.of((512, 640), tile=64, stride=stride, chunk=256)]  # as a key
 
 
 @pytest.mark.parametrize("stride", [0, 65])

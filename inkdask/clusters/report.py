@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from inkdask import engine, storage
 from inkdask.storage import outputs
+from inkdask.storage.scratch import Scratch
 
 log = logging.getLogger("inkdask")
 
@@ -31,8 +31,8 @@ def report(uri: str | None) -> Iterator[None]:
         yield
         return
     outputs.check_writable(uri)
-    with tempfile.TemporaryDirectory(prefix="inkdask-") as scratch:
-        page = Path(scratch) / "report.html"
+    with Scratch() as scratch:
+        page = scratch / "report.html"
         try:
             with _of_threads(page) if engine.current_client() is None else _of_cluster(page):
                 yield

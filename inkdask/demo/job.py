@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from inkdask.demo import synthetic
 from inkdask.errors import InkdaskError
+from inkdask.storage.scratch import Scratch
 
 LAYERS = 26
 
@@ -108,7 +108,7 @@ def _predict(out: Path) -> Path:
 
     options = {name: field.get_default() for name, field in Settings.model_fields.items()}
     del options["s3_path"]
-    with tempfile.TemporaryDirectory(prefix="inkdask-demo-") as scratch:
+    with Scratch() as scratch:
         options |= {
             "model": "demo",
             "start_layer": 0,
@@ -116,8 +116,8 @@ def _predict(out: Path) -> Path:
             "chunk_size": 256,  # because the progress bar moves chunk by chunk
             "batch_size": 64,  # because the network is small
             "compile": False,  # because compiling takes longer than the work
-            "zarr_output_dir": scratch,
-            "result_file": Path(scratch) / "result.txt",
+            "zarr_output_dir": str(scratch),
+            "result_file": scratch / "result.txt",
         }
         return Path(run_job(out, **options))
 

@@ -10,10 +10,8 @@ import logging
 import os
 import shutil
 import struct
-import tempfile
 import threading
 import time
-import weakref
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from inkdask import storage
 from inkdask.errors import InkdaskError, reason
 from inkdask.failures import dask_worker
 from inkdask.storage.parallel import for_each
+from inkdask.storage.scratch import Scratch
 
 log = logging.getLogger(__name__)
 
@@ -190,8 +189,8 @@ class _Layers:
     """Decoded layers of one identity, on disk until their last reader is gone."""
 
     def __init__(self, folder: str | None, size: int) -> None:
-        self.path, self.is_there = tempfile.mkdtemp(prefix="inkdask-scratch-", dir=folder), True
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self._scratch, self.is_there = Scratch(folder), True
+        self.path = str(self._scratch.path)
         self._lock, self._locks = threading.Lock(), dict[Page, tuple[int, threading.Lock]]()
         self._arrays: dict[Page, zarr.Array] = {}
         self.writers = 0

@@ -10,7 +10,6 @@ import errno
 import os
 import shutil
 import stat
-import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from inkdask.errors import DamagedError, InkdaskError, UnavailableError, reason
 from inkdask.storage.counting import count
 from inkdask.storage.parallel import for_each
+from inkdask.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from zarr import Array, Group
@@ -240,8 +240,8 @@ def writing(uri: str) -> Iterator[Path]:
     fs, path = filesystem(uri)
     with explained(uri):
         if not is_local(uri):
-            with tempfile.TemporaryDirectory(prefix="inkdask-") as scratch:
-                part = Path(scratch) / "file"
+            with Scratch() as scratch:
+                part = scratch / "file"
                 yield part
                 fs.put_file(str(part), path)
             return

@@ -31,6 +31,7 @@ RESULTS = HERE / "RESULTS.md"
 # What the suite gives to some: less where the default takes long, more where it starts too small.
 ARGUMENTS = {
     "export": ["8000"],
+    "faults": ["--faults", "50"],
     "profile_job": ["--side", "640"],
 }
 
