@@ -9,18 +9,17 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import click
-from pydantic.fields import FieldInfo
 from rich.console import Console
 
 import inkdask
 from inkdask.errors import InkdaskError
+from inkdask.options import settings_options
 from inkdask.progress import columns, printable
 from inkdask.settings import Settings, parameters
 from inkdask.specs import normalisation
@@ -91,42 +90,6 @@ def _fail(sentence: str, code: int) -> None:
     sys.exit(code)
 
 
-def _settings_options(*only: str) -> Callable[[Any], Any]:
-    """Return a decorator that adds an option for each parameter, or for the named ones."""
-
-    def decorate(command: Any) -> Any:
-        for name, variable, field in reversed(list(parameters())):
-            if name == "s3_path" or (only and name not in only):
-                continue
-            flag = f"--{name.replace('_', '-')}"
-            kind: dict[str, Any] = {"metavar": _metavar(field)}
-            if field.annotation is bool:
-                flag, kind = f"{flag}/--no-{flag[2:]}", {"default": None}
-            default = "" if field.default is None else f" (default: {field.default})"
-            text = f"{field.description}{default} [{variable}]".replace("`", "")
-            command = click.option(flag, name, help=text, **kind)(command)
-        if only and "start_layer" not in only:
-            return command
-        return click.option(
-            "--layers",
-            metavar="START:END",
-            help="Layer range, first inclusive, last exclusive. [START_LAYER, END_LAYER]",
-        )(command)
-
-    return decorate
-
-
-def _metavar(field: FieldInfo) -> str:
-    """Return the placeholder of an option's value in the help."""
-    if isinstance(field.json_schema_extra, dict):
-        return str(field.json_schema_extra["metavar"])
-    kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType]
-    if get_origin(field.annotation) is Literal:
-        return "|".join(map(str, kinds))
-    kind: Any = kinds[0] if kinds else field.annotation
-    return "|".join(map(str, get_args(kind))) or {int: "INT", float: "FLOAT"}.get(kind, "TEXT")
-
-
 @click.group(
     "inkdask", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
@@ -161,7 +124,7 @@ def _is_for_everybody(record: logging.LogRecord) -> bool:
 
 @inkdask_.command()
 @click.argument("s3_path", required=False)
-@_settings_options()
+@settings_options()
 def run(**given: Any) -> None:
     """Run the job: layers in, picture out.
 
@@ -175,7 +138,7 @@ def run(**given: Any) -> None:
 
 @inkdask_.command()
 @click.argument("s3_path", required=False)
-@_settings_options()
+@settings_options()
 def check(**given: Any) -> None:
     """Check whether `run` with the same words can do its job, and run nothing.
 
@@ -189,7 +152,7 @@ def check(**given: Any) -> None:
 
 @inkdask_.command()
 @click.argument("s3_path", required=False)
-@_settings_options(
+@settings_options(
     "model", "start_layer", "end_layer", "model_in_chans", "force_reverse", "direction",
     "z_downsample_mean_factor", "tile", "stride", "clip", "divisor", "precision", "tta", "roi_xyxy",
     "blend_mode", "gaussian_sigma", "reverse_video", "spread", "pixel_resolution_um",
@@ -209,7 +172,7 @@ def reduce(**given: Any) -> None:
 
 @inkdask_.command()
 @click.argument("s3_path", required=False)
-@_settings_options(
+@settings_options(
     "start_layer", "end_layer", "volume", "catalogue", "ome_zarr_level",
     "z_downsample_mean_factor", "surface_volume_zarr", "zarr_output_dir", "use_zarr_compression",
     "overwrite",
@@ -267,7 +230,7 @@ def demo(out: Path) -> None:
     help="Halve the picture until neither side is longer. Default: 4096 for JPEG.",
 )
 @click.option("--compression", type=click.Choice(["deflate", "zstd"]), help="Compression of TIFF.")
-@_settings_options(
+@settings_options(
     "reverse_video", "pixel_resolution_um", "add_scale_bar", "scale_bar_length_um", "roi_xyxy"
 )
 def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
@@ -298,13 +261,13 @@ def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
 @click.option(
     "--labels", metavar="FILE", help="Picture of the segment's size, not 0 where there is ink."
 )
-@_settings_options(
+@settings_options(
     "start_layer", "end_layer", "roi_xyxy", "model_type", "tile", "clip", "divisor", "precision",
     "batch_size", "chunk_size", "z_downsample_mean_factor", "mask_path", "surface_volume_zarr",
     "ome_zarr_level", "pixel_resolution_um", "output_path", "zarr_output_dir", "cluster",
     "scheduler_address",
 )  # fmt: skip
-def sweep(s3_path: str, direction: str, **given: Any) -> None:
+def sweep(s3_path: str, model: tuple[str, ...], direction: str, **given: Any) -> None:
     """Run variants of a region side by side: depth, direction, model and stride.
 
     Each column of voxels is read once for all of them. Writes a contact sheet, sweep.png, and
@@ -315,9 +278,8 @@ def sweep(s3_path: str, direction: str, **given: Any) -> None:
 
     for name in ("offsets", "strides"):
         given[name] = _numbers(given[name], name)
-    given["model"] = list(given["model"]) or None
     directions = DIRECTIONS if direction == "both" else (direction,)
-    result = sweep(s3_path, directions=directions, **_given(given))
+    result = sweep(s3_path, directions=directions, **_given(given | {"model": [*model] or None}))
     print(result)
     print(result.sheet)
 
@@ -334,7 +296,7 @@ def _numbers(text: str | None, name: str) -> list[int] | None:
 @click.argument("prediction")
 @click.option("--second-model", metavar="MODEL", help="Another model, to show beside it.")
 @click.option("--second-stride", type=int, metavar="N", help="Another stride, in pixels.")
-@_settings_options(
+@settings_options(
     "roi_xyxy",
     "pixel_resolution_um",
     "batch_size",
@@ -358,7 +320,7 @@ def evidence(prediction: str, **given: Any) -> None:
 
 @inkdask_.command()
 @click.argument("path")
-@_settings_options(
+@settings_options(
     "start_layer", "end_layer", "volume", "catalogue", "ome_zarr_level", "mask_path", "model",
     "model_type", "tile", "stride", "chunk_size",
 )  # fmt: skip

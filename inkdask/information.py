@@ -178,6 +178,7 @@ def _of_job(
         yield "mask", origin.mask
     mean = f", means of {recipe.averaged}" if recipe.averaged > 1 else ""
     middle = "" if origin.offset is None else f", {origin.offset:+g} from the middle"
+    middle = ", the middle" if origin.offset == 0 else middle
     yield "layers", f"{len(recipe.layers)} ({span(recipe.layers)}){mean}{middle}"
     if origin.roi_xyxy:
         yield "region", ",".join(map(str, origin.roi_xyxy)) + " (x0,y0,x1,y1)"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-import dask
 import dask.array as da
 import numpy as np
 
+from inkdask import storage
 from inkdask.blending import blend, spread
 from inkdask.coarse import so_far
 from inkdask.errors import InkdaskError
@@ -22,7 +22,7 @@ from inkdask.job import Job
 from inkdask.parts import assign
 from inkdask.pictures import exporting
 from inkdask.pictures.picture import is_picture, open_picture
-from inkdask.pictures.pyramid import to_uint8, write_pyramid
+from inkdask.pictures.pyramid import HISTOGRAM, to_uint8, write_pyramid
 from inkdask.preflight import check_room_for_picture
 from inkdask.specs import BlendMode
 from inkdask.storage import outputs
@@ -68,11 +68,11 @@ def _window(job: Job) -> tuple[BlendMode, float, Family]:
 
 def ink_of(job: Job) -> str:
     """Say how much ink the picture of a job shows: ``0.02 % of the papyrus above 0.5, ...``."""
-    grey = open_picture(f"{job.target}.zarr").levels[0]
-    papyrus = job.grid.valid()[job.region.slices]
-    strong, strongest, pixels = dask.compute((grey >= 128).sum(), grey.max(), papyrus.sum())
-    share = 100 * strong / max(pixels, 1)
-    return f"{share:.2g} % of the papyrus above 0.5, highest {strongest / 255:.2f}"
+    counted = np.array(storage.zarr_node(f"{job.target}.zarr").attrs[HISTOGRAM])
+    papyrus = int(job.grid.valid()[job.region.slices].sum().compute())
+    share = 100 * counted[128:].sum() / max(papyrus, 1)
+    strongest = np.flatnonzero(counted).max(initial=0) / 255
+    return f"{share:.2g} % of the papyrus above 0.5, highest {strongest:.2f}"
 
 
 def check_complete(job: Job, num_parts: int) -> None:

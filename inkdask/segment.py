@@ -196,18 +196,9 @@ def open_segment(
     else:
         source, found, numbers, dtype, identity, stored = _open_folder(uri, listing, layers, count)
     segment = Segment(
-        uri,
-        name,
-        numbers,
-        dtype,
-        identity,
-        source,
-        stored,
-        mask_uri,
-        level=level,
-        found=found,
-        pixel_um=_pixel_um(uri, source, root),
-    )
+        uri, name, numbers, dtype, identity, source, stored, mask_uri,
+        level=level, found=found, pixel_um=_pixel_um(uri, source, root),
+    )  # fmt: skip
     if mask_uri and mask_uri != NO_MASK:
         mask_source = _open_mask(mask_uri, source.shape[1:])
         segment = replace(segment, mask_source=mask_source, mask_identity=mask_source.identity)

@@ -81,7 +81,7 @@ def test_controls_of_the_demo_reproduce_little(tmp_path, capsys, pages):
     assert page.verdict in said
     assert said.count("data:image/png;base64,") == len(page.panels) == 8
     assert not re.search(r"(src|href)=\"(?!data:)", said)
-    assert page.facts["layers"] == "26 (26 to 51)"
+    assert page.facts["layers"] == "26 (26:52)"
     assert "sha256" in page.facts["model"]
 
 
@@ -206,6 +206,6 @@ def test_picture_says_depth_direction_and_size_of_its_window(segment, capsys):
     capsys.readouterr()
     cli.main(["info", prediction])
     said = capsys.readouterr().out
-    assert "4 (9 to 6 in reverse), +2 from the middle" in said
+    assert "4 (6:10 in reverse), +2 from the middle" in said
     assert "64 px at stride 32 (506.2 um)" in said
     assert digest in said

@@ -30,6 +30,7 @@ from inkdask.pictures.png import write_png
 from inkdask.pictures.pyramid import halve, write_pyramid
 from inkdask.pictures.reading import read_facts
 from inkdask.pictures.scale_bar import ScaleBar, with_scale_bar
+from inkdask.progress import Meter
 from tests.files import random_volume, read_picture, write_layers
 from tests.jobs import made_of
 
@@ -225,9 +226,10 @@ def test_scale_bar_without_pixel_size_is_refused(tmp_path, pixels, capsys):
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "p.png")), pixels)
 
 
-def test_job_without_pixel_size_fails_before_it_reads(tmp_path):
+def test_job_without_pixel_size_fails_before_it_reads(segment):
     with pytest.raises(SettingsError, match="PIXEL_RESOLUTION_UM is not set"):
-        inkdask.run(tmp_path / "nothing", model="demo", add_scale_bar=True)
+        inkdask.run(segment[0], model="demo", add_scale_bar=True, model_in_chans=3)
+    assert [path.name for path in segment[0].iterdir()] == ["layers"]
 
 
 # The overlay
@@ -304,7 +306,7 @@ def test_overlay_reports_missing_or_smaller_segment(prediction, tmp_path, segmen
         inkdask.export(prediction, tmp_path / "p.png", overlay="max")
     small = tmp_path / "small"
     write_layers(small / "layers", segment[1][:, :300])
-    with pytest.raises(InkdaskError, match="has 300 x 250 pixels"):
+    with pytest.raises(InkdaskError, match="has 250 x 300 pixels"):
         inkdask.export(prediction, tmp_path / "p.png", overlay="max", segment=str(small))
 
 
@@ -319,9 +321,16 @@ def test_damaged_prediction_leaves_no_file(prediction, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["tif", "png", "jpg"])
-def test_progress_of_an_export_reaches_its_end(prediction, tmp_path, capsys, ending):
+def test_progress_of_an_export_reaches_its_end(prediction, tmp_path, monkeypatch, ending):
+    ends, leave = [], Meter.__exit__
+
+    def recorded(meter, *error):
+        ends.append((meter.done, meter.total))
+        leave(meter, *error)
+
+    monkeypatch.setattr(Meter, "__exit__", recorded)
     inkdask.export(prediction, tmp_path / f"p.{ending}")
-    assert "(100 %)" in capsys.readouterr().err
+    assert ends == [(total, total) for _, total in ends] != []
 
 
 def test_command_line_prints_the_files(prediction, tmp_path, capsys, monkeypatch):

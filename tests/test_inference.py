@@ -157,7 +157,7 @@ def test_failed_block_fails_only_the_chunks_that_need_it():
         return block
 
     broken = blocks.map_blocks(third_is_broken, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
-    halved = plan._average(broken, 2)
+    halved = plan.average(broken, 2)
     mask = da.ones((400, 400), chunks=90, dtype=bool)
     network = network_of(depth_slope, layers=2)
     (chunks,) = dask.compute(infer(halved, tiling, network, mask).chunks.to_delayed().tolist())

@@ -77,7 +77,7 @@ def test_input_that_is_gone_is_not_compared(segment, weights, caplog):
 
 
 def name_of_picture(model, weights):
-    stem = output_stem(None, replace(ORIGIN, weights_from=weights), model)
+    stem = output_stem("s3://bucket/seg/predictions", replace(ORIGIN, weights_from=weights), model)
     name = stem.removeprefix("s3://bucket/seg/predictions/prediction_").removesuffix("_00_03")
     assert len(f".prediction_{name}_00_03_preview.zarr.01234567.unfinished".encode()) <= 255
     return name
@@ -137,7 +137,7 @@ def test_long_name_of_a_function_or_repo_is_cut():
 @pytest.mark.parametrize(
     ("folder", "source", "name"),
     [
-        (None, "s3://bucket/seg", "demo"),
+        (None, "/data/seg", "demo"),
         ("s3://bucket/seg/predictions", "s3://bucket/seg", "demo"),
         ("s3://bucket/results/seg/ink", "s3://bucket/seg", "demo"),
         ("s3://bucket/seg.zarr/ink", "s3://bucket/seg.zarr", "demo"),

@@ -76,12 +76,12 @@ def test_info_says_the_same_of_every_kind_of_file(prediction, segment, tmp_path,
         assert rows == told[0]
     rows = told[0]
     assert rows["segment"].startswith(f"{segment} (input ")
-    assert rows["layers"] == "26 (0:26 in reverse)"
+    assert rows["layers"] == "26 (0:26 in reverse), the middle"
     assert rows["region"] == "16,8,190,150 (x0,y0,x1,y1)"
     assert rows["model"].startswith("demo (ink_depth_cnn) from package://")
     assert len(rows["weights"].split()[1]) == 64
     assert rows["voxels"] == "clipped to 180, divided by 190"
-    assert rows["tiles"] == "64 px at stride 32, gaussian window of sigma 20.125 px"
+    assert rows["tiles"] == "64 px at stride 32 (506.4 um), gaussian window of sigma 20.125 px"
     assert rows["size"].startswith("174 x 142 pixels (x, y) of 7.91 um")
     for name in ("inkdask", "torch", "dask", "zarr", "numpy", "python"):
         assert name in rows["software"]

@@ -527,7 +527,7 @@ def test_reduce_refuses_unwritable_result_file_before_the_picture(segment, tmp_p
 
 
 def test_model_of_the_hub_gives_a_file_name_without_slash():
-    stem = output_stem(None, ORIGIN, "owner/model")
+    stem = output_stem("s3://bucket/seg/predictions", ORIGIN, "owner/model")
     assert stem == "s3://bucket/seg/predictions/prediction_owner_model_00_03"
 
 

@@ -114,6 +114,6 @@ def test_job_and_info_take_a_stack(tmp_path, capsys):
     np.testing.assert_allclose(got / 255, expected, atol=1.01 / 255)
     cli.main(["info", uri])
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert (rows["layers"], rows["segment"]) == ("6 (0 to 5)", uri)
+    assert (rows["layers"], rows["segment"]) == ("6 (0:6)", uri)
     cli.main(["info", str(tmp_path / "p.tif")])
     assert "picture" in capsys.readouterr().out

@@ -380,8 +380,8 @@ def thumbnails(html):
 
 def test_segment_describes_itself(segment):
     html = segment._repr_html_()
-    assert "460 x 620 pixels" in html
-    assert "5 (3 to 7)" in html
+    assert "620 x 460 pixels" in html
+    assert "5 (3:8)" in html
     assert "uint8" in html
     (thumbnail,) = thumbnails(html)
     assert max(thumbnail.size) == 360

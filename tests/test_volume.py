@@ -126,7 +126,7 @@ def test_crop_of_a_crop_counts_from_its_corner(tmp_path, pixels):
         ((-5, 50), (0, 50)),
         ((0, 1), (9, 111)),
     ]:
-        with pytest.raises(InkdaskError, match="do not lie in .* 80 x 110 pixels"):
+        with pytest.raises(InkdaskError, match="do not lie in .* 110 x 80 pixels"):
             segment.crop(slice(*rows), slice(*columns))
 
 
@@ -206,7 +206,7 @@ def test_scratch_lies_in_the_folder_of_the_worker(tmp_path, pixels):
         distributed.Client(cluster) as client,
     ):
         np.testing.assert_array_equal(client.compute(segment.volume).result(), pixels >> 8)
-        assert list(scratch.rglob("inkdask-scratch-*/0.zarr"))
+        assert list(scratch.rglob("inkdask-tmp-*/0.zarr"))
     assert not list(scratch.rglob("*.zarr"))
 
 

@@ -299,7 +299,7 @@ def test_run_names_bad_layer(tmp_path, volume, how):
         ({"model": "demo", "layers": (0, 6)}, "Channel mismatch.*6.*26"),
         ({"model": "no-such-model"}, "no-such-model"),
         ({"stride": 65}, "STRIDE"),
-        ({"roi_xyxy": "0,0,302,230"}, "ROI_XYXY.*301 x 230"),
+        ({"roi_xyxy": "301,0,310,230"}, "ROI_XYXY.*301 x 230"),
     ],
 )
 def test_run_reports_bad_settings(tmp_path, volume, options, says):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -52,6 +53,8 @@ def own_options() -> Iterator[dict[str, Any]]:
     """
     from distributed.utils import LoopRunner
 
+    # The next free port is taken and told.
+    warnings.filterwarnings("ignore", "Port .* is already in use", module="distributed")
     resource_tracker.ensure_running()  # because its start would let the signal through again
     runner = LoopRunner()
     # Workers, those in place of lost ones too, are started from the loop's thread, and inherit the

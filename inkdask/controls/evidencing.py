@@ -296,6 +296,6 @@ def _note(uri: str, page: str) -> None:
     """Add the digest of a page to what a stored prediction says of itself."""
     with suppress(InkdaskError), storage.explained(uri):  # it may be another's, and not writable
         group: Any = zarr.open_group(storage.zarr_store(uri), mode="r+")
-        told = dict(group.attrs[ORIGIN])
-        told["evidence"] = [*(it for it in told.get("evidence", []) if it != page), page]
-        group.attrs[ORIGIN] = told
+        told = Provenance.from_json(dict(group.attrs[ORIGIN]), uri)
+        pages = (*(it for it in told.evidence if it != page), page)
+        group.attrs[ORIGIN] = replace(told, evidence=pages).to_json()

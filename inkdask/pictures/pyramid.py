@@ -1,6 +1,7 @@
 """Stored pictures: OME-Zarr 0.5 pyramids, which viewers open.
 
-    <picture>.zarr      group: axes, units, place in the segment ("ome"); provenance ("inkdask")
+    <picture>.zarr      group: axes, units, place in the segment ("ome"); provenance ("inkdask");
+                        how many pixels have each value ("histogram")
         0               uint8 (y, x), every pixel
         1               each pixel the mean of two by two of level 0, and so on
 
@@ -31,6 +32,7 @@ from inkdask.storage.dask_arrays import StoredArray
 SMALLEST = 512  # pixels: longer side of the coarsest level, at most
 CHUNK = 1024  # pixels: side of the blocks that are halved in levels that are not stored
 ORIGIN = "inkdask"  # attribute of the provenance
+HISTOGRAM = "histogram"  # attribute: how many pixels of level 0 have each value
 
 
 def write_pyramid(
@@ -69,10 +71,16 @@ def write_pyramid(
             group = zarr.open_group(storage.zarr_store(place), mode="a", zarr_format=3)
             group.attrs.put({})  # of an earlier picture
         try:
-            steps = list(_writes(picture, place))
+            steps, counts = list(_writes(picture, place)), list[np.ndarray]()
+
+            def tell(counted: np.ndarray) -> None:
+                counts.append(counted)
+                meter.add(1)
+
             with Meter("picture", sum(map(len, steps)), "chunks") as meter:
                 for step in steps:  # each level is made of the stored one before
-                    engine.compute_each(step, lambda _: meter.add(1)).check()
+                    engine.compute_each(step, tell).check()
+            attributes[HISTOGRAM] = np.sum(counts[: len(steps[0])], axis=0).ravel().tolist()
         except InkdaskError:
             _check_there(place)
             raise
@@ -156,11 +164,20 @@ def _writes(picture: da.Array, uri: str) -> Iterator[list[Delayed]]:
     level, pair = picture, tuple(2 * most for most in side)
     for number, shape in enumerate(level_shapes(picture.shape)):
         stored: Any = _create(storage.join(uri, str(number)), shape, side)
-        writes = da.store(
-            level, stored, lock=False, compute=False, return_stored=True, load_stored=False
+        counts = tuple(
+            tuple(size for _ in sizes) for sizes, size in zip(level.chunks, (1, 256), strict=True)
+        )
+        writes = da.map_blocks(
+            _write, level, stored, chunks=counts, meta=np.empty((0, 0), np.int64)
         )
         yield list(writes.to_delayed().ravel())
         level = halved(da.from_array(stored, pair), chunk=pair)
+
+
+def _write(block: np.ndarray, level: StoredArray, block_info: Any = None) -> np.ndarray:
+    """Write a block in its place; return how many pixels have each value, int64 (1, 256)."""
+    level[tuple(slice(*ends) for ends in block_info[0]["array-location"])] = block
+    return np.bincount(block.ravel(), minlength=256)[np.newaxis]
 
 
 def _side(sizes: tuple[int, ...]) -> int:

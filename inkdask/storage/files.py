@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -117,9 +117,7 @@ def join(uri: str, *names: str) -> str:
 def absolute(uri: str) -> str:
     """Return the absolute path or the URI of ``uri``, without following links."""
     path: str = filesystem(uri)[1]
-    if is_http(uri):
-        return path
-    return os.path.normpath(path) if is_local(uri) else f"s3://{path}"
+    return path if is_http(uri) else os.path.normpath(path) if is_local(uri) else f"s3://{path}"
 
 
 def exists(uri: str) -> bool:
@@ -144,11 +142,10 @@ def list_folder(uri: str) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def find_entries(uri: str, names: Iterable[str]) -> list[Entry]:
+def find_entries(uri: str, names: Collection[str]) -> list[Entry]:
     """Return the entries of a folder that have one of these names; over HTTP, ask for each."""
     if not is_http(uri):
-        wanted = {*names}
-        return [entry for entry in list_folder(uri) if entry.name in wanted]
+        return [entry for entry in list_folder(uri) if entry.name in names]
 
     def ask(name: str) -> Entry | None:
         fs, path = filesystem(join(uri, name))
@@ -259,7 +256,7 @@ def zarr_store(uri: str, read_only: bool = False) -> Store:
     """Return the zarr store at ``uri``; its reads are counted, and retried over a network."""
     from inkdask.storage.zarr_stores import LocalStore, RemoteStore, S3Store
 
-    _, path = filesystem(uri)
+    path = filesystem(uri)[1]
     if is_local(uri):
         return LocalStore(path, read_only=read_only)
     if is_http(uri):
@@ -400,5 +397,4 @@ def _endpoint(uri: str) -> str:
         return ""
     from inkdask.storage.s3 import endpoint_variable
 
-    variable = endpoint_variable()
-    return f" at {os.environ[variable]} ({variable})" if variable else ""
+    return f" at {os.environ[name]} ({name})" if (name := endpoint_variable()) else ""

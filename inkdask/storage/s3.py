@@ -101,7 +101,7 @@ class S3FileSystem(s3fs.S3FileSystem):
             try:
                 response = await super(S3FileSystem, self)._call_s3("get_object", **request)
             except FileNotFoundError as error:
-                if _code(error) == "NoSuchKey":
+                if _code(error) == "NoSuchKey" or error.filename:  # a missing token file
                     raise
                 # Because zarr reads zeros for what is not there, a proxy's page included.
                 raise OSError(f"no answer of S3: {error}") from error.__cause__
