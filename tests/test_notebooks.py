@@ -9,10 +9,13 @@ import nbformat
 import numpy as np
 import pytest
 import tifffile
+import torch
 from nbclient import NotebookClient
 from PIL import Image
 
 from inkdask.demo import synthetic
+from inkdask.models.networks import BUILDERS
+from tests.upstream import hecate_file, hybrid_file, of_hecate, state_of, volume
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
@@ -59,6 +62,37 @@ def executed(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other spin
         NotebookClient(together, timeout=120, kernel_name="python3").execute()
     return notebooks, folders
+
+
+@pytest.fixture(scope="module")
+def of_today(tmp_path_factory):
+    """The end of the notebook compare, on a small segment with checkpoints of made-up weights."""
+    folder = tmp_path_factory.mktemp("of_today")
+    for number, layer in enumerate(volume("hecate_9.6um-map", (21, 80, 100), (0, 30, 0, 37))):
+        place = folder / "9.6um" / "layers" / f"{number:02d}.tif"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(place, layer)
+    files = {
+        "hecate-9.6um": ("ink_hecate_9_6um", of_hecate, lambda state: hecate_file(state, False)),
+        "ink-9um": ("ink_hybrid_3d2d", str, hybrid_file),
+    }
+    notebook = read("compare.ipynb")
+    notebook.cells[1:-1] = [nbformat.v4.new_code_cell("import inkdask; from inkdask.view import *")]
+    cell = notebook.cells[-1]
+    changes = {'published = ""': f"published = {str(folder / '9.6um')!r}"}
+    for key, (architecture, names, file) in files.items():
+        with torch.device("meta"):
+            module = BUILDERS[architecture]()
+        torch.save(file(state_of(module, names)), folder / f"{key}.pth")
+        changes[f'"{key}"'] = repr(str(folder / f"{key}.pth"))
+    for words, others in changes.items():
+        assert words in cell.source
+        cell.source = cell.source.replace(words, others)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+        patch.setenv("ZARR_OUTPUT_DIR", str(folder / "grids"))
+        NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    return notebook
 
 
 def said(notebook):
@@ -140,6 +174,18 @@ def test_compare_scores_the_predictions(executed):
     assert 0.4 < scores["brightness alone"] < 0.6
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compare_shows_two_networks_of_today(of_today):
+    (still,) = [data["text/html"] for data in shown(of_today) if "text/html" in data]
+    assert "hecate" in still
+    assert "hybrid" in still
+    for data in re.findall("data:image/jpeg;base64,([^']+)'", still):
+        values = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        assert values.std() > 1
+
+
+@pytest.mark.slow
 def test_evidence_finds_the_right_variant_of_ten_and_writes_the_page(executed):
     notebooks, folders = executed
     text = said(notebooks["evidence.ipynb"])
