@@ -387,6 +387,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.slow
 def test_local_workers_share_the_cores_and_no_secret_leaves_the_process(
     s3, volume, tmp_path, monkeypatch, capfd, caplog
 ):
@@ -466,6 +467,7 @@ def test_local_workers_leave_ctrl_c_to_this_process_also_after_a_restart(own_cli
     assert blocks
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_one_sentence_with_local_workers(segment, tmp_path):
     """A terminal sends it to every process of the command."""
     command = [sys.executable, "-m", "inkdask", "run", segment, "--model", "demo"]

@@ -28,6 +28,7 @@ def logits_of(kind, content, x, path, **options):
         return module(x[None, None], **options)[0, 0]
 
 
+@pytest.mark.slow
 def test_logits_at_9_6_um_are_those_of_upstream(tensors, tmp_path):
     tile = volume("hecate_9.6um-64", (16, 64, 64))
     logits = logits_of("ink_hecate_9_6um", hecate_file(tensors, False), tile, tmp_path)

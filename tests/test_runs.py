@@ -124,6 +124,7 @@ def wait_until(condition, process=None):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_picture_is_the_same_after_workers_are_killed(segment, tmp_path, capsys, monkeypatch):
     from distributed import Client
 

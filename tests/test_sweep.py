@@ -36,6 +36,7 @@ def sweep(segment, **options):
     return inkdask.sweep(segment, **{**common, **options})
 
 
+@pytest.mark.slow
 def test_ten_variants_read_each_byte_once_and_cost_nothing_again(segment, monkeypatch):
     before = storage.counters()
     opened = inkdask.open_segment(segment)
@@ -69,6 +70,7 @@ def counted(read):
     return read_and_count
 
 
+@pytest.mark.slow
 def test_bytes_of_a_sweep_are_those_of_its_columns(segment, monkeypatch):
     from inkdask.controls import variants
 
@@ -108,6 +110,7 @@ def test_grid_of_an_earlier_run_costs_a_sweep_nothing(segment):
     assert [it.cost.tiles > 0 for it in result.variants] == [False, True]
 
 
+@pytest.mark.slow
 def test_sweep_of_the_demo_finds_depth_and_direction(tmp_path, capsys):
     """The one right variant of ten, with labels and without."""
     options = {"text": ("ΑΦΟΒ",), "height": 192, "width": 448, "layers": 58}

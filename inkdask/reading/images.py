@@ -219,6 +219,9 @@ class _Layers:
                     path, shape=image.shape, chunks=(CHUNK, CHUNK), dtype=np.uint8, overwrite=True
                 )
                 array[:] = pixels
+            except OSError:
+                self.check_there()
+                raise
             finally:
                 with self._lock:
                     self.writers -= 1
