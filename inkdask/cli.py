@@ -72,17 +72,22 @@ def _interrupted(words: Sequence[str]) -> str:
 
 
 def as_typed(sentence: str, words: Sequence[str]) -> str:
-    """Name options instead of variables, where options were given and the variable was not."""
+    """Name options beside their variables, where options were given and the variable was not."""
     if not any(word.startswith("--") for word in words):
         return sentence
-    if not {"START_LAYER", "END_LAYER"} & os.environ.keys():
-        sentence = sentence.replace("START_LAYER and END_LAYER", "--layers")
-    for name, variable, field in parameters():
-        if name != "s3_path" and variable not in os.environ and field.annotation is not bool:
-            flag = f"--{name.replace('_', '-')}"
-            sentence = re.sub(rf"\b{variable}=(?=\S)", f"{flag} ", sentence)
-            sentence = re.sub(rf"(?<![\w/]){variable}\b", flag, sentence)
-    return sentence
+    flags = {
+        variable: f"--{name.replace('_', '-')}"
+        for name, variable, field in parameters()
+        if name != "s3_path" and variable not in os.environ and field.annotation is not bool
+    }
+    if {"START_LAYER", "END_LAYER"} <= flags.keys():
+        flags = {"START_LAYER and END_LAYER": "--layers", **flags}
+
+    def named(found: re.Match[str]) -> str:
+        flag = flags[found[1]]
+        return f"{flag} " if found[2] else f"{flag} ({found[1]})"
+
+    return re.sub(rf"(?<![\w/])({'|'.join(flags)})\b(=(?=\S))?", named, sentence)
 
 
 def _fail(sentence: str, code: int) -> None:

@@ -160,7 +160,7 @@ def test_dask_ink_runs_the_same_commands(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["run", "--stride", "x"], 2, "--stride: "),
+        (["run", "--stride", "x"], 2, "--stride (STRIDE): "),
         (["run", "--no-such-option"], 2, "no-such-option"),
         (["walk"], 2, "walk"),
         (["run", "/nowhere", "--model", "demo"], 1, "/nowhere"),
@@ -184,12 +184,17 @@ def test_reduce_takes_the_grid_of_the_environment(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("words", "variables", "says"),
     [
-        (["run", "seg", "--layers", "0:20"], {}, "Name 26 with --layers, or set --model-in-chans."),
+        (
+            ["run", "seg", "--layers", "0:20"],
+            {},
+            "Name 26 with --layers (START_LAYER and END_LAYER), or set --model-in-chans "
+            "(MODEL_IN_CHANS).",
+        ),
         (["run"], {}, "Name 26 with START_LAYER and END_LAYER, or set MODEL_IN_CHANS."),
         (
             ["run", "seg", "--model", "demo"],
             {"START_LAYER": "0", "END_LAYER": "20"},
-            "Name 26 with START_LAYER and END_LAYER, or set --model-in-chans.",
+            "Name 26 with START_LAYER and END_LAYER, or set --model-in-chans (MODEL_IN_CHANS).",
         ),
     ],
 )

@@ -220,8 +220,8 @@ def _open(uri: str, level: str, wanted: int) -> ZarrSource:
         thickness=min(pieces[axes[0]], depth),
         numbers=tuple(numbers),
         is_numbered=bool(kept),
-        words=f"zarr {node.metadata.zarr_format}, {chunks} chunks"
-        + (" in shards" if node.shards else ""),
+        words=f"zarr {node.metadata.zarr_format} of {depth:,} x {height:,} x {width:,} (z, y, x), "
+        f"{chunks} chunks" + (" in shards" if node.shards else ""),
         occupancy=_occupied(node.attrs.get(OCCUPIED_ATTRIBUTE)),
         made_of=_made_of(node.attrs.get(PREPARED_ATTRIBUTE)),
         oddity=oddity,
