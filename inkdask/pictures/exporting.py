@@ -148,7 +148,8 @@ def export(
         picture = picture.crop(settings.roi_xyxy)
     ground = open_ground(picture, look.overlay, look.segment) if look.overlay else None
     if picture.provenance:
-        words = _command(picture, look, settings.pixel_resolution_um, settings.roi_xyxy)
+        roi = picture.box.xyxy if settings.roi_xyxy else None
+        words = _command(picture, look, settings.pixel_resolution_um, roi)
         picture = replace(
             picture, provenance=replace(without_secrets(picture.provenance), export=words)
         )
