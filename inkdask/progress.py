@@ -141,6 +141,17 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def about(seconds: float) -> str:
+    """Return a rough time in words."""
+    if seconds < 10:
+        return "a few seconds"
+    if seconds < 90:
+        return f"about {5 * round(seconds / 5)} s"
+    if seconds < 5400:
+        return f"about {round(seconds / 60)} min"
+    return f"about {round(seconds / 3600):,} h"
+
+
 def amount(count: float) -> str:
     """Format a number of bytes: ``812 kB``, ``1.4 GB``."""
     units = ("bytes", "kB", "MB", "GB", "TB")
@@ -159,10 +170,18 @@ def size(shape: Sequence[int]) -> str:
     return f"{width:,} x {height:,} pixels (x, y)"
 
 
-def columns(rows: Mapping[str, str]) -> str:
-    """Format names and values in two columns; no line is wrapped, so that paths stay whole."""
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows.items())
+def columns(rows: Mapping[str, str | Sequence[str]]) -> str:
+    """Format names and values, of one or more lines, in two columns.
+
+    No line is wrapped, so that paths stay whole.
+    """
+    width = max(map(len, map(printable, rows)))
+    lines = []
+    for name, value in rows.items():
+        values = [value] if isinstance(value, str) else value
+        names = [printable(name)] + [""] * (len(values) - 1)
+        lines += [f"{n:<{width}}  {printable(v)}" for n, v in zip(names, values, strict=True)]
+    return "\n".join(lines)
 
 
 def printable(line: str) -> str:

@@ -343,6 +343,15 @@ def test_mistake_is_reported_before_anything_is_written(prediction, tmp_path, to
     assert [path.name for path in tmp_path.iterdir()] == ["prediction_toy_00_03.zarr"]
 
 
+@pytest.mark.parametrize("command", [inkdask.export, inkdask.evidence])
+def test_picture_instead_of_its_pyramid_is_pointed_to_it(prediction, tmp_path, command):
+    picture = prediction.replace(".zarr", ".png")
+    inkdask.export(prediction, picture)
+    to = [tmp_path / "p.tif"] if command is inkdask.export else []
+    with pytest.raises(InkdaskError, match=f"is beside it: {prediction}\\.$"):
+        command(picture, *to)
+
+
 def test_overlay_reports_missing_or_smaller_segment(prediction, tmp_path, segment):
     with pytest.raises(InkdaskError, match="nowhere"):
         inkdask.export(prediction, tmp_path / "p.png", overlay="max")

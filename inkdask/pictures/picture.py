@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +73,10 @@ class Picture:
 
 def open_picture(uri: str) -> Picture:
     """Open the stored picture of a job, or any zarr array or OME-Zarr of uint8 (y, x)."""
+    beside = re.sub(r"\.(png|tiff?|jpe?g)$", ".zarr", uri, flags=re.IGNORECASE)
+    if beside != uri:
+        there = f"is beside it: {beside}" if storage.exists(beside) else "a job leaves beside it"
+        raise InkdaskError(f"{uri} is no pyramid of zarr; name the one that {there}.")
     node: Any = storage.zarr_node(uri)
     attributes: dict[str, Any] = node.attrs.asdict()
     arrays, pixel_um, corner = {uri: node}, None, (0, 0)
