@@ -21,7 +21,7 @@ from rich.console import Console
 import inkdask
 from inkdask import messages
 from inkdask.errors import InkdaskError
-from inkdask.progress import columns, printable
+from inkdask.progress import columns, printable, say
 from inkdask.settings import Settings, parameters
 from inkdask.specs import normalisation
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print(f"inkdask: {_interrupted(words)}", file=sys.stderr, flush=True)
+        say(f"inkdask: {_interrupted(words)}")
         if images := sys.modules.get("inkdask.reading.images"):
             images.forget()
         # sys.exit would wait for the chunks that are running.
@@ -87,7 +87,7 @@ def as_typed(sentence: str, words: Sequence[str]) -> str:
 
 
 def _fail(sentence: str, code: int) -> None:
-    print(f"inkdask: {printable(sentence)}", file=sys.stderr)
+    say(f"inkdask: {printable(sentence)}")
     sys.exit(code)
 
 

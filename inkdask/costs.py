@@ -21,7 +21,7 @@ def cost(tiles: float, pace: float | None) -> str:
     """Say how long tiles take at a pace, in seconds a tile; None for a pace that is not known."""
     if pace is None:
         return "not timed on this machine yet"
-    return f"{about(tiles * pace)} at {1 / pace:,.3g} tiles/s, as last measured here"
+    return f"{about(tiles * pace)} ({1 / pace:,.3g} tiles/s here)"
 
 
 def ready(jobs: Sequence[Job], overwrite: bool) -> str:
@@ -67,6 +67,6 @@ def of_models(
                 Tiling.of((height, width), shape.tile, stride or shape.stride, CHUNK).tiles * share
             )
             pace = paces.of_model(spec, shape.tile)
-            rows[spec.key] = f"{tiles:,.0f} tiles of {shape.tile} px, {cost(tiles, pace)}"
+            rows[spec.key] = f"{tiles:,.0f} tiles, {cost(tiles, pace)}"
     width = max(map(len, rows), default=0)
     return (f"{key:<{width}}  {row}" for key, row in rows.items())

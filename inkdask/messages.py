@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from inkdask.progress import printable
+from inkdask.progress import printable, say
 
 
 def show(verbose: bool = False) -> None:
     """Show messages on standard error: ours and warnings, or all."""
-    handler = logging.StreamHandler()
+    handler = Handler()
     handler.setFormatter(Printable("%(message)s"))
     handler.addFilter(is_for_everybody)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -26,6 +26,17 @@ def show_more() -> None:
     for handler in logging.getLogger().handlers:
         handler.removeFilter(is_for_everybody)
     logging.getLogger("inkdask").setLevel(logging.DEBUG)
+
+
+class Handler(logging.Handler):
+    """Say messages where the progress of a job is shown too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say a message; a terminal that is gone stops no job."""
+        try:
+            say(self.format(record))
+        except Exception:
+            self.handleError(record)
 
 
 class Printable(logging.Formatter):

@@ -53,14 +53,9 @@ def test_info_and_check_tell_the_time_that_a_job_took_here(tmp_path, capsys, cap
     monkeypatch.setattr(paces, "SHORTEST", 0.0)
     inkdask.run(segment, model="demo", roi_xyxy="0,0,64,64")
     inkdask.check(segment, model="demo")
-    assert re.search(
-        "ready: 60 tiles at most to run; .* tiles/s, as last measured here", caplog.text
-    )
-    assert (
-        " tiles/s, as last measured here"
-        in said(capsys, "info", segment, "--model", "demo")["time"]
-    )
-    assert "measured here" in describe(segment)["models"][-1]
+    assert re.search("ready: 60 tiles at most to run; .* tiles/s here", caplog.text)
+    assert " tiles/s here)" in said(capsys, "info", segment, "--model", "demo")["time"]
+    assert "tiles/s here)" in describe(segment)["models"][-1]
     assert "not timed" in describe(segment)["models"][0]
     inkdask.run(segment, model="demo")
     inkdask.check(segment, model="demo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -62,7 +63,10 @@ def own_options() -> Iterator[dict[str, Any]]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
-        yield {"loop": runner.loop, "security": True, "dashboard_address": DASHBOARD}
+        with warnings.catch_warnings():
+            # A log names the dashboard, wherever it is.
+            warnings.filterwarnings("ignore", r"Port \d+ is already in use", UserWarning)
+            yield {"loop": runner.loop, "security": True, "dashboard_address": DASHBOARD}
     finally:
         runner.stop()
 
