@@ -59,7 +59,9 @@ def folder(tmp_path_factory):
     size = {"layers": LAYERS, "height": 128, "width": 320}
     synthetic.write_segment(place / "SEGMENT", text=("ΑΦΟΒΟΝ",), **size)
     outputs = {"zarr_output_dir": place / "grids", "result_file": place / "result.txt"}
-    inkdask.run(place / "SEGMENT", model="demo", **outputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))  # where the pace is kept
+        inkdask.run(place / "SEGMENT", model="demo", **outputs)
     for file in (place / "SEGMENT" / "predictions").iterdir():
         file.rename(place / file.name)
     Path(*grids(str(place / "grids"))).rename(place / "GRID.zarr")

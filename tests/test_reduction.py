@@ -154,10 +154,15 @@ def test_region_with_all_tiles_shares_the_grid_of_the_whole(segment, tmp_path):
     assert np.array_equal(read_picture(whole)[10:-10, 10:-10], read_picture(part))
 
 
-def test_parts_of_a_region_beyond_the_segment_are_reduced(segment):
+def test_parts_of_a_region_beyond_the_segment_are_reduced(segment, tmp_path):
     whole = read_picture(inkdask.run(segment, model=network, stride=32))
     beyond, cut = (600, 200, 4000, 4000), (600, 200, WIDTH, HEIGHT)
-    options = {"model": network, "stride": 32, "num_parts": 2, "zarr_output_dir": "parts"}
+    options = {
+        "model": network,
+        "stride": 32,
+        "num_parts": 2,
+        "zarr_output_dir": tmp_path / "parts",
+    }
     for part in range(2):
         inkdask.run(segment, **options, roi_xyxy=beyond, part_id=part)
     for roi in (beyond, cut):
