@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from inkdask.errors import SettingsError
+
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger("inkdask")
 
 Slices = tuple[slice, slice]
 
@@ -93,3 +98,18 @@ class Box:
         """
         here, there = self.common(place)
         canvas[there] = pixels[here]
+
+
+def cut_region(roi_xyxy: tuple[int, int, int, int], whole: Box, there: str) -> Box:
+    """Return the part of a region of interest that lies in ``whole``; a note says what is cut off.
+
+    ``there`` names the whole in messages. A region that lies beyond it is a `SettingsError`.
+    """
+    asked = Box.of_xyxy(roi_xyxy)
+    roi = asked.intersect(whole)
+    said = f"ROI_XYXY {','.join(map(str, roi_xyxy))}"
+    if roi.is_empty:
+        raise SettingsError(f"{said} lies beyond {there}.")
+    if roi != asked:
+        log.warning("%s reaches beyond %s: %d,%d,%d,%d is read", said, there, *roi.xyxy)
+    return roi

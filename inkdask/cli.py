@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import re
 import signal
@@ -18,9 +17,10 @@ import click
 from rich.console import Console
 
 import inkdask
+from inkdask import messages
 from inkdask.errors import InkdaskError
 from inkdask.options import settings_options
-from inkdask.progress import columns, printable
+from inkdask.progress import columns, printable, say
 from inkdask.settings import Settings, parameters
 from inkdask.specs import normalisation
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print(f"inkdask: {_interrupted(words)}", file=sys.stderr, flush=True)
+        say(f"inkdask: {_interrupted(words)}")
         if images := sys.modules.get("inkdask.reading.images"):
             images.forget()
         # sys.exit would wait for the chunks that are running.
@@ -91,12 +91,14 @@ def as_typed(sentence: str, words: Sequence[str]) -> str:
 
 
 def _fail(sentence: str, code: int) -> None:
-    print(f"inkdask: {printable(sentence)}", file=sys.stderr)
+    say(f"inkdask: {printable(sentence)}")
     sys.exit(code)
 
 
 @click.group(
-    "inkdask", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    "inkdask",
+    cls=messages.Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(inkdask.__version__, prog_name="inkdask")
 @click.option("-v", "--verbose", is_flag=True, help="Show more messages.")
@@ -105,26 +107,7 @@ def inkdask_(verbose: bool) -> None:
 
     Every option is also an environment variable, named in brackets.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(message)s"))
-    if not verbose:
-        handler.addFilter(_is_for_everybody)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("inkdask").setLevel(logging.DEBUG if verbose else logging.INFO)
-
-
-class _Printable(logging.Formatter):
-    """Format messages, and keep the lines of tracebacks."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(printable, super().format(record).split("\n")))
-
-
-def _is_for_everybody(record: logging.LogRecord) -> bool:
-    """Keep our own messages and warnings; distributed logs every connection."""
-    if record.name.startswith("huggingface_hub"):  # has a handler of its own
-        return False
-    return record.name.startswith("inkdask") or record.levelno >= logging.WARNING
+    messages.show(verbose)
 
 
 @inkdask_.command()
@@ -332,8 +315,10 @@ def evidence(prediction: str, **given: Any) -> None:
 def info(path: str, **given: Any) -> None:
     """Describe the segment, picture or tile grid at PATH.
 
-    For a segment: layers, type, layout, size, tiles and expected memory. For a picture that inkdask
-    made (PNG, TIFF, JPEG, zarr), or a tile grid: its origin, and the command that makes it again.
+    For a segment: layers, type, layout, size, tiles, expected memory, and the time that --model, or
+    each model that fits, takes, once this machine has run it. For a picture that inkdask made (PNG,
+    TIFF, JPEG, zarr), or a tile grid: its origin, and the command that makes it again. For a folder
+    of segments: what each holds.
     """
     from inkdask.information import describe
 
@@ -343,7 +328,7 @@ def info(path: str, **given: Any) -> None:
 @inkdask_.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def models(as_json: bool) -> None:
-    """List the models that have a key."""
+    """List the models that have a key, and what each suits."""
     from inkdask.models.registry import known
 
     if as_json:
@@ -353,12 +338,14 @@ def models(as_json: bool) -> None:
     for spec in known().values():
         revision = f" at {spec.revision[:12]}" if spec.revision else ""
         file = f":{spec.filename}" if spec.filename else ""
-        scan = f" of scans of {spec.pixel_um:g} um" if spec.pixel_um else ""
+        scan = f", of scans of {spec.pixel_um:g} um" if spec.pixel_um else ""
+        suits = f"; {spec.suits}" if spec.suits else ""
         console.print(spec.key, style="bold", end="")
         console.print(f"  {spec.weights}{file}{revision}")
         console.print(
-            f"    {spec.architecture}: {spec.layers} layers{scan}, tile {spec.tile}, stride "
-            f"{spec.stride}; voxels {normalisation(spec.clip, spec.divisor)}"
+            f"    suits segments of {spec.layers} layers and more{scan}{suits}\n"
+            f"    {spec.architecture}: tile {spec.tile}, stride {spec.stride}; "
+            f"voxels {normalisation(spec.clip, spec.divisor)}"
         )
         if spec.licence:
             console.print(f"    licence: {spec.licence}")

@@ -6,6 +6,13 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_home() -> Path:
+    """Return the folder of inkdask in the user's cache, which may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inkdask"
+
 
 _lock, _before, _jobs = threading.Lock(), dict[str, str](), 0
 

@@ -11,7 +11,7 @@ import numpy as np
 from dask import delayed, optimize
 from dask.delayed import Delayed
 
-from inkdask import engine
+from inkdask import engine, paces
 from inkdask.errors import InkdaskError
 from inkdask.inference import infer, infer_chunk
 from inkdask.plan import Plan
@@ -73,7 +73,7 @@ def fill(work: Sequence[Work], summary: Summary, last: int) -> None:
     tiling = work[0].plan.tiling
     tiles = np.stack([tiling.tiles_until(last) - tiling.tiles_there(p.done) for p in passes])
     total = int(tiles[missing].sum())
-    before = summary.progress
+    before, ran = summary.progress, summary.ran
     # Peek at the tiles of this process, because a chunk of thousands of tiles reports late.
     with Meter("ink", total, "tiles", peek=lambda: summary.progress - before) as meter:
 
@@ -87,6 +87,8 @@ def fill(work: Sequence[Work], summary: Summary, last: int) -> None:
 
         account = engine.compute_each(tasks, on_report, again)
     summary.inferring += meter.seconds
+    if engine.current_client() is None:
+        paces.keep(work[0].plan.network, summary.ran - ran, meter.seconds)
     summary.lost += account.lost
     if account.failed:
         summary.failed = len(tasks) - account.succeeded

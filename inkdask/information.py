@@ -9,35 +9,42 @@ from typing import Any
 
 import numpy as np
 
-from inkdask import catalogue, provenance, storage
+from inkdask import catalogue, paces, provenance, storage
+from inkdask.costs import cost, is_side, of_models
 from inkdask.errors import InkdaskError
 from inkdask.identity import Origin, Provenance, Recipe
 from inkdask.memory import expected_memory
-from inkdask.models.registry import known, shape_of
+from inkdask.models.registry import known, shaped
 from inkdask.pictures import exporting
 from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
 from inkdask.plan import span
-from inkdask.preflight import TOLERANCE, grid_bytes, samples, warn_of_small_values
+from inkdask.preflight import grid_bytes, samples, warn_of_small_values
 from inkdask.progress import amount, size
+from inkdask.reading.layers import ZARR_FILES, NoLayersError, held_in, list_names, missing_of
 from inkdask.reading.tiff_header import read_stack
 from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
 from inkdask.specs import normalisation
+from inkdask.storage.parallel import for_each
 from inkdask.store import GridStore
 from inkdask.tiling import CHUNK, Tiling
 
+MOST_LISTED = 500  # folders that are looked into for segments
 TILE, STRIDE, K = 64, 16, 4  # of the usual model, where the user gives none
 
 
-def describe(path: str, **options: Any) -> dict[str, str]:
+Rows = dict[str, str | Sequence[str]]  # names, and what they say in one or more lines
+
+
+def describe(path: str, **options: Any) -> Rows:
     """Describe what is at a path; reads headers, and a few pieces of a segment.
 
     Parameters
     ----------
     path
-        A segment, a PNG, TIFF or JPEG, a stored picture or tile grid; or an id of the catalogue,
-        of a segment (``SAMPLE/SEGMENT``) or of a scroll, whose segments are listed.
+        A segment, a PNG, TIFF or JPEG, a stored picture or tile grid; a folder of segments, which
+        are listed; or an id of the catalogue, of a segment (``SAMPLE/SEGMENT``) or of a scroll.
     **options
         ``layers``, ``volume``, ``catalogue``, ``ome_zarr_level``, ``mask_path``, ``model``,
         ``model_type``, ``tile``,
@@ -51,22 +58,65 @@ def describe(path: str, **options: Any) -> dict[str, str]:
         return dict(_of_picture(path, read_facts(path)))
     if GridStore.label(path):
         return dict(_of_grid(path))
-    segment = open_segment(
-        path,
-        settings.layers,
-        mask=settings.mask_path,
-        level=settings.ome_zarr_level,
-        volume=settings.volume,
-        root=settings.catalogue,
-    )
+    try:
+        segment = open_segment(
+            path,
+            settings.layers,
+            mask=settings.mask_path,
+            level=settings.ome_zarr_level,
+            volume=settings.volume,
+            root=settings.catalogue,
+            gaps=True,
+        )
+    except NoLayersError:
+        if not (found := dict(_of_folder(path))):
+            raise
+        return dict(found)
     tile, stride, k = settings.tile or TILE, STRIDE, K
+    spec = None
     if settings.model:
-        tile, stride, k = shape_of(settings.model, settings.model_type, settings.tile)
+        spec, k = shaped(settings.model, settings.tile, settings.model_type)
+        tile, stride = spec.tile, spec.stride
     stride = settings.stride or stride
     tiling = Tiling.of(segment.shape[1:], tile, stride, settings.chunk_size or CHUNK)
     pieces = samples(segment, share=2)
     warn_of_small_values(segment, pieces)
-    return dict(of_segment(segment, tiling, empty_share(pieces), k))
+    empty = empty_share(pieces)
+    rows: Rows = dict(of_segment(segment, tiling, empty, k, settings.layers))
+    share = 1 - (empty or 0)
+    if spec:
+        rows["time"] = cost(tiling.tiles * share, paces.of_model(spec, tile))
+    else:
+        said = tuple(of_models(segment, share, settings.tile, settings.stride))
+        rows["models"] = said or "none of `inkdask models` reads such layers"
+    return rows
+
+
+def _of_folder(path: str) -> Iterator[tuple[str, str]]:
+    """Describe the segments in a folder; nothing where it holds none."""
+    if storage.is_http(path):
+        return
+    names = [entry.name for entry in storage.list_folder(path) if entry.is_folder]
+    looked = names[:MOST_LISTED]
+    held = for_each(lambda name: _held_in(storage.join(path, name)), looked)
+    found = [(name, what) for name, what in zip(looked, held, strict=True) if what]
+    if found:
+        yield "folder", path
+        yield (
+            "segments",
+            f"{len(found)}" + f" in the first {MOST_LISTED:,} folders" * (len(names) > MOST_LISTED),
+        )
+    yield from found
+
+
+def _held_in(uri: str) -> str:
+    """Say what layers a folder holds; empty for none, and for pictures and tile grids."""
+    with suppress(InkdaskError):  # one that cannot be read hides no other
+        listing = list_names(uri)
+        if {*ZARR_FILES} & {entry.name for entry in listing}:
+            return "" if is_picture(uri) or GridStore.label(uri) else "zarr"
+        return held_in(uri, listing)
+    return ""
 
 
 def _of_sample(sample: str, root: str | None) -> Iterator[tuple[str, str]]:
@@ -81,11 +131,7 @@ def _of_sample(sample: str, root: str | None) -> Iterator[tuple[str, str]]:
 
 def _fitting(side: float) -> str:
     """Name the models that were trained at this side of a pixel."""
-    near = [
-        spec.key
-        for spec in known().values()
-        if spec.pixel_um and abs(spec.pixel_um - side) <= TOLERANCE * spec.pixel_um
-    ]
+    near = [spec.key for spec in known().values() if is_side(spec, side)]
     return f", as of {', '.join(near)}" if near else ""
 
 
@@ -98,15 +144,23 @@ def _is_stack(path: str) -> bool:
 
 
 def of_segment(
-    segment: Segment, tiling: Tiling, empty: float | None = None, k: int = K
+    segment: Segment,
+    tiling: Tiling,
+    empty: float | None = None,
+    k: int = K,
+    asked: tuple[int, int] | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Describe a segment and its tiles of k x k probabilities.
 
-    ``empty`` is its share of zero pixels, where known.
+    ``empty`` is its share of zero pixels, where known; ``asked`` the range of layers that it was
+    opened with.
     """
     depth, height, width = segment.shape
     yield "segment", segment.uri
     yield "layers", f"{depth} ({span(segment.layers)})"
+    first, end = asked or (min(segment.layers), max(segment.layers) + 1)
+    if lacking := missing_of({*segment.layers}, first, end):
+        yield "missing", f"layers {lacking}, without which no job reads this range"
     yield "size", size((height, width))
     if side := segment.pixel_um:
         yield "pixels", f"{side:.4g} um{_fitting(side)}"

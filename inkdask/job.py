@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 from inkdask import records, storage
-from inkdask.box import Box
+from inkdask.box import Box, cut_region
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Origin, Provenance, Recipe, Said, differences, digest
 from inkdask.models.registry import known
@@ -132,7 +132,12 @@ class Job:
             grid, label = GridStore.open(uri)
             if changed := changed_input(label.recipe, label.origin):
                 raise InkdaskError(f"The tile grid {uri} is old: {changed}; {first} first.")
-        origin = replace(label.origin, roi_xyxy=settings.roi_xyxy or label.origin.roi_xyxy)
+        origin = label.origin
+        if settings.roi_xyxy:
+            whole = Box.at(label.recipe.corner, label.recipe.size)
+            there = f"the tile grid, which covers {','.join(map(str, whole.xyxy))}"
+            roi = cut_region(settings.roi_xyxy, whole, there).xyxy
+            origin = replace(origin, roi_xyxy=roi)
         way = _way(settings)
         target = output_stem(settings.output_path, origin, label.recipe.model, way)
         rendering = rendering_of(settings, origin)
@@ -142,7 +147,10 @@ class Job:
         """Make the grid where it is not there, and keep the record by which `reduce` finds it."""
         self.grid.create(self.recipe, self.origin, self.said)
         if self.folder and self.said:
-            records.keep(self.folder, self.said, self.grid.uri)
+            # A region that was cut at the segment's border is found by both.
+            for roi in {self.said.roi_xyxy, self.origin.roi_xyxy}:
+                said = replace(self.said, roi_xyxy=roi)
+                records.keep(self.folder, said, self.grid.uri)
 
     def restarted(self) -> Job:
         """Start the grid anew, where one is there, and return the job of its next generation."""

@@ -12,9 +12,9 @@ import dask.array as da
 import numpy as np
 
 from inkdask import catalogue, isotropic
-from inkdask.box import Box
+from inkdask.box import Box, cut_region
 from inkdask.engine import has_gpus
-from inkdask.errors import InkdaskError, SettingsError
+from inkdask.errors import InkdaskError
 from inkdask.failures import fallible, read_or_fail
 from inkdask.families import Family, family_of
 from inkdask.identity import Region
@@ -338,14 +338,8 @@ def _reach(whole: Tiling, roi_xyxy: Region | None) -> tuple[Box, Box]:
     The part of it that lies beyond the segment is cut off.
     """
     height, width = whole.shape
-    asked = Box.of_xyxy(roi_xyxy or (0, 0, width, height))
-    roi = asked.intersect(Box.at((0, 0), whole.shape))
-    said = f"ROI_XYXY {','.join(map(str, asked.xyxy))}"
     there = f"the segment, which has {size(whole.shape)}"
-    if roi.is_empty:
-        raise SettingsError(f"{said} lies beyond {there}.")
-    if roi != asked:
-        log.warning("%s reaches beyond %s: %d,%d,%d,%d is read", said, there, *roi.xyxy)
+    roi = cut_region(roi_xyxy or (0, 0, width, height), Box.at((0, 0), whole.shape), there)
     reach = Box(*whole.y.reach(roi.top, roi.bottom), *whole.x.reach(roi.left, roi.right))
     return reach, roi.inside(reach.corner)
 

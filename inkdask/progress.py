@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,23 @@ from rich.progress import (
     TextColumn,
 )
 
+WIDEST, NARROWEST = 20, 5  # signs of a bar
 REFRESH = 0.5  # seconds between updates on a terminal
 PLAIN_INTERVAL = 5.0  # seconds between lines elsewhere
+
+_shown: list[Progress] = []  # bars on the terminal
+
+
+def say(text: str) -> None:
+    """Print a message on standard error: above a bar, and on a terminal wrapped between words."""
+    console = _shown[-1].console if _shown else Console(stderr=True)
+    if not console.is_terminal:
+        print(text, file=sys.stderr, flush=True)
+        return
+    wrapper = textwrap.TextWrapper(console.width)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False  # so that paths stay whole
+    lines = map(wrapper.fill, text.split("\n"))
+    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 class Meter:
@@ -51,21 +67,16 @@ class Meter:
         console = Console(stderr=True)
         self._bar: Progress | None = None
         if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TaskProgressColumn(),
-                TextColumn("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]}"),
-                TextColumn("{task.fields[time]}"),
-                console=console,
-                transient=True,
-            )
-            self._task = self._bar.add_task(phase, total=total, unit=unit, time="")
+            self._shape = BarColumn()
+            self._bar = Progress(console=console, transient=True)
+            self._task = self._bar.add_task(phase, total=total, said="")
+            self._show(self._bar)
 
     def __enter__(self) -> Meter:
         self.started = self._said = time.monotonic()
         if self._bar:
             self._bar.start()
+            _shown.append(self._bar)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
         return self
@@ -80,6 +91,7 @@ class Meter:
         self._watcher.join()
         if self._bar:
             self._show(self._bar)
+            _shown.remove(self._bar)
             self._bar.stop()
         elif kind is None and self._has_said:
             self._say()
@@ -101,7 +113,14 @@ class Meter:
                 self._say()
 
     def _show(self, bar: Progress) -> None:
-        bar.update(self._task, completed=self.done, time=self.time)
+        """Show the counts; the bar itself has the room that they leave, if any."""
+        said = f"{self.done:,} of {self.total:,} {self.unit}, {self.time}"
+        room = bar.console.width - len(f"{self.phase} 100% {said} ")
+        self._shape.bar_width = min(room, WIDEST)
+        shape = [self._shape] * (room >= NARROWEST)
+        words = TextColumn("{task.description}"), TextColumn("{task.fields[said]}")
+        bar.columns = (words[0], *shape, TaskProgressColumn(), words[1])
+        bar.update(self._task, completed=self.done, said=said)
 
     @property
     def time(self) -> str:
@@ -141,6 +160,17 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def about(seconds: float) -> str:
+    """Return a rough time in words."""
+    if seconds < 10:
+        return "a few seconds"
+    if seconds < 90:
+        return f"about {5 * round(seconds / 5)} s"
+    if seconds < 5400:
+        return f"about {round(seconds / 60)} min"
+    return f"about {round(seconds / 3600):,} h"
+
+
 def amount(count: float) -> str:
     """Format a number of bytes: ``812 kB``, ``1.4 GB``."""
     units = ("bytes", "kB", "MB", "GB", "TB")
@@ -159,10 +189,18 @@ def size(shape: Sequence[int]) -> str:
     return f"{width:,} x {height:,} pixels (x, y)"
 
 
-def columns(rows: Mapping[str, str]) -> str:
-    """Format names and values in two columns; no line is wrapped, so that paths stay whole."""
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows.items())
+def columns(rows: Mapping[str, str | Sequence[str]]) -> str:
+    """Format names and values, of one or more lines, in two columns.
+
+    No line is wrapped, so that paths stay whole.
+    """
+    width = max(map(len, map(printable, rows)))
+    lines = []
+    for name, value in rows.items():
+        values = [value] if isinstance(value, str) else value
+        names = [printable(name)] + [""] * (len(values) - 1)
+        lines += [f"{n:<{width}}  {printable(v)}" for n, v in zip(names, values, strict=True)]
+    return "\n".join(lines)
 
 
 def printable(line: str) -> str:

@@ -130,7 +130,7 @@ def said_of(plan: Plan, origin: Origin, settings: Settings) -> Said | None:
         tta=plan.network.tta,
         tile=plan.tiling.tile,
         stride=plan.tiling.stride,
-        roi_xyxy=origin.roi_xyxy,
+        roi_xyxy=settings.roi_xyxy or origin.roi_xyxy,
         chunk_size=plan.tiling.y.chunk,
     )
 

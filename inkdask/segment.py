@@ -155,6 +155,7 @@ def open_segment(
     level: str = "0",
     volume: str | None = None,
     root: str | None = None,
+    gaps: bool = False,
 ) -> Segment:
     """Find the layers of a segment, and read their headers.
 
@@ -177,6 +178,8 @@ def open_segment(
         Surface volume of a published segment: its name, or the id of its scan.
     root
         Root of the catalogue. Default: ``INKDASK_CATALOGUE``, else the open bucket.
+    gaps
+        Whether layers between others may be missing.
     """
     # Absolute, because workers may run in another folder.
     uri = home_of(storage.absolute(catalogue.locate(os.fspath(uri), root)))
@@ -191,10 +194,12 @@ def open_segment(
     if (chosen_uri := choose_volume(uri, listing, volume, root)) != uri:
         uri, listing = chosen_uri, list_names(chosen_uri)
     if {*ZARR_FILES} & {entry.name for entry in listing}:
-        source, found, numbers, dtype, identity = _open_array(uri, layers, count, level)
+        source, found, numbers, dtype, identity = _open_array(uri, layers, count, level, gaps)
         stored = 0
     else:
-        source, found, numbers, dtype, identity, stored = _open_folder(uri, listing, layers, count)
+        source, found, numbers, dtype, identity, stored = _open_folder(
+            uri, listing, layers, count, gaps
+        )
     segment = Segment(
         uri, name, numbers, dtype, identity, source, stored, mask_uri,
         level=level, found=found, pixel_um=_pixel_um(uri, source, root),
@@ -243,7 +248,7 @@ def _pixel_um(uri: str, source: Source, root: str | None) -> float | None:
 
 
 def _open_array(
-    uri: str, layers: tuple[int, int] | None, count: int | None, level: str
+    uri: str, layers: tuple[int, int] | None, count: int | None, level: str, gaps: bool
 ) -> tuple[Source, tuple[int, ...], tuple[int, ...], np.dtype[Any], str]:
     """Open a zarr array, and choose of all its layers."""
     with storage.decoded(uri):
@@ -258,12 +263,16 @@ def _open_array(
     is_of_one_range = not (source.path or source.is_numbered) and source.axes[0] == 2
     if layers and is_of_one_range and layers[1] - layers[0] == len(numbers):
         numbers = tuple(range(*layers))
-    chosen = choose_layers(numbers, uri, layers, count)
+    chosen = choose_layers(numbers, uri, layers, count, gaps)
     return source.take(chosen), numbers, numbers[chosen], source.dtype, source.identity
 
 
 def _open_folder(
-    uri: str, listing: Sequence[storage.Entry], layers: tuple[int, int] | None, count: int | None
+    uri: str,
+    listing: Sequence[storage.Entry],
+    layers: tuple[int, int] | None,
+    count: int | None,
+    gaps: bool,
 ) -> tuple[Source, tuple[int, ...], tuple[int, ...], np.dtype[Any], str, int]:
     """Find layers in a folder or a stack, choose some of them, and read their headers."""
     folder, files = find_layers(uri, listing)
@@ -273,7 +282,7 @@ def _open_folder(
     numbers = tuple(range(len(stack)) if len(stack) > 1 else (file.number for file in files))
     if not numbers or numbers[0] < 0:
         raise no_layers(uri, folder, layers)
-    chosen = choose_layers(numbers, folder, layers, count)
+    chosen = choose_layers(numbers, folder, layers, count, gaps)
     files = files if only else files[chosen]
     source, dtype, identity = _open_files(files, stack[chosen])
     stored = sum(file.entry.size for file in files)

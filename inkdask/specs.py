@@ -53,6 +53,8 @@ class ModelSpec:
         Arithmetic when the user does not say; float32 for networks that bfloat16 shows to differ.
     licence
         A note on the licence of the weights.
+    suits
+        What it was trained on, in words.
     """
 
     key: str
@@ -70,6 +72,7 @@ class ModelSpec:
     sha256: str | None = None
     precision: Precision = "auto"
     licence: str = ""
+    suits: str = ""
 
 
 def normalisation(clip: float | None, divisor: float | None) -> str:

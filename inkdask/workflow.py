@@ -12,6 +12,7 @@ import numpy as np
 from inkdask import catalogue, storage
 from inkdask.blending import blend
 from inkdask.clusters import connect, report
+from inkdask.costs import ready
 from inkdask.environment import environment_kept
 from inkdask.errors import SettingsError
 from inkdask.filling import Work, check_weights, fill
@@ -212,6 +213,7 @@ def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     check_weights(plan_of(jobs[0]).network)
     if settings.cluster == "threads":
         check_memory(plan_of(jobs[0]))
+    log.info("ready: %s", ready(jobs, settings.overwrite))
     return "\n".join(f"{job.target}.png" for job in jobs)
 
 

@@ -46,7 +46,7 @@ def pixels():
 
 
 @pytest.fixture
-def own_environment(monkeypatch, tmp_path):
+def own_environment(monkeypatch, tmp_path, tmp_path_factory):
     """Remove all settings from the environment but the test's own places and small chunks."""
     for _, variable, _ in parameters():
         monkeypatch.setenv(variable, "")  # set it first, because monkeypatch then restores it
@@ -56,6 +56,7 @@ def own_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("ZARR_OUTPUT_DIR", str(tmp_path / "partitions"))
     monkeypatch.setenv("RESULT_FILE", str(tmp_path / "result.txt"))
     monkeypatch.setenv("CHUNK_SIZE", "128")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

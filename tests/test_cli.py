@@ -13,7 +13,7 @@ import tifffile
 from PIL import Image
 
 import inkdask
-from inkdask import cli, store
+from inkdask import cli, messages, store
 from inkdask.memory import expected_memory
 from inkdask.models.registry import known
 from inkdask.tiling import Tiling
@@ -101,7 +101,7 @@ def test_info_of_masked_segment_says_that_fewer_tiles_run(segment, capsys):
 
 def test_log_shows_own_messages_and_warnings_once():
     def shown(name, level):
-        return cli._is_for_everybody(logging.LogRecord(name, level, "", 0, "", None, None))
+        return messages.is_for_everybody(logging.LogRecord(name, level, "", 0, "", None, None))
 
     assert shown("inkdask.store", logging.INFO)
     assert shown("distributed.worker", logging.WARNING)
@@ -142,7 +142,8 @@ def test_models_lists_every_key(capsys):
     for key in known():
         assert key in text
     assert "scrollprize/hecate:hecate_2.4um.pth at 9cb86e500e94" in text
-    assert "64 layers of scans of 2.4 um, tile 256, stride 128; voxels divided by 200" in text
+    assert "suits segments of 64 layers and more, of scans of 2.4 um\n" in text
+    assert "tile 256, stride 128; voxels divided by 200" in text
     cli.main(["models", "--json"])
     listed = {spec["key"]: spec for spec in json.loads(capsys.readouterr().out)}
     assert listed.keys() == known().keys()

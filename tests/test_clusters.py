@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
@@ -465,6 +467,19 @@ def test_local_workers_leave_ctrl_c_to_this_process_also_after_a_restart(own_cli
     second, blocks = own_client.submit(look, pure=False).result(60)
     assert second != first
     assert blocks
+
+
+def test_local_cluster_is_silent_about_a_taken_dashboard(recwarn):
+    from inkdask.clusters.local import DASHBOARD, local
+
+    host, port = DASHBOARD.split(":")
+    with socket.socket() as taken:
+        with suppress(OSError):  # another program has it
+            taken.bind((host, int(port)))
+            taken.listen()
+        with local(1) as client:
+            assert not client.dashboard_link.endswith(f":{port}/status")
+    assert not [it for it in recwarn if "already in use" in str(it.message)]
 
 
 @pytest.mark.slow

@@ -27,9 +27,10 @@ from inkdask.pictures.bands import bands, in_order
 from inkdask.pictures.colour import colour_table
 from inkdask.pictures.picture import open_picture
 from inkdask.pictures.png import write_png
-from inkdask.pictures.pyramid import halve, write_pyramid
+from inkdask.pictures.pyramid import halve, level_shapes, write_pyramid
 from inkdask.pictures.reading import read_facts
 from inkdask.pictures.scale_bar import ScaleBar, with_scale_bar
+from inkdask.pictures.tiff import write_tiff
 from inkdask.progress import Meter
 from tests.files import random_volume, read_picture, write_layers
 from tests.jobs import made_of
@@ -161,6 +162,49 @@ def test_export_of_a_region_is_cut_out(prediction, pixels, tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "part.png")), pixels[100:150, 100:200])
     part = open_picture(str(tmp_path / "part.zarr"))
     assert part.corner == (164, 132)
+
+
+def test_export_of_a_region_beyond_the_picture_is_cut_with_a_note(
+    prediction, pixels, tmp_path, caplog
+):
+    inkdask.export(prediction, tmp_path / "part.tif", roi_xyxy="0,0,132,4000")
+    assert np.array_equal(tifffile.imread(tmp_path / "part.tif"), pixels[:, :100])
+    assert (
+        f"ROI_XYXY 0,0,132,4000 reaches beyond {prediction}, which shows 32,64,242,684 of its "
+        "segment: 32,64,132,684 is read"
+    ) in caplog.text
+    words = read_facts(str(tmp_path / "part.tif")).provenance.export
+    assert words[-2:] == ("--roi-xyxy", "32,64,132,684")
+
+
+@pytest.mark.parametrize("shape", [(1500, 2301), (1301, 777, 3), (512, 512), (513, 40)])
+def test_tiff_has_smaller_images_that_are_means_of_the_one_before(tmp_path, shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    write_tiff(da.from_array(pixels, chunks=(600, 600, 3)[: len(shape)]), tmp_path / "p.tif", "", 8)
+    with tifffile.TiffFile(tmp_path / "p.tif") as tiff:
+        (series,) = tiff.series
+        assert [level.shape[:2] for level in series.levels] == level_shapes(shape[:2])
+        for number, level in enumerate(series.levels):
+            assert np.array_equal(level.asarray(), pixels)
+            page = level.pages[0]
+            assert page.is_tiled
+            assert page.is_reduced == (number > 0)
+            side = page.get_resolution(tifffile.RESUNIT.MICROMETER)[0]
+            assert side == pytest.approx(1 / (8 * 2**number))
+            channels = [pixels[..., n] for n in range(3)] if len(shape) == 3 else [pixels]
+            pixels = np.stack([halve(channel) for channel in channels], axis=-1)
+            pixels = pixels if len(shape) == 3 else pixels[..., 0]
+    levels = len(level_shapes(shape[:2]))
+    assert (f"{levels} levels" in read_facts(str(tmp_path / "p.tif")).kind) == (levels > 1)
+
+
+def test_levels_of_a_tiff_are_those_of_the_prediction(prediction, tmp_path):
+    inkdask.export(prediction, tmp_path / "p.tif")
+    with tifffile.TiffFile(tmp_path / "p.tif") as tiff:
+        for level, stored in zip(
+            tiff.series[0].levels, open_picture(prediction).levels, strict=True
+        ):
+            assert np.array_equal(level.asarray(), stored.compute())
 
 
 def test_export_with_a_colour_map_has_its_colours(prediction, pixels, tmp_path):
@@ -299,6 +343,15 @@ def test_mistake_is_reported_before_anything_is_written(prediction, tmp_path, to
         inkdask.export(prediction, tmp_path / to, **options)
     assert len(str(error.value).splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["prediction_toy_00_03.zarr"]
+
+
+@pytest.mark.parametrize("command", [inkdask.export, inkdask.evidence])
+def test_picture_instead_of_its_pyramid_is_pointed_to_it(prediction, tmp_path, command):
+    picture = prediction.replace(".zarr", ".png")
+    inkdask.export(prediction, picture)
+    to = [tmp_path / "p.tif"] if command is inkdask.export else []
+    with pytest.raises(InkdaskError, match=f"is beside it: {prediction}\\.$"):
+        command(picture, *to)
 
 
 def test_overlay_reports_missing_or_smaller_segment(prediction, tmp_path, segment):

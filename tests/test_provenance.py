@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import inkdask
-from inkdask import cli, storage
+from inkdask import cli, messages, storage
 from inkdask.demo import synthetic
 from inkdask.job import changed_input
 from inkdask.models.registry import known
@@ -237,7 +237,7 @@ def test_control_characters_in_an_error_or_message_are_escaped(tmp_path, capsys)
     assert r"\x1b[2J" in text
     assert text.removesuffix("\n").isprintable()
     record = logging.LogRecord("inkdask", logging.INFO, "", 0, "one\x1b[2J\ntwo", None, None)
-    assert cli._Printable("%(message)s").format(record) == "one\\x1b[2J\ntwo"
+    assert messages.Printable("%(message)s").format(record) == "one\\x1b[2J\ntwo"
 
 
 @pytest.mark.parametrize(

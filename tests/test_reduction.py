@@ -124,7 +124,7 @@ def test_named_grid_of_another_job_is_refused(segment, tmp_path):
         inkdask.run(segment, grid=grid, step="reduce", divisor=255, **options)
 
 
-def test_grid_without_model_and_layers_gives_other_pictures(segment, tmp_path):
+def test_grid_without_model_and_layers_gives_other_pictures(segment, tmp_path, caplog):
     options = {"model": network, "stride": 32}
     whole = read_picture(inkdask.run(segment, **options))
     grid = grid_in(tmp_path / "partitions")
@@ -138,8 +138,10 @@ def test_grid_without_model_and_layers_gives_other_pictures(segment, tmp_path):
     part = inkdask.run(**out, roi_xyxy=(200, 100, 600, 303))
     assert part.endswith("_200-100-600-303.png")
     assert np.array_equal(read_picture(part), whole[100:303, 200:600])
-    with pytest.raises(InkdaskError, match="beyond the tile grid, which covers 0,0,700,330"):
-        inkdask.run(**out, roi_xyxy=(0, 0, 701, 10))
+    cut = inkdask.run(**out, roi_xyxy=(600, 0, 4000, 10))
+    assert cut.endswith("_600-0-700-10.png")
+    assert np.array_equal(read_picture(cut), whole[:10, 600:])
+    assert "beyond the tile grid, which covers 0,0,700,330: 600,0,700,10 is read" in caplog.text
 
 
 def test_region_with_all_tiles_shares_the_grid_of_the_whole(segment, tmp_path):
@@ -150,6 +152,23 @@ def test_region_with_all_tiles_shares_the_grid_of_the_whole(segment, tmp_path):
     assert len(grids(str(tmp_path / "partitions"))) == 1
     assert read_picture(whole).shape == (HEIGHT, WIDTH)
     assert np.array_equal(read_picture(whole)[10:-10, 10:-10], read_picture(part))
+
+
+def test_parts_of_a_region_beyond_the_segment_are_reduced(segment, tmp_path):
+    whole = read_picture(inkdask.run(segment, model=network, stride=32))
+    beyond, cut = (600, 200, 4000, 4000), (600, 200, WIDTH, HEIGHT)
+    options = {
+        "model": network,
+        "stride": 32,
+        "num_parts": 2,
+        "zarr_output_dir": tmp_path / "parts",
+    }
+    for part in range(2):
+        inkdask.run(segment, **options, roi_xyxy=beyond, part_id=part)
+    for roi in (beyond, cut):
+        uri = inkdask.run(segment, **options, roi_xyxy=roi, step="reduce")
+        assert uri.endswith("_600-200-700-330.png")
+        assert np.array_equal(read_picture(uri), whole[200:, 600:])
 
 
 def test_moved_segment_starts_another_job(segment, tmp_path):
@@ -498,7 +517,7 @@ def test_chunk_belongs_to_one_part(work, num_parts):
         assert cost[part == number].sum() <= cost.sum() / num_parts + cost.max()
 
 
-@pytest.mark.parametrize("roi", [(0, 200, 400, 300), (300, 0, 400, 300)])
+@pytest.mark.parametrize("roi", [(0, 200, 100, 300), (300, 0, 400, 100)])
 def test_region_outside_the_grid_is_refused(segment, tmp_path, roi):
     grid = tmp_path / "mine.zarr"
     inkdask.run(segment, model=network, roi_xyxy=(280, 190, 420, 310), grid=grid)

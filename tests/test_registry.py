@@ -217,7 +217,9 @@ def test_resolve_reports_an_unknown_model_and_the_known_ones() -> None:
     with pytest.raises(InkdaskError) as caught:
         registry.resolve("timesfomer")
     sentence = str(caught.value)
-    assert sentence.startswith("There is no model timesfomer: known are ")
+    assert sentence.startswith(
+        "There is no model timesfomer: did you mean timesformer-scroll5? Known are "
+    )
     assert all(key in sentence for key in registry.KNOWN)
     assert all(word in sentence for word in ("file", "Hugging Face", "s3://", "callable"))
     with pytest.raises(InkdaskError, match=r"^MODEL_TYPE must be one of timesformer, .*not resnet"):

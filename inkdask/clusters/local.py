@@ -53,8 +53,6 @@ def own_options() -> Iterator[dict[str, Any]]:
     """
     from distributed.utils import LoopRunner
 
-    # The next free port is taken and told.
-    warnings.filterwarnings("ignore", "Port .* is already in use", module="distributed")
     resource_tracker.ensure_running()  # because its start would let the signal through again
     runner = LoopRunner()
     # Workers, those in place of lost ones too, are started from the loop's thread, and inherit the
@@ -65,7 +63,10 @@ def own_options() -> Iterator[dict[str, Any]]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
-        yield {"loop": runner.loop, "security": True, "dashboard_address": DASHBOARD}
+        with warnings.catch_warnings():
+            # A log names the dashboard, wherever it is.
+            warnings.filterwarnings("ignore", r"Port \d+ is already in use", UserWarning)
+            yield {"loop": runner.loop, "security": True, "dashboard_address": DASHBOARD}
     finally:
         runner.stop()
 

@@ -80,8 +80,8 @@ def evidence(
     told = _origin(picture)
     settings = _settings(told, uri, model, options)
     settings.export_devices()
-    region = settings.roi_xyxy or _part_to_show(picture)
-    part = picture.crop(region)
+    part = picture.crop(settings.roi_xyxy or _part_to_show(picture))
+    region = part.box.xyxy
     stem = _stem(uri, settings.output_path, region if part.shape != picture.shape else None)
     _check_place(stem)
     base = {**_said(settings), "roi_xyxy": region}

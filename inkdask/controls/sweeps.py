@@ -12,7 +12,7 @@ import dask.array as da
 import numpy as np
 
 from inkdask import storage
-from inkdask.box import Box
+from inkdask.box import Box, cut_region
 from inkdask.clusters import connect
 from inkdask.controls.contact import draw
 from inkdask.controls.scores import Reading, agreement, contrast
@@ -25,6 +25,7 @@ from inkdask.identity import Region
 from inkdask.job import Job
 from inkdask.models.callables import name_of
 from inkdask.plan import Plan
+from inkdask.progress import size
 from inkdask.segment import Segment, open_labels, open_segment
 from inkdask.settings import Settings, with_parameters
 from inkdask.specs import NO_MASK
@@ -121,7 +122,9 @@ def _run(
 def _windows(settings: Settings, whole: Segment) -> list[Region]:
     """Return the region of the settings, or windows that are full of papyrus, and say which."""
     if settings.roi_xyxy:
-        return [settings.roi_xyxy]
+        area = whole.shape[1:]
+        there = f"the segment, which has {size(area)}"
+        return [cut_region(settings.roi_xyxy, Box.at((0, 0), area), there).xyxy]
     windows = full_windows(whole)
     places = " and ".join(",".join(map(str, window)) for window in windows)
     log.info("no ROI_XYXY was given: windows that are full of papyrus are run, %s", places)

@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from inkdask.environment import cache_home
 from inkdask.models.fast import Forward, agree
 from inkdask.models.forms import TOLERANCE, Form, first_line
 from inkdask.specs import Network
@@ -82,8 +83,7 @@ def forget_compiled() -> None:
 def cache_folder() -> Path:
     """Return the folder that keeps compiled code between runs; it is made where it is missing."""
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(named) if named else Path(caches) / "inkdask" / "inductor"
+    folder = Path(named) if named else cache_home() / "inductor"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that cannot be written, as in many pods

@@ -7,6 +7,7 @@ module import torch.
 
 from __future__ import annotations
 
+import difflib
 import json
 import tomllib
 import warnings
@@ -81,21 +82,20 @@ def _scrollprize(key: str, architecture: str, repo: str, **values: Any) -> Model
     return _spec(key, architecture, f"scrollprize/{repo}", **values)
 
 
+_SCROLL5 = ("ink_timesformer", "timesformer_scroll5_27112024")
+_OF_SCROLL5: dict[str, Any] = {"pixel_um": 7.91, "suits": "trained on Scroll 5 (PHerc0172)"}
 _HECATE = {"revision": "9cb86e500e944b11a06a7020403cde5dffb5bcb2", "licence": "MIT"}
 _INK_9UM = "7109667e2607db1b90c37c8b09cb876ea7fe7bb1"
 
 _BUILT_IN = (
+    _scrollprize("timesformer-scroll5", *_SCROLL5, **_OF_SCROLL5),
+    _scrollprize("timesformer_scroll5_27112024", *_SCROLL5, **_OF_SCROLL5),
     _scrollprize(
-        "timesformer-scroll5", "ink_timesformer", "timesformer_scroll5_27112024", pixel_um=7.91
-    ),
-    _scrollprize(
-        "timesformer_scroll5_27112024",
+        "timesformer-gp-scroll1",
         "ink_timesformer",
-        "timesformer_scroll5_27112024",
+        "timesformer_GP_scroll1",
         pixel_um=7.91,
-    ),
-    _scrollprize(
-        "timesformer-gp-scroll1", "ink_timesformer", "timesformer_GP_scroll1", pixel_um=7.91
+        suits="trained on Scroll 1 (PHercParis4)",
     ),
     _scrollprize(
         "resnet3d-152-3d-decoder-2um",
@@ -141,7 +141,8 @@ _BUILT_IN = (
         "ink_depth_cnn",
         "package://inkdask.models/demo.safetensors",
         precision="float32",  # because probabilities in bfloat16 differ by 0.03
-        licence="MIT, as inkdask itself; trained on synthetic ink",
+        licence="MIT, as inkdask itself",
+        suits="trained on synthetic ink: for `inkdask demo`, not for papyrus",
     ),
 )
 KNOWN: dict[str, ModelSpec] = {spec.key: spec for spec in _BUILT_IN}
@@ -262,11 +263,16 @@ def _resolve_weights(
     return spec, sha256(path), k
 
 
-def shape_of(model: str, model_type: str | None, tile: int | None) -> tuple[int, int, int]:
-    """Return tile, stride and k of a model that is given by name; loads no weights of a key."""
-    spec = _described(model, model_type)
+def shaped(
+    model: str | ModelSpec, tile: int | None, model_type: str | None = None
+) -> tuple[ModelSpec, int]:
+    """Return the spec of a model, with its tile and stride settled, and its k.
+
+    Loads no weights of a key.
+    """
+    spec = _described(model, model_type) if isinstance(model, str) else model
     tile = tile or spec.tile
-    return tile, min(spec.stride, tile), _logits(spec, tile)
+    return replace(spec, tile=tile, stride=min(spec.stride, tile)), _logits(spec, tile)
 
 
 def _logits(spec: ModelSpec, tile: int) -> int:
@@ -307,8 +313,10 @@ def _described(model: str, model_type: str | None) -> ModelSpec:
         return replace(spec, architecture=architecture or spec.architecture)
     place = hub.parse(model)
     if place is None:
+        near = difflib.get_close_matches(model, known(), 1)
+        meant = f": did you mean {near[0]}? Known" if near else ": known"
         raise InkdaskError(
-            f"There is no model {model}: known are {', '.join(sorted(known()))}; a weights file "
+            f"There is no model {model}{meant} are {', '.join(sorted(known()))}; a weights file "
             "or folder, a Hugging Face repo (owner/name), an s3:// URI or a callable will do too."
         )
     for spec in known().values():

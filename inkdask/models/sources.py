@@ -22,6 +22,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hf
 
 from inkdask import storage
+from inkdask.environment import cache_home
 from inkdask.errors import InkdaskError, reason
 
 _IS_MD5 = re.compile(r"[0-9a-f]{32}")
@@ -227,7 +228,7 @@ class Bucket:
         """Return the path of a file in the cache, after a download if needed."""
         uri = storage.join(self.uri, name)
         size, etag = _size_and_etag(uri)
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inkdask"
+        cache = cache_home()
         folder = cache / hashlib.sha256(f"{uri} {size} {etag}".encode()).hexdigest()[:32]
         path, part = folder / name, folder / f"{name}.part"
         try:

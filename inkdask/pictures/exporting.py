@@ -12,7 +12,6 @@ import dask.array as da
 
 from inkdask import storage
 from inkdask.errors import SettingsError
-from inkdask.identity import Region
 from inkdask.pictures import jpeg
 from inkdask.pictures.colour import colour_table, coloured
 from inkdask.pictures.jpeg import write_jpeg
@@ -148,7 +147,7 @@ def export(
         picture = picture.crop(settings.roi_xyxy)
     ground = open_ground(picture, look.overlay, look.segment) if look.overlay else None
     if picture.provenance:
-        words = _command(picture, look, settings.pixel_resolution_um, settings.roi_xyxy)
+        words = _command(picture, look, settings)
         picture = replace(
             picture, provenance=replace(without_secrets(picture.provenance), export=words)
         )
@@ -239,9 +238,7 @@ OF_COMMANDS = (
 )  # fmt: skip
 
 
-def _command(
-    picture: Picture, look: Look, pixel_um: float | None, roi: Region | None
-) -> tuple[str, ...]:
+def _command(picture: Picture, look: Look, settings: Settings) -> tuple[str, ...]:
     """Return the words of the command that exports the picture, without the file."""
     words: list[Any] = ["inkdask", "export", without_secrets(absolute(picture.uri))]
     shown = {field.name: getattr(look, field.name) for field in fields(look)}
@@ -250,7 +247,8 @@ def _command(
     if shown.pop("scale_bar_um"):
         words.append("--add-scale-bar")
         shown["scale_bar_length_um"] = look.scale_bar_um
-    shown |= {"pixel_resolution_um": pixel_um, "roi_xyxy": roi}
+    shown["pixel_resolution_um"] = settings.pixel_resolution_um
+    shown["roi_xyxy"] = settings.roi_xyxy and picture.box.xyxy
     for name, value in shown.items():
         if value not in (None, False) and value != getattr(usual, name, None):
             words.append(f"--{name.replace('_', '-')}")

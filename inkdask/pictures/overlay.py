@@ -66,7 +66,7 @@ def open_ground(picture: Picture, how: Flattening, segment: str | None = None) -
         opened = opened.take(slice(first, first + len(told.recipe.layers)))
         if not segment and opened.identity != told.recipe.input:
             log.warning("%s is not what it was when the prediction was made", place)
-    box = Box.at(picture.corner, picture.shape)
+    box = picture.box
     if not Box.at((0, 0), opened.shape[1:]).holds(box):
         raise InkdaskError(
             f"{place} has {size(opened.shape[1:])}, but {picture.uri} shows "

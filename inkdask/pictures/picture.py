@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 import zarr
 
 from inkdask import storage
-from inkdask.box import Box
-from inkdask.errors import InkdaskError, SettingsError
+from inkdask.box import Box, cut_region
+from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance
 from inkdask.pictures.pyramid import ORIGIN, halved
 from inkdask.reading.volume import check_size
@@ -51,19 +52,20 @@ class Picture:
         height, width = self.levels[0].shape
         return height, width
 
+    @property
+    def box(self) -> Box:
+        """Pixels of the segment that are shown."""
+        return Box.at(self.corner, self.shape)
+
     def level(self, number: int) -> da.Array:
         """Return the picture at a 2 ** number-th of its size, dask uint8 (y, x)."""
         array = self.levels[min(number, len(self.levels) - 1)]
         return halved(array, number - len(self.levels) + 1)
 
     def crop(self, roi_xyxy: tuple[int, int, int, int]) -> Picture:
-        """Keep a region ``x0, y0, x1, y1``, in pixels of the segment."""
-        whole, box = Box.at(self.corner, self.shape), Box.of_xyxy(roi_xyxy)
-        if box.is_empty or not whole.holds(box):
-            raise SettingsError(
-                "ROI_XYXY {},{},{},{} reaches beyond ".format(*roi_xyxy)
-                + "{}, which shows {},{},{},{} of its segment.".format(self.uri, *whole.xyxy)
-            )
+        """Keep a region ``x0, y0, x1, y1``, in pixels of the segment, as far as it is shown."""
+        shown = ",".join(map(str, self.box.xyxy))
+        box = cut_region(roi_xyxy, self.box, f"{self.uri}, which shows {shown} of its segment")
         part = self.levels[0][box.inside(self.corner).slices]
         chunks = self.levels[0].chunksize  # because the region may begin with a sliver of one
         return replace(self, levels=(part.rechunk(chunks, method="tasks"),), corner=box.corner)
@@ -71,6 +73,10 @@ class Picture:
 
 def open_picture(uri: str) -> Picture:
     """Open the stored picture of a job, or any zarr array or OME-Zarr of uint8 (y, x)."""
+    beside = re.sub(r"\.(png|tiff?|jpe?g)$", ".zarr", uri, flags=re.IGNORECASE)
+    if beside != uri:
+        there = f"is beside it: {beside}" if storage.exists(beside) else "a job leaves beside it"
+        raise InkdaskError(f"{uri} is no pyramid of zarr; name the one that {there}.")
     node: Any = storage.zarr_node(uri)
     attributes: dict[str, Any] = node.attrs.asdict()
     arrays, pixel_um, corner = {uri: node}, None, (0, 0)

@@ -112,8 +112,9 @@ def level_shapes(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def halve(block: np.ndarray) -> np.ndarray:
-    """Average two by two pixels of uint8 (y, x), rounded half up; an odd edge is repeated."""
-    block = np.pad(block, [(0, side % 2) for side in block.shape], mode="edge")
+    """Average two by two pixels of uint8 (y, x, ...), rounded half up; an odd edge is repeated."""
+    odd = [(0, side % 2) for side in block.shape[:2]]
+    block = np.pad(block, odd + [(0, 0)] * (block.ndim - 2), mode="edge")
     pairs = block[0::2].astype(np.uint16) + block[1::2]
     return ((pairs[:, 0::2] + pairs[:, 1::2] + 2) >> 2).astype(np.uint8)
 

@@ -93,6 +93,8 @@ def _of_tiff(file: BinaryIO, uri: str) -> Facts:
         kind = f"{'BigTIFF' if tiff.is_bigtiff else 'TIFF'}, {page.compression.name.lower()}"
         if page.is_tiled:
             kind += f", tiles of {page.tilewidth} x {page.tilelength} px"
+        if smaller := page.subifds:
+            kind += f", {1 + len(smaller)} levels"
         return Facts(
             kind,
             (index(page.imagelength), index(page.imagewidth)),

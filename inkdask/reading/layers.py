@@ -100,7 +100,26 @@ def find_layers(uri: str, listing: Sequence[storage.Entry]) -> tuple[str, list[L
     return folder, sorted(files, key=lambda file: (file.number, file.uri))
 
 
-def no_layers(uri: str, folder: str, layers: tuple[int, int] | None) -> InkdaskError:
+def held_in(uri: str, listing: Sequence[storage.Entry]) -> str:
+    """Say what layers a folder holds, by names alone: ``65 layers (0:65)``; empty for none."""
+    if VOLUMES in {entry.name for entry in listing}:
+        return f"in {VOLUMES}"
+    files = find_layers(uri, listing)[1]
+    if len(files) == 1 and files[0].number < 0:
+        return f"one TIFF, {files[0].entry.name}"
+    if not files:
+        return ""
+    numbers = {file.number for file in files}
+    start, end = min(numbers), max(numbers) + 1
+    gaps = missing_of(numbers, start, end)
+    return f"{len(numbers)} layers ({start}:{end}{' without ' * bool(gaps)}{gaps})"
+
+
+class NoLayersError(InkdaskError):
+    """A place holds no layers at all."""
+
+
+def no_layers(uri: str, folder: str, layers: tuple[int, int] | None) -> NoLayersError:
     """Say what is in a segment, or in its folder of layers, instead of layers."""
     what = "it does not exist"
     if names := [entry.name for entry in storage.list_folder(folder)]:
@@ -114,11 +133,15 @@ def no_layers(uri: str, folder: str, layers: tuple[int, int] | None) -> InkdaskE
         what = "it is neither a zarr nor a folder of 00.tif, and the catalogue does not name it"
     elif storage.exists(uri):
         what = "it is empty" if storage.entry(folder).is_folder else "it is a file, and no stack"
-    return InkdaskError(f"No layers found in {folder}{asked_for(layers)}: {what}.")
+    return NoLayersError(f"No layers found in {folder}{asked_for(layers)}: {what}.")
 
 
 def choose_layers(
-    numbers: Sequence[int], where: str, layers: tuple[int, int] | None, count: int | None
+    numbers: Sequence[int],
+    where: str,
+    layers: tuple[int, int] | None,
+    count: int | None,
+    gaps: bool = False,
 ) -> slice:
     """Choose the layers that a job reads.
 
@@ -132,6 +155,8 @@ def choose_layers(
         First number (inclusive) and last (exclusive).
     count
         Without ``layers``: number of layers around the middle; None for all.
+    gaps
+        Whether layers of the range may be missing.
 
     Returns
     -------
@@ -140,8 +165,8 @@ def choose_layers(
     """
     asked, held = asked_for(layers), set(numbers)
     has = f"it has {len(numbers)}, {numbers[0]:02d} to {numbers[-1]:02d}"
-    if gaps := _missing(held, numbers[0], numbers[-1]):
-        has += f" without {gaps}"
+    if lacking := missing_of(held, numbers[0], numbers[-1]):
+        has += f" without {lacking}"
     if layers:
         inside = [i for i, number in enumerate(numbers) if layers[0] <= number < layers[1]]
         if not inside:
@@ -157,7 +182,7 @@ def choose_layers(
         first = (len(numbers) - count) // 2
         chosen = slice(first, first + count)
         start, end = numbers[first], numbers[first + count - 1] + 1
-    if missing := _missing(held, start, end):
+    if (missing := missing_of(held, start, end)) and not gaps:
         raise InkdaskError(
             f"{'Layers' if ' ' in missing else 'Layer'} {missing} missing in {where}{asked}."
         )
@@ -169,7 +194,7 @@ def asked_for(layers: tuple[int, int] | None) -> str:
     return f" for START_LAYER={layers[0]}, END_LAYER={layers[1]}" if layers else ""
 
 
-def _missing(held: set[int], start: int, end: int) -> str:
+def missing_of(held: set[int], start: int, end: int) -> str:
     """Name the numbers of a range that are not held, without making the range; empty for none."""
     missing = end - start - sum(start <= number < end for number in held)
     first = itertools.islice((n for n in itertools.count(start) if n not in held), min(missing, 8))

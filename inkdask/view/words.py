@@ -9,6 +9,7 @@ import numpy as np
 
 from inkdask.background import Background, Wish
 from inkdask.box import Box
+from inkdask.progress import about
 
 NAMES: dict[Wish, str] = {
     "focus": "the region", "box": "the box", "sight": "the view", "start": "all"
@@ -64,17 +65,6 @@ def offer(backgrounds: Sequence[Background], sight: Box, whole: Box) -> Offer:
     cost = about(sum(known)) if len(known) == len(seconds) else f"{tiles:,} tiles"
     advice = "Zoom in or draw a box to compute a part. " if is_whole else ""
     return Offer(label, f"{advice}{label}: {cost}.", True)
-
-
-def about(seconds: float) -> str:
-    """Return a rough time in words."""
-    if seconds < 10:
-        return "a few seconds"
-    if seconds < 90:
-        return f"about {5 * round(seconds / 5)} s"
-    if seconds < 5400:
-        return f"about {round(seconds / 60)} min"
-    return f"about {round(seconds / 3600):,} h"
 
 
 def _running(backgrounds: Sequence[Background]) -> str:
