@@ -175,16 +175,27 @@ def run(**given: Any) -> None:
 
 @inkdask_.command()
 @click.argument("s3_path", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print pictures and warnings as JSON.")
 @_settings_options()
-def check(**given: Any) -> None:
+def check(as_json: bool, **given: Any) -> None:
     """Check whether `run` with the same words can do its job, and run nothing.
 
-    Tries model and weights, layers, tiles and the places of the outputs. Prints the URI that the
-    picture will have.
+    Tries model and weights, layers, tiles and the places of the outputs, and warns of what would
+    make a wrong picture. Prints the URI that the picture will have.
     """
-    from inkdask.workflow import check
+    from inkdask.workflow import check, examine
 
-    print(check(**_complete(given)))
+    options = _complete(given)
+    if not as_json:
+        print(check(**options))
+        return
+    jobs, found = examine(**options)
+    told = {
+        "pictures": [f"{job.target}.png" for job in jobs],
+        "job": str(jobs[0].plan),
+        "warnings": [asdict(it) for it in found],
+    }
+    print(json.dumps(told, indent=1))
 
 
 @inkdask_.command()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from inkdask import catalogue, provenance, storage
+from inkdask.cautions import TOLERANCE, cautions, tell
 from inkdask.errors import InkdaskError
 from inkdask.identity import Origin, Provenance, Recipe
 from inkdask.memory import expected_memory
@@ -18,9 +19,10 @@ from inkdask.pictures import exporting
 from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
 from inkdask.plan import span
-from inkdask.preflight import TOLERANCE, grid_bytes, samples, warn_of_small_values
+from inkdask.preflight import grid_bytes
 from inkdask.progress import amount, size
 from inkdask.reading.tiff_header import read_stack
+from inkdask.samples import sample
 from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
 from inkdask.specs import normalisation
@@ -59,14 +61,16 @@ def describe(path: str, **options: Any) -> dict[str, str]:
         volume=settings.volume,
         root=settings.catalogue,
     )
-    tile, stride, k = settings.tile or TILE, STRIDE, K
+    model, tile, stride, k = None, settings.tile or TILE, STRIDE, K
+    kept, samples = segment, sample(segment)
     if settings.model:
-        tile, stride, k = shape_of(settings.model, settings.model_type, settings.tile)
+        model, tile, stride, k = shape_of(settings.model, settings.model_type, settings.tile)
+        spare = 0 if settings.layers else max(len(segment.layers) - model.layers, 0)
+        kept = segment.take(slice(spare // 2, len(segment.layers) - spare + spare // 2))
     stride = settings.stride or stride
     tiling = Tiling.of(segment.shape[1:], tile, stride, settings.chunk_size or CHUNK)
-    pieces = samples(segment, share=2)
-    warn_of_small_values(segment, pieces)
-    return dict(of_segment(segment, tiling, empty_share(pieces), k))
+    tell(cautions(kept, settings, samples, model, tile if model else None))
+    return dict(of_segment(segment, tiling, samples.empty, k))
 
 
 def _of_sample(sample: str, root: str | None) -> Iterator[tuple[str, str]]:
@@ -127,12 +131,6 @@ def of_segment(
     yield "chunks", f"{across} x {down} of {step}"
     yield "memory", f"about {amount(expected_memory(segment.volume, tiling, k=k))} at most"
     yield "grid", f"about {amount(grid_bytes(tiling, k))}"
-
-
-def empty_share(pieces: Sequence[np.ndarray]) -> float | None:
-    """Share of pixels that are read as zero, in pieces as stored; None without pieces."""
-    shares = [np.mean(piece >> 8 * (piece.itemsize - 1) == 0) for piece in pieces]
-    return float(np.mean(shares)) if shares else None
 
 
 def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:

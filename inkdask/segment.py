@@ -101,6 +101,11 @@ class Segment:
         return len(self.layers), height, width
 
     @property
+    def offset(self) -> float:
+        """Layers from the middle of all that are there to the middle of those that are kept."""
+        return (min(self.layers) + max(self.layers) - self.found[0] - self.found[-1]) / 2
+
+    @property
     def volume(self) -> da.Array:
         """Layers as dask uint8 (z, y, x), in chunks that follow the files."""
         return self.lazy()[0]
@@ -196,18 +201,9 @@ def open_segment(
     else:
         source, found, numbers, dtype, identity, stored = _open_folder(uri, listing, layers, count)
     segment = Segment(
-        uri,
-        name,
-        numbers,
-        dtype,
-        identity,
-        source,
-        stored,
-        mask_uri,
-        level=level,
-        found=found,
-        pixel_um=_pixel_um(uri, source, root),
-    )
+        uri, name, numbers, dtype, identity, source, stored, mask_uri,
+        level=level, found=found, pixel_um=_pixel_um(uri, source, root),
+    )  # fmt: skip
     if mask_uri and mask_uri != NO_MASK:
         mask_source = _open_mask(mask_uri, source.shape[1:])
         segment = replace(segment, mask_source=mask_source, mask_identity=mask_source.identity)
@@ -294,7 +290,7 @@ def _open_files(
 ) -> tuple[Source, np.dtype[Any], str]:
     """Read the headers of all layers but of a stack, whose are read, and check that they agree."""
     traits = for_each(_traits, files)
-    headers: Sequence[Any] = stack or for_each(_read_header, files)
+    headers: Sequence[Any] = stack or for_each(read_header, files)
     for image in headers:
         if isinstance(image, images.ImageFile) and image.is_palette:
             raise InkdaskError(f"{image.uri} has colours of a palette: save it in grey.")
@@ -317,7 +313,8 @@ def _open_files(
     return DecodedStack(tuple(headers), identity, words), headers[0].dtype, identity
 
 
-def _read_header(file: LayerFile) -> TiffImage | images.ImageFile:
+def read_header(file: LayerFile) -> TiffImage | images.ImageFile:
+    """Read the header of a layer in a file of its own."""
     read = tiff_header.read_header if file.is_tiff else images.read_header
     return read(file.uri, file.entry.size, file.entry.etag)
 
@@ -358,7 +355,7 @@ def _open_mask(
     advice: str = "; MASK_PATH=none reads them without a mask",
 ) -> DecodedStack:
     file = LayerFile(0, uri, storage.entry(uri))
-    it = _read_header(file)
+    it = read_header(file)
     image = images.ImageFile(uri, it.shape, it.dtype, it.channels, is_mask=True, etag=it.etag)
     if image.shape != shape:
         raise InkdaskError(

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from inkdask import storage
+from inkdask.cautions import LETTER_MM
 from inkdask.demo import letters
 from inkdask.pictures.scale_bar import fitting
 from inkdask.pictures.sheets import A4, DIM, INK, MARK, NO_DATA, Sheet, heated, inked
 
 MARGIN, GAP = 15.0, 5.0  # mm
-LETTER_MM = 3.0  # height of a letter; those of Herculaneum have 2 to 4 mm
 EXPLAINED = (
     "The prediction is dark where a network, which looks at small windows of the scan, finds what "
     "it has learned to take for ink. In the controls the same network reads the same place in ways "

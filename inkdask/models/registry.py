@@ -262,11 +262,13 @@ def _resolve_weights(
     return spec, sha256(path), k
 
 
-def shape_of(model: str, model_type: str | None, tile: int | None) -> tuple[int, int, int]:
-    """Return tile, stride and k of a model that is given by name; loads no weights of a key."""
+def shape_of(
+    model: str, model_type: str | None, tile: int | None
+) -> tuple[ModelSpec, int, int, int]:
+    """Return spec, tile, stride and k of a model given by name; loads no weights of a key."""
     spec = _described(model, model_type)
     tile = tile or spec.tile
-    return tile, min(spec.stride, tile), _logits(spec, tile)
+    return spec, tile, min(spec.stride, tile), _logits(spec, tile)
 
 
 def _logits(spec: ModelSpec, tile: int) -> int:

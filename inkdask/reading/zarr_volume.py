@@ -54,7 +54,7 @@ class ZarrSource:
     first
         Index of the first layer that is read.
     stride
-        1, or -1 for layers in reverse.
+        Distance of neighbouring layers; negative for layers in reverse.
     axes
         Axes of layers, rows and columns among the last three.
     unit, thickness
@@ -114,8 +114,9 @@ class ZarrSource:
 
     def cost(self, rows: slice, columns: slice) -> float:
         """Bytes of the chunks that meet those rows and columns, before compression."""
-        first, last = self.span.start // self.thickness, (self.span.stop - 1) // self.thickness
-        layers = (last + 1 - first) * self.thickness
+        span = self.span
+        read = range(span.start, span.stop, span.step)
+        layers = len({layer // self.thickness for layer in read}) * self.thickness
         pixels = whole_units(rows, columns, self.unit, self.shape)
         return float(layers * pixels * self.dtype.itemsize)
 
@@ -123,7 +124,7 @@ class ZarrSource:
     def span(self) -> slice:
         """Positions of the layers in the array, ascending."""
         ends = (self.first, self.first + self.stride * (self.shape[0] - 1))
-        return slice(min(ends), max(ends) + 1)
+        return slice(min(ends), max(ends) + 1, abs(self.stride))
 
     def block(self, rows: slice, columns: slice) -> ZarrBlock:
         """Cut out rows and columns; reads nothing."""
@@ -164,7 +165,7 @@ class ZarrBlock:
                 f"{self.rows.start} to {self.rows.stop}, columns {self.columns.start} to "
                 f"{self.columns.stop}: {reason(error)}."
             ) from error
-        pixels = np.transpose(pixels, source.axes)[:: source.stride]
+        pixels = np.transpose(pixels, source.axes)[:: 1 if source.stride > 0 else -1]
         if pixels.dtype.itemsize > np.dtype(dtype).itemsize:
             pixels = pixels >> 8
         return np.ascontiguousarray(pixels, dtype)
