@@ -15,8 +15,8 @@ from PIL import Image
 import inkdask
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError
-from inkdask.samples import sample
 from inkdask.reading import volume
+from inkdask.samples import sample
 from inkdask.segment import identify, name_of, open_segment
 from inkdask.storage import s3 as s3_module
 from tests.files import SHAPE, assert_reads, encode, random_volume, write_layers
