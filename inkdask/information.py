@@ -191,8 +191,9 @@ def _of_job(
             tiles += f" of sigma {picture.gaussian_sigma or recipe.tile / 2.5:g} px"
     yield "tiles", tiles
     yield "precision", recipe.precision + (f" ({' and '.join(ran_in)} ran)" if ran_in else "")
-    if picture and picture.evidence:
-        yield "evidence", ", ".join(picture.evidence)
+    for name in ("evidence", "sweeps"):
+        if picture and (digests := getattr(picture, name)):
+            yield name, ", ".join(digests)
     yield "software", ", ".join(f"{name} {v}" for name, v in origin.software.items())
     if picture:
         yield "made", picture.created

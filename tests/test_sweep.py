@@ -13,6 +13,7 @@ from inkdask.controls.windows import full_windows
 from inkdask.demo import synthetic
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import digest
+from inkdask.pictures.picture import open_picture
 from inkdask.segment import open_segment
 from tests.files import read_picture, write_layers, write_segment
 from tests.jobs import network
@@ -100,6 +101,28 @@ def test_variant_is_the_picture_of_a_run_and_the_run_goes_on_from_it(segment):
     picture = read_picture(inkdask.run(segment, **options))
     assert storage.counters().tiles == before
     np.testing.assert_array_equal(it.readings[0].grey, picture)
+
+
+def test_pictures_name_the_sweeps_that_have_them_among_their_variants(segment, capsys):
+    """A picture that was there, and one that is made after the sweep; no other."""
+
+    def named(uri):
+        return open_picture(f"{uri.removesuffix('.png')}.zarr").provenance.sweeps
+
+    before = inkdask.run(segment, model=network, layers=(4, 8))
+    other = inkdask.run(segment, model=network, layers=(4, 8), direction="reverse")
+    result = sweep(segment, offsets=[0, 2], directions=["forward"])
+    (told,) = named(before)
+    assert told == json.loads(Path(result.table).read_text())["digest"]
+    assert named(other) == ()
+    after = inkdask.run(segment, model=network, layers=(6, 10))
+    assert named(after) == (told,)
+    assert named(inkdask.run(segment, model=network, layers=(6, 10), stride=32)) == ()
+    capsys.readouterr()
+    cli.main(["info", before.removesuffix(".png") + ".zarr"])
+    assert told in capsys.readouterr().out
+    Path(result.table).write_text('{"variants": 3')  # a damaged one stops no job
+    assert named(inkdask.run(segment, model=network, layers=(6, 10))) == ()
 
 
 def test_grid_of_an_earlier_run_costs_a_sweep_nothing(segment):

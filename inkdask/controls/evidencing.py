@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from inkdask import storage
@@ -22,8 +20,7 @@ from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance, Region, digest
 from inkdask.job import Job, changed_input
 from inkdask.pictures.overlay import laid_over, open_ground
-from inkdask.pictures.picture import Picture, open_picture
-from inkdask.pictures.pyramid import ORIGIN
+from inkdask.pictures.picture import Picture, note, open_picture
 from inkdask.plan import Plan, span
 from inkdask.provenance import absolute
 from inkdask.segment import open_segment
@@ -105,7 +102,7 @@ def evidence(
         digest=digest([region, *(job.recipe.digest for job in jobs)]),
     )  # fmt: skip
     write_page(page, stem)
-    _note(uri, page.digest)
+    note(uri, "evidence", page.digest)
     return [f"{stem}.png", f"{stem}.html"]
 
 
@@ -290,12 +287,3 @@ def _command(uri: str, region: Region, model: Any, stride: int | None, settings:
     if settings.pixel_resolution_um:
         words += ["--pixel-resolution-um", f"{settings.pixel_resolution_um:g}"]
     return shlex.join(words)
-
-
-def _note(uri: str, page: str) -> None:
-    """Add the digest of a page to what a stored prediction says of itself."""
-    with suppress(InkdaskError), storage.explained(uri):  # it may be another's, and not writable
-        group: Any = zarr.open_group(storage.zarr_store(uri), mode="r+")
-        told = dict(group.attrs[ORIGIN])
-        told["evidence"] = [*(it for it in told.get("evidence", []) if it != page), page]
-        group.attrs[ORIGIN] = told

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import dask.array as da
@@ -20,10 +21,11 @@ from inkdask.controls.table import Sweep, Variant
 from inkdask.controls.variants import Cost, fill_together, job_of
 from inkdask.controls.windows import full_windows
 from inkdask.demo.job import auc
-from inkdask.errors import SettingsError
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Region
-from inkdask.job import Job
+from inkdask.job import SWEEP, Job, is_variant
 from inkdask.models.callables import name_of
+from inkdask.pictures.picture import is_picture, note, open_picture
 from inkdask.plan import Plan
 from inkdask.segment import Segment, open_labels, open_segment
 from inkdask.settings import Settings, with_parameters
@@ -84,7 +86,7 @@ def sweep(
     place = settings.surface_volume_zarr or str(settings.s3_path)
     whole = open_segment(place, mask=NO_MASK, level=settings.ome_zarr_level)
     folder = settings.output_path or storage.join(str(settings.s3_path), "predictions")
-    targets = [storage.join(folder, f"sweep.{ending}") for ending in ("png", "json")]
+    targets = [storage.join(folder, name) for name in ("sweep.png", SWEEP)]
     with outputs.moved_by("OUTPUT_PATH"):
         outputs.check_writable(targets[0])
     truth = None if labels is None else open_labels(os.fspath(labels), whole.shape[1:])
@@ -95,8 +97,20 @@ def sweep(
     best, advice = suggestion(variants)
     result = Sweep(whole.uri, tuple(windows), tuple(variants), best, advice, *targets)
     draw(result, targets[0], settings.pixel_resolution_um)
-    storage.write_bytes(targets[1], json.dumps(result.to_json(), indent=1).encode())
+    told = result.to_json()
+    storage.write_bytes(targets[1], json.dumps(told, indent=1).encode())
+    _note(folder, told)
     return result
+
+
+def _note(folder: str, told: dict[str, Any]) -> None:
+    """Add the digest of a sweep to the pictures beside it that are among its variants."""
+    for entry in storage.list_folder(folder):
+        uri = storage.join(folder, entry.name)
+        with suppress(InkdaskError):  # a damaged picture is none
+            there = open_picture(uri).provenance if is_picture(uri) else None
+            if there and is_variant(told, there.recipe, there.origin):
+                note(uri, "sweeps", told["digest"])
 
 
 def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,6 +98,15 @@ def open_picture(uri: str) -> Picture:
             for place, array in arrays.items()
         )
     return Picture(uri, levels, pixel_um, corner, provenance_in(attributes.get(ORIGIN), uri))
+
+
+def note(uri: str, name: str, digest: str) -> None:
+    """Add a digest to what a stored picture says of itself, where it may be written."""
+    with suppress(InkdaskError), storage.explained(uri):
+        group: Any = zarr.open_group(storage.zarr_store(uri), mode="r+")
+        told = dict(group.attrs[ORIGIN])
+        told[name] = [*(it for it in told.get(name, []) if it != digest), digest]
+        group.attrs[ORIGIN] = told
 
 
 def provenance_in(fields: Any, uri: str) -> Provenance | None:
