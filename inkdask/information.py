@@ -62,7 +62,7 @@ def describe(path: str, **options: Any) -> dict[str, str]:
         root=settings.catalogue,
     )
     model, tile, stride, k = None, settings.tile or TILE, STRIDE, K
-    kept, samples = segment, sample(segment)
+    kept, samples = segment, sample(segment, share=1 / 8)
     if settings.model:
         model, tile, stride, k = shape_of(settings.model, settings.model_type, settings.tile)
         spare = 0 if settings.layers else max(len(segment.layers) - model.layers, 0)

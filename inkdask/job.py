@@ -209,6 +209,12 @@ class Job:
         return region.inside(self.recipe.corner)
 
 
+def plan_of(job: Job) -> Plan:
+    """Return the plan of a job that computes."""
+    assert job.plan is not None  # noqa: S101  only a job of a stored grid has none
+    return job.plan
+
+
 def is_variant(sweep: Mapping[str, Any], recipe: Recipe, origin: Origin) -> bool:
     """Whether a sweep has a variant that reads the same layers, through the same network."""
     layers = [min(recipe.layers), max(recipe.layers) + 1]

@@ -1,11 +1,7 @@
-"""A few samples of a segment: pieces of its middle layer, and columns through all of its depth.
-
-They cost at most 16 MiB each, and a twentieth of what a job reads where that is less.
-"""
+"""A few samples of a segment: pieces of its middle layer, and columns through all of its depth."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,15 +14,14 @@ from inkdask.errors import InkdaskError
 from inkdask.reading.layers import find_layers, list_names
 from inkdask.reading.tiff import TiffImage
 from inkdask.reading.tiff_header import read_stack
-from inkdask.reading.volume import WHOLE_BYTES, Source, TiffStack
+from inkdask.reading.volume import Source, TiffStack
 from inkdask.reading.zarr_volume import ZarrSource
 from inkdask.segment import Segment, read_header
 from inkdask.storage.parallel import for_each
 from inkdask.view.sampling import evenly, pieces_in, span_of
 
 PIECES, COLUMNS, LAYERS = 16, 3, 13  # at most: pieces, columns, and layers of a column
-BYTES, SHARE = 16 << 20, 1 / 20  # at most: of pieces and of columns, and share of a job's bytes
-SIDE = 256  # pixels: most of a piece that is no strip
+BYTES = 16 << 20  # at most: of pieces, and of columns
 FULL = 0.98  # share of the fullest piece from which a piece counts as full
 
 
@@ -67,21 +62,28 @@ class Samples:
         return {number: float(values.mean()) for number, values in pairs if values.size}
 
 
-def sample(segment: Segment) -> Samples:
-    """Read a few samples of what a segment keeps of its files."""
+def sample(segment: Segment, share: float = 1 / 40) -> Samples:
+    """Read a few samples of what a segment keeps of its files.
+
+    Pieces cost at most a ``share`` of the bytes of all, and columns, too; one piece is read always.
+    """
     source, box = segment.source, segment.box or Box.at((0, 0), segment.shape[1:])
     found, middle = Samples(), len(segment.layers) // 2
     if not source.can_be_sampled:
         return found
+    if isinstance(source, ZarrSource):  # a chunk of a shard can be read alone
+        source = replace(source, unit=source.inner)
     with suppress(InkdaskError):  # A job names what it cannot read.
-        budget = min(BYTES, SHARE * source.cost(*box.slices))
+        budget = min(BYTES, share * source.cost(*box.slices))
         layer = source.take(slice(middle, middle + 1))
         boxes = _boxes(layer, box, budget)
         found = Samples(_read(layer, boxes, segment.dtype))
         shares = [*map(_filled, found.pieces)]
         full = [at for at, share in zip(boxes, shares, strict=True) if share > FULL * max(shares)]
-        through, numbers = _through(segment)
-        columns = [full[n] for n in _few(full, through, budget)]
+        through, numbers = _through(segment, source)
+        cost = max((through.cost(*at.slices) for at in full), default=np.inf)
+        count = min(COLUMNS, int(budget // max(cost, 1)))
+        columns = [full[n] for n in evenly(range(len(full)), count)] if count else []
         found = replace(found, columns=_read(through, columns, np.uint8), numbers=numbers)
     return found
 
@@ -92,24 +94,15 @@ def _boxes(layer: Source, box: Box, budget: float) -> list[Box]:
     down, across = pieces_in(rows, height), pieces_in(columns, width)
     first = Box.of(span_of(down[0], height, rows), span_of(across[0], width, columns))
     count = max(1, min(PIECES, int(budget // max(layer.cost(*first.slices), 1))))
-    side = 1 if len(across) == 1 else int(count**0.5)
-    some = itertools.product(evenly(down, count // side), evenly(across, side))
-    units = [Box.of(span_of(i, height, rows), span_of(j, width, columns)) for i, j in some]
-    wide = width if len(across) == 1 else SIDE  # a strip is read whole
-    return [unit.intersect(Box.at(unit.corner, (SIDE, wide))) for unit in units]
+    # A lattice of the golden ratio: few pieces share a row or a column.
+    at = [((n + 0.5) / count, (n * 0.618 + 0.5) % 1) for n in range(count)]
+    some = dict.fromkeys((down[int(y * len(down))], across[int(x * len(across))]) for y, x in at)
+    return [Box.of(span_of(i, height, rows), span_of(j, width, columns)) for i, j in some]
 
 
-def _few(full: Sequence[Box], through: Source, budget: float) -> range:
-    """Choose some of the full pieces, evenly spread; one costs no more than a block of a job."""
-    cost = max((through.cost(*at.slices) for at in full), default=np.inf)
-    least = 1 if cost <= WHOLE_BYTES else 0
-    count = min(COLUMNS, max(least, int(budget // max(cost, 1))), len(full))
-    return range(len(full))[:: max(len(full) // max(count, 1), 1)][:count]
-
-
-def _through(segment: Segment) -> tuple[Source, tuple[int, ...]]:
+def _through(segment: Segment, source: Source) -> tuple[Source, tuple[int, ...]]:
     """Return layers evenly spread through all that are there, and their numbers, ascending."""
-    source, found = segment.source, segment.found
+    found = segment.found
     some = slice(None, None, -(-len(found) // LAYERS))
     if isinstance(source, ZarrSource):
         shape = len(found), *source.shape[1:]

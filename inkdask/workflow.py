@@ -18,7 +18,7 @@ from inkdask.errors import SettingsError
 from inkdask.filling import Work, check_weights, fill
 from inkdask.inference import infer
 from inkdask.inkmap import InkMap
-from inkdask.job import Job
+from inkdask.job import Job, plan_of
 from inkdask.parts import agreed_work, assign
 from inkdask.plan import Given, Plan
 from inkdask.preflight import (
@@ -300,12 +300,6 @@ def share(job: Job, settings: Settings) -> tuple[Job, np.ndarray]:
         job.create()
         chunks = mine(job)
     return job, chunks
-
-
-def plan_of(job: Job) -> Plan:
-    """Return the plan of a job that computes."""
-    assert job.plan is not None  # noqa: S101  only a job of a stored grid has none
-    return job.plan
 
 
 def _settings(s3_path: str | os.PathLike[str] | None, options: dict[str, Any]) -> Settings:

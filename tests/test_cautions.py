@@ -213,17 +213,17 @@ def test_both_directions_are_sampled_once(plain, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["tiles", "strips", "zarr"])
 @pytest.mark.parametrize("layers", [None, (17, 43)])
-def test_samples_cost_a_twentieth_of_the_layers(tmp_path, kind, layers):
+def test_samples_cost_a_small_share_of_the_layers(tmp_path, kind, layers):
     wide = volume(width=2 * WIDTH)
     segment = open_segment(write(tmp_path / "seg", wide, kind), layers)
     before = storage.counters()
     found = sample(segment)
     read = storage.counters() - before
-    assert 4 <= len(found.pieces) <= samples.PIECES
+    assert 2 <= len(found.pieces) <= samples.PIECES
     assert 1 <= len(found.columns) <= samples.COLUMNS
     assert found.numbers == tuple(range(0, DEPTH, 5))
     assert {column.shape[0] for column in found.columns} == {12}
-    assert read.bytes_read <= 0.1 * wide.nbytes
+    assert read.bytes_read <= 0.06 * wide.nbytes
 
 
 def test_samples_of_a_bucket_are_a_few_chunks(s3):

@@ -23,6 +23,7 @@ from tests import bucket
 from tests.bucket import COARSE, COARSE_LAYERS, FINE, LAYERS, NONE, ONE, SAMPLE, TWO
 from tests.files import assert_reads, read_picture
 from tests.jobs import network
+from tests.oracle import depth_slope
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "fixtures" / "surface"
 
@@ -439,7 +440,7 @@ def test_other_pixel_size_warns_or_is_refused(folder):
     assert off_pixel_size(9.362, replace(mine, pixel_um=None)) is None
     (says,) = {off_pixel_size(9.362, replace(mine, pixel_um=9.6)).sentence}
     assert says.startswith("Pixels of 9.362 um: model mine was trained at 9.6 um")
-    plan = inkdask.predict(folder / SAMPLE / "segments" / TWO, network, volume=COARSE).plan
+    plan = inkdask.predict(folder / SAMPLE / "segments" / TWO, depth_slope, volume=COARSE).plan
     check_pixels(plan, None)
     strict = replace(plan.network, model=replace(mine, architecture="ink_hecate_2_4um"))
     with pytest.raises(SettingsError, match=r"at 2.4 um, and refuses others: name a surface vol"):

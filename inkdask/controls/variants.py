@@ -22,7 +22,7 @@ from inkdask.box import Box
 from inkdask.failures import Failure, fallible, read_or_fail
 from inkdask.filling import check_weights
 from inkdask.inference import infer_chunk, over_chunks
-from inkdask.job import Job
+from inkdask.job import Job, plan_of
 from inkdask.plan import Plan
 from inkdask.progress import Meter
 from inkdask.segment import open_segment
@@ -151,12 +151,6 @@ def _whole(plans: Sequence[Plan]) -> Any:
     rows = slice(min(box.top for box in boxes), max(box.bottom for box in boxes))
     columns = slice(min(box.left for box in boxes), max(box.right for box in boxes))
     return whole.crop(rows, columns)
-
-
-def plan_of(job: Job) -> Plan:
-    """Return the plan of a job that computes."""
-    assert job.plan is not None  # noqa: S101  only a job of a stored grid has none
-    return job.plan
 
 
 @fallible

@@ -57,8 +57,9 @@ class ZarrSource:
         Distance of neighbouring layers; negative for layers in reverse.
     axes
         Axes of layers, rows and columns among the last three.
-    unit, thickness
-        Height and width, and layers, of the chunks or shards that are read whole.
+    unit, inner, thickness
+        Height and width of the chunks or shards that are read whole, those of the smallest part
+        that can be read alone, and layers of both.
     numbers
         Numbers of all layers.
     is_numbered
@@ -88,6 +89,7 @@ class ZarrSource:
     stride: int
     axes: tuple[int, int, int]
     unit: tuple[int, int]
+    inner: tuple[int, int]
     thickness: int
     numbers: tuple[int, ...]
     is_numbered: bool
@@ -218,6 +220,7 @@ def _open(uri: str, level: str, wanted: int) -> ZarrSource:
         stride=1,
         axes=axes,
         unit=(pieces[axes[1]], pieces[axes[2]]),
+        inner=(node.chunks[-3:][axes[1]], node.chunks[-3:][axes[2]]),
         thickness=min(pieces[axes[0]], depth),
         numbers=tuple(numbers),
         is_numbered=bool(kept),
