@@ -301,34 +301,29 @@ def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
     help="Distances of the window from the middle, in layers. Default: those of -16,-8,0,8,16 "
     "for which the segment has layers.",
 )
-@click.option(
-    "--direction", type=click.Choice(["forward", "reverse", "both"]), default="both",
-    help="Directions in which the layers are read.", show_default=True,
-)  # fmt: skip
 @click.option("--strides", metavar="N,...", help="Strides in pixels. Default: the model's.")
 @click.option(
     "--labels", metavar="FILE", help="Picture of the segment's size, not 0 where there is ink."
 )
 @_settings_options(
-    "start_layer", "end_layer", "roi_xyxy", "model_type", "tile", "clip", "divisor", "precision",
-    "batch_size", "chunk_size", "z_downsample_mean_factor", "mask_path", "surface_volume_zarr",
-    "ome_zarr_level", "pixel_resolution_um", "output_path", "zarr_output_dir", "cluster",
-    "scheduler_address",
+    "start_layer", "end_layer", "direction", "roi_xyxy", "model_type", "tile", "clip", "divisor",
+    "precision", "batch_size", "chunk_size", "z_downsample_mean_factor", "mask_path",
+    "surface_volume_zarr", "ome_zarr_level", "pixel_resolution_um", "output_path",
+    "zarr_output_dir", "cluster", "scheduler_address",
 )  # fmt: skip
-def sweep(s3_path: str, direction: str, **given: Any) -> None:
+def sweep(s3_path: str, **given: Any) -> None:
     """Run variants of a region side by side: depth, direction, model and stride.
 
     Each column of voxels is read once for all of them. Writes a contact sheet, sweep.png, and
-    sweep.json, and says which run it suggests, or that nothing stands out. Without --roi-xyxy, it
-    takes a few windows that are full of papyrus.
+    sweep.json, and says which run it suggests, or that nothing stands out. Without --direction, it
+    runs both; without --roi-xyxy, a few windows that are full of papyrus.
     """
-    from inkdask.controls.sweeps import DIRECTIONS, sweep
+    from inkdask.controls.sweeps import sweep
 
     for name in ("offsets", "strides"):
         given[name] = _numbers(given[name], name)
     given["model"] = list(given["model"]) or None
-    directions = DIRECTIONS if direction == "both" else (direction,)
-    result = sweep(s3_path, directions=directions, **_given(given))
+    result = sweep(s3_path, **_given(given))
     print(result)
     print(result.sheet)
 

@@ -32,9 +32,8 @@ def draw(sweep: Sweep, uri: str, pixel_um: float | None) -> None:
     if sheet.columns == ways:  # a row for each offset
         panels = [_panel(it, it is sweep.best) for row in of_offset.values() for it in row]
     y = sheet.text(MARGIN, MARGIN - 3, f"Sweep of {sweep.segment.rsplit('/', 1)[-1]}", 17)
-    windows = " and ".join(",".join(map(str, window)) for window in sweep.windows)
     today = datetime.now(UTC).date().isoformat()
-    place = f"{sweep.segment}, pixels {windows} (x0,y0,x1,y1), {today}"
+    place = f"{sweep.segment}, pixels {sweep.places} (x0,y0,x1,y1), {today}"
     y = sheet.text(MARGIN, y, place, 8, DIM)
     for line in sweep.advice.split("\n"):
         y = sheet.text(MARGIN, y + 0.5, line, 8.5)
@@ -53,10 +52,10 @@ def _panel(it: Variant, is_best: bool) -> Panel:
     numbers = [] if it.auc is None else [f"AUC {it.auc:.3f}"]
     numbers += [f"agreement {it.agreement:.1f}", f"contrast {it.contrast:.2f}"]
     says = numbers[0] + ", suggested" * is_best
-    layers = f"layers {min(it.layers)}:{max(it.layers) + 1}, stride {it.stride}"
+    layers = f"layers {it.layers}, stride {it.recipe.stride}"
     picture = _joined([inked(reading.grey, reading.valid) for reading in it.readings])
-    title = f"offset {it.offset:+d}, {it.direction}" if it.offset else f"offset 0, {it.direction}"
-    return Panel(title, picture, says, [numbers[1], layers, it.model], is_best)
+    title = f"offset {it.offset:+d}, {it.recipe.direction}".replace("+0", "0")
+    return Panel(title, picture, says, [numbers[1], layers, it.recipe.model], is_best)
 
 
 def _papyrus(sweep: Sweep, window: int) -> NDArray[np.uint8]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,7 @@ from inkdask.pictures.overlay import laid_over, open_ground
 from inkdask.pictures.picture import Picture, note, open_picture
 from inkdask.plan import Plan, span
 from inkdask.provenance import absolute
-from inkdask.segment import open_segment
 from inkdask.settings import Settings
-from inkdask.specs import NO_MASK
 from inkdask.storage import outputs
 from inkdask.store import GridStore
 
@@ -35,8 +33,7 @@ MOST, SIDE = 1_500_000, 1024  # pixels of a picture that is shown whole; side of
 APART = 3 / 255  # root mean square distance above which the network gives another picture now
 
 
-@dataclass(frozen=True)
-class _Way:
+class _Way(NamedTuple):
     """A way to read the region again, or why there is none."""
 
     title: str
@@ -80,15 +77,20 @@ def evidence(
     region = settings.roi_xyxy or _part_to_show(picture)
     part = picture.crop(region)
     stem = _stem(uri, settings.output_path, region if part.shape != picture.shape else None)
-    _check_place(stem)
-    base = {**_said(settings), "roi_xyxy": region}
+    with outputs.moved_by("OUTPUT_PATH"):
+        outputs.check_writable(f"{stem}.png")
+    said = {name: getattr(settings, name) for name in settings.model_fields_set}
+    base = {**said, "roi_xyxy": region}
     own, ways = _own(told, settings, base), _ways(base, second_model, second_stride)
     with connect(settings):
         jobs = [way.job for way in ways if way.job]
         fill_together([*jobs, *([own] if own.plan else [])])
         ours, ink = Reading.of(own), np.asarray(part.levels[0])
         shown = [_control(way, ink, ours.valid) for way in ways]
-        papyrus, on_papyrus = _on_papyrus(part)
+        ground = open_ground(part, "mean")
+        papyrus, on_papyrus = (
+            np.asarray(laid_over(part.levels[0], ground, 0, share)) for share in (0.0, 0.85)
+        )
     _tell_if_apart(uri, ink, ours)
     page = Page(
         told.origin.segment, ink, ours.valid, papyrus, on_papyrus, ours.spread,
@@ -106,11 +108,6 @@ def evidence(
     return [f"{stem}.png", f"{stem}.html"]
 
 
-def _check_place(stem: str) -> None:
-    with outputs.moved_by("OUTPUT_PATH"):
-        outputs.check_writable(f"{stem}.png")
-
-
 def _origin(picture: Picture) -> Provenance:
     """Return what a picture was made of, which must still be there."""
     uri, told = picture.uri, picture.provenance
@@ -119,12 +116,6 @@ def _origin(picture: Picture) -> Provenance:
     if changed := changed_input(told.recipe, told.origin):
         raise InkdaskError(f"{uri} cannot be compared with what is there now: {changed}.")
     return told
-
-
-def _on_papyrus(part: Picture) -> list[NDArray[np.uint8]]:
-    """Return the papyrus, and the ink over it, uint8 (y, x, 3) each."""
-    ground = open_ground(part, "mean")
-    return [np.asarray(laid_over(part.levels[0], ground, 0, share)) for share in (0.0, 0.85)]
 
 
 def _settings(told: Provenance, uri: str, model: Any, options: dict[str, Any]) -> Settings:
@@ -149,11 +140,6 @@ def _settings(told: Provenance, uri: str, model: Any, options: dict[str, Any]) -
         "stride": recipe.stride, "chunk_size": recipe.chunk[0], "blend_mode": told.blend_mode,
         "gaussian_sigma": told.gaussian_sigma,
     })  # fmt: skip
-
-
-def _said(settings: Settings) -> dict[str, Any]:
-    """Return what was given to settings, to give it again with changes."""
-    return {name: getattr(settings, name) for name in settings.model_fields_set}
 
 
 def _own(told: Provenance, settings: Settings, base: dict[str, Any]) -> Job:
@@ -203,12 +189,11 @@ def _between(start: int | None, end: int | None) -> dict[str, int | None]:
 
 def _off_the_sheet(plan: Plan, base: dict[str, Any]) -> _Way:
     """Move the window by its own depth, or as far as there are layers."""
-    segment: Any = plan.segment
-    there = open_segment(segment.uri, mask=NO_MASK, level=segment.level).layers
+    there = plan.segment.found if plan.segment else plan.layers
     depth, first, last = len(plan.layers), min(plan.layers), max(plan.layers)
     down, up = min(first - min(there), depth), min(max(there) - last, depth)
     title, most = "Window off the sheet", up if up >= down else -down
-    if not set(plan.layers) <= set(there) or not most:
+    if not most:
         return _Way(title, "the segment has no layers beyond those of the window", None)
     layers = first + most, last + 1 + most
     note = f"moved by {most:+d} of {depth} layers, to {layers[0]}:{layers[1]}"
