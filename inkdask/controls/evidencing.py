@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 from dataclasses import replace
@@ -27,10 +26,7 @@ from inkdask.settings import Settings
 from inkdask.storage import outputs
 from inkdask.store import GridStore
 
-log = logging.getLogger("inkdask")
-
 MOST, SIDE = 1_500_000, 1024  # pixels of a picture that is shown whole; side of a part
-APART = 3 / 255  # root mean square distance above which the network gives another picture now
 
 
 class _Way(NamedTuple):
@@ -91,7 +87,6 @@ def evidence(
         papyrus, on_papyrus = (
             np.asarray(laid_over(part.levels[0], ground, 0, share)) for share in (0.0, 0.85)
         )
-    _tell_if_apart(uri, ink, ours)
     page = Page(
         told.origin.segment, ink, ours.valid, papyrus, on_papyrus, ours.spread,
         agreement=agreement([ours]),
@@ -219,12 +214,6 @@ def _control(way: _Way, ink: NDArray[np.uint8], valid: NDArray[np.bool_]) -> Con
     it = Reading.of(way.job)
     both = valid & it.valid
     return Control(way.title, way.note, it.grey, reproduced(ink, it.grey, both), contrast([it]))
-
-
-def _tell_if_apart(uri: str, ink: NDArray[np.uint8], ours: Reading) -> None:
-    apart = (ink.astype(float) - ours.grey)[ours.valid]
-    if apart.size and (rms := float(np.sqrt(np.mean(apart**2)) / 255)) > APART:
-        log.warning("%s is not what its network gives now: off by %.3f (rms)", uri, rms)
 
 
 def _part_to_show(picture: Picture) -> Region:
