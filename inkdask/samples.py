@@ -114,18 +114,21 @@ def _through(segment: Segment, source: Source) -> tuple[Source, tuple[int, ...]]
         return TiffStack(tuple(source.images[place] for place in places)), numbers
     files = find_layers(segment.uri, list_names(segment.uri))[1]
     if len(files) == 1:
-        headers: Sequence[Any] = read_stack(files[0].uri, files[0].entry.size, files[0].entry.etag)
-        headers = headers[some]
+        file = files[0]
+        headers: dict[int, Any] = dict(
+            enumerate(read_stack(file.uri, file.entry.size, file.entry.etag))
+        )
     else:
-        of_number = {file.number: file for file in files}
-        headers = for_each(read_header, [of_number[number] for number in numbers])
-    alike = [
-        (image, number)
-        for image, number in zip(headers, numbers, strict=True)
-        if isinstance(image, TiffImage) and image.shape == source.shape[1:]
-    ]
-    images, numbers = zip(*alike, strict=True) if alike else ((), ())
-    return TiffStack(images), numbers
+        some_files = {file.number: file for file in files if file.number in numbers}
+        headers = dict(zip(some_files, for_each(read_header, some_files.values()), strict=True))
+    alike = {
+        number: headers[number]
+        for number in numbers
+        if isinstance(headers.get(number), TiffImage) and headers[number].shape == source.shape[1:]
+    }
+    if not alike:
+        raise InkdaskError(f"{segment.uri} has no layers of one size.")
+    return TiffStack(tuple(alike.values())), tuple(alike)
 
 
 def _read(source: Any, boxes: Sequence[Box], dtype: Any) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 
 import inkdask
@@ -255,6 +256,24 @@ def test_thin_chunks_are_read_in_part(tmp_path):
     assert part.cost(slice(0, 128), slice(0, 128)) == 12 * 128 * 128
     back = source.take(slice(50, 10, -5)).block(slice(0, 128), slice(0, 128)).read()
     np.testing.assert_array_equal(back, layers[50:10:-5, :128, :128])
+
+
+def test_other_files_beyond_the_window_are_no_part_of_the_samples(tmp_path):
+    place = write(tmp_path / "seg", volume(depth=20))
+    for number in range(0, 8):
+        (place / "layers" / f"{number:02d}.tif").unlink()
+    write_layers(place / "layers", np.full((8, 30, 30), 9, np.uint16))
+    segment = open_segment(place, (8, 20))
+    assert len(segment.found) == 20
+    assert sample(segment).numbers == tuple(range(8, 20, 2))
+    write_layers(place / "layers", np.full((20, 30, 30), 9, np.uint16))
+    assert not sample(segment).columns  # and the job says what changed
+
+
+def test_pages_of_a_stack_are_sampled(tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", volume(at=20), tile=(64, 64), photometric="minisblack")
+    found = sample(open_segment(tmp_path / "stack.tif", OFF_SHEET))
+    assert max(found.profile, key=found.profile.get) == 20
 
 
 def test_pictures_are_not_decoded_for_samples(tmp_path):
