@@ -20,7 +20,8 @@ from inkdask.segment import Segment, read_header
 from inkdask.storage.parallel import for_each
 from inkdask.view.sampling import evenly, pieces_in, span_of
 
-PIECES, COLUMNS, LAYERS = 16, 3, 13  # at most: pieces, columns, and layers of a column
+PIECES, COLUMNS = 16, 3  # at most
+LAYERS = 13, 9, 5  # of a column: as many as the budget allows
 BYTES = 16 << 20  # at most: of pieces, and of columns
 FULL = 0.98  # share of the fullest piece from which a piece counts as full
 
@@ -80,11 +81,12 @@ def sample(segment: Segment, share: float = 1 / 40) -> Samples:
         found = Samples(_read(layer, boxes, segment.dtype))
         shares = [*map(_filled, found.pieces)]
         full = [at for at, share in zip(boxes, shares, strict=True) if share > FULL * max(shares)]
-        through, numbers = _through(segment, source)
-        cost = max((through.cost(*at.slices) for at in full), default=np.inf)
-        count = min(COLUMNS, int(budget // max(cost, 1)))
-        columns = [full[n] for n in evenly(range(len(full)), count)] if count else []
-        found = replace(found, columns=_read(through, columns, np.uint8), numbers=numbers)
+        for layers in LAYERS if full else ():
+            through, numbers = _through(segment, source, layers)
+            cost = max(through.cost(*at.slices) for at in full)
+            if count := min(COLUMNS, int(budget // max(cost, 1))):
+                columns = [full[n] for n in evenly(range(len(full)), count)]
+                return replace(found, columns=_read(through, columns, np.uint8), numbers=numbers)
     return found
 
 
@@ -100,10 +102,10 @@ def _boxes(layer: Source, box: Box, budget: float) -> list[Box]:
     return [Box.of(span_of(i, height, rows), span_of(j, width, columns)) for i, j in some]
 
 
-def _through(segment: Segment, source: Source) -> tuple[Source, tuple[int, ...]]:
+def _through(segment: Segment, source: Source, most: int) -> tuple[Source, tuple[int, ...]]:
     """Return layers evenly spread through all that are there, and their numbers, ascending."""
     found = segment.found
-    some = slice(None, None, -(-len(found) // LAYERS))
+    some = slice(None, None, -(-len(found) // most))
     if isinstance(source, ZarrSource):
         shape = len(found), *source.shape[1:]
         source = replace(source, shape=shape, first=0, stride=1, numbers=found)

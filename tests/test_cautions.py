@@ -79,7 +79,7 @@ def test_window_off_the_sheet_is_told(tmp_path, capsys, kind):
     it = told(capsys, place, layers=OFF_SHEET)["off-sheet"]
     assert f"Layers 34:60 lie off the sheet: {place} is brightest about layer 20" == it["sentence"]
     assert it["figures"]["brightest"] == 20
-    assert len(it["figures"]["profile"]) == samples.LAYERS - 1  # every fifth layer of 60
+    assert len(it["figures"]["profile"]) == 12  # every fifth layer of 60
     assert told(capsys, place, layers="7:33") == {}  # although it is off the middle
 
 
