@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,41 +58,36 @@ def evidence(
         Another model, and another stride in pixels, to show beside it.
     **options
         ``roi_xyxy`` (default: the whole, or the part of a large picture with the most contrast),
-        ``pixel_resolution_um``, ``output_path`` (default: beside the prediction),
-        ``zarr_output_dir``, ``cluster`` and others of `inkdask.settings.Settings` that change no
-        tile.
+        ``output_path`` (default: beside the prediction), and others of
+        `inkdask.settings.Settings` that change no tile.
 
     Returns
     -------
     The URIs of PNG and HTML.
     """
-    uri = os.fspath(prediction).rstrip("/")
-    picture = open_picture(uri)
+    picture = open_picture(uri := os.fspath(prediction).rstrip("/"))
     told = _origin(picture)
     settings = _settings(told, uri, model, options)
     settings.export_devices()
     region = settings.roi_xyxy or _part_to_show(picture)
     part = picture.crop(region)
-    stem = _stem(uri, settings.output_path, region if part.shape != picture.shape else None)
+    stem = _stem(uri, settings.output_path, None if part.shape == picture.shape else region)
     with outputs.moved_by("OUTPUT_PATH"):
         outputs.check_writable(f"{stem}.png")
-    said = {name: getattr(settings, name) for name in settings.model_fields_set}
-    base = {**said, "roi_xyxy": region}
+    base = {n: getattr(settings, n) for n in settings.model_fields_set} | {"roi_xyxy": region}
     own, ways = _own(told, settings, base), _ways(base, second_model, second_stride)
     with connect(settings):
         jobs = [way.job for way in ways if way.job]
         fill_together([*jobs, *([own] if own.plan else [])])
         ours, ink = Reading.of(own), np.asarray(part.levels[0])
-        shown = [_control(way, ink, ours.valid) for way in ways]
-        ground = open_ground(part, "mean")
-        papyrus, on_papyrus = (
-            np.asarray(laid_over(part.levels[0], ground, 0, share)) for share in (0.0, 0.85)
-        )
+        shown = tuple(_control(way, ink, ours.valid) for way in ways)
+        ink_over = partial(laid_over, part.levels[0], open_ground(part, "mean"), 0)
+        papyrus, on_papyrus = np.asarray(ink_over(0.0)), np.asarray(ink_over(0.85))
     page = Page(
         told.origin.segment, ink, ours.valid, papyrus, on_papyrus, ours.spread,
         agreement=agreement([ours]),
         contrast=contrast([Reading(ink, ours.spread, ours.valid)]),
-        controls=tuple(shown),
+        controls=shown,
         pixel_um=settings.pixel_resolution_um or picture.pixel_um,
         tile=told.recipe.tile,
         facts=_facts(told, region, uri),
