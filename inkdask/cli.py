@@ -126,16 +126,27 @@ def run(**given: Any) -> None:
 
 @inkdask_.command()
 @click.argument("s3_path", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print pictures and warnings as JSON.")
 @settings_options()
-def check(**given: Any) -> None:
+def check(as_json: bool, **given: Any) -> None:
     """Check whether `run` with the same words can do its job, and run nothing.
 
-    Tries model and weights, layers, tiles and the places of the outputs. Prints the URI that the
-    picture will have.
+    Tries model and weights, layers, tiles and the places of the outputs, and warns of what would
+    make a wrong picture. Prints the URI that the picture will have.
     """
-    from inkdask.workflow import check
+    from inkdask.workflow import check, examine
 
-    print(check(**_complete(given)))
+    options = _complete(given)
+    if not as_json:
+        print(check(**options))
+        return
+    jobs, found = examine(**options)
+    told = {
+        "pictures": [f"{job.target}.png" for job in jobs],
+        "job": str(jobs[0].plan),
+        "warnings": [asdict(it) for it in found],
+    }
+    print(json.dumps(told, indent=1))
 
 
 @inkdask_.command()
@@ -241,33 +252,28 @@ def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
     help="Distances of the window from the middle, in layers. Default: those of -16,-8,0,8,16 "
     "for which the segment has layers.",
 )
-@click.option(
-    "--direction", type=click.Choice(["forward", "reverse", "both"]), default="both",
-    help="Directions in which the layers are read.", show_default=True,
-)  # fmt: skip
 @click.option("--strides", metavar="N,...", help="Strides in pixels. Default: the model's.")
 @click.option(
     "--labels", metavar="FILE", help="Picture of the segment's size, not 0 where there is ink."
 )
 @settings_options(
-    "start_layer", "end_layer", "roi_xyxy", "model_type", "tile", "clip", "divisor", "precision",
-    "batch_size", "chunk_size", "z_downsample_mean_factor", "mask_path", "surface_volume_zarr",
-    "ome_zarr_level", "pixel_resolution_um", "output_path", "zarr_output_dir", "cluster",
-    "scheduler_address",
+    "start_layer", "end_layer", "direction", "roi_xyxy", "model_type", "tile", "clip", "divisor",
+    "precision", "batch_size", "chunk_size", "z_downsample_mean_factor", "mask_path",
+    "surface_volume_zarr", "ome_zarr_level", "pixel_resolution_um", "output_path",
+    "zarr_output_dir", "cluster", "scheduler_address",
 )  # fmt: skip
-def sweep(s3_path: str, model: tuple[str, ...], direction: str, **given: Any) -> None:
+def sweep(s3_path: str, model: tuple[str, ...], **given: Any) -> None:
     """Run variants of a region side by side: depth, direction, model and stride.
 
     Each column of voxels is read once for all of them. Writes a contact sheet, sweep.png, and
-    sweep.json, and says which run it suggests, or that nothing stands out. Without --roi-xyxy, it
-    takes a few windows that are full of papyrus.
+    sweep.json, and says which run it suggests, or that nothing stands out. Without --direction, it
+    runs both; without --roi-xyxy, a few windows that are full of papyrus.
     """
-    from inkdask.controls.sweeps import DIRECTIONS, sweep
+    from inkdask.controls.sweeps import sweep
 
     for name in ("offsets", "strides"):
         given[name] = _numbers(given[name], name)
-    directions = DIRECTIONS if direction == "both" else (direction,)
-    result = sweep(s3_path, directions=directions, **_given(given | {"model": [*model] or None}))
+    result = sweep(s3_path, **_given(given | {"model": [*model] or None}))
     print(result)
     print(result.sheet)
 

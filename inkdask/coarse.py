@@ -15,7 +15,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from inkdask.blending import multiply, overlap_add, strips_of
+from inkdask.blending import multiply, overlap_add, spread_chunk, strips_of
 from inkdask.families import Family
 from inkdask.specs import BlendMode
 from inkdask.store import GridStore
@@ -76,6 +76,18 @@ def blend_stored(
         for at, side, margin in zip(origins, valid.shape, margins, strict=True)
     ]
     return multiply(grid, valid, strips[0], strips[1])
+
+
+def spread_stored(
+    store: GridStore, place: tuple[int, int], window: BlendMode, sigma: float
+) -> np.ndarray:
+    """Spread of the opinions that a chunk of a stored grid has: float32 (y, x)."""
+    axes = [*zip((store.tiling.y, store.tiling.x), place, strict=True)]
+    y, x = (slice(max(int(a.rows[i]) - a.depth, 0), int(a.rows[i + 1])) for a, i in axes)
+    rows, columns = (slice(*a.edges[i : i + 2].tolist()) for a, i in axes)
+    grid, valid = store.read((y, x), (rows, columns))
+    row, column = (np.array([index]) for index in place)
+    return spread_chunk(grid, valid, row, column, store.tiling, window, sigma)
 
 
 def _block(

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from inkdask import paces
+from inkdask.cautions import TOLERANCE
 from inkdask.errors import InkdaskError
 from inkdask.job import Job
 from inkdask.models.registry import known, shaped
-from inkdask.preflight import TOLERANCE
 from inkdask.progress import about
 from inkdask.segment import Segment
 from inkdask.specs import ModelSpec

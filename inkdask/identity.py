@@ -216,8 +216,9 @@ class Provenance(_Value):
         The ink, or the spread of opinions, of which 255 is 0.5.
     window_um
         Side of the network's window, in micrometers; None where the size of a pixel is unknown.
-    evidence
-        Digests of the pages of evidence that were made of it.
+    evidence, sweeps
+        Digests of the pages of evidence that were made of it, and of the sweeps that have it among
+        their variants.
     """
 
     recipe: Recipe
@@ -230,6 +231,7 @@ class Provenance(_Value):
     shows: Shows = "ink"
     window_um: float | None = None
     evidence: tuple[str, ...] = ()
+    sweeps: tuple[str, ...] = ()
 
 
 def differences(there: _Value | Mapping[str, Any], here: _Value | Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from inkdask import catalogue, paces, provenance, storage
+from inkdask.cautions import cautions, tell
 from inkdask.costs import cost, is_side, of_models
 from inkdask.errors import InkdaskError
 from inkdask.identity import Origin, Provenance, Recipe
@@ -19,10 +20,11 @@ from inkdask.pictures import exporting
 from inkdask.pictures.picture import is_picture
 from inkdask.pictures.reading import Facts, is_picture_file, read_facts
 from inkdask.plan import span
-from inkdask.preflight import grid_bytes, samples, warn_of_small_values
+from inkdask.preflight import grid_bytes
 from inkdask.progress import amount, size
 from inkdask.reading.layers import ZARR_FILES, NoLayersError, held_in, list_names, missing_of
 from inkdask.reading.tiff_header import read_stack
+from inkdask.samples import sample
 from inkdask.segment import Segment, open_segment
 from inkdask.settings import Settings
 from inkdask.specs import normalisation
@@ -73,17 +75,17 @@ def describe(path: str, **options: Any) -> Rows:
             raise
         return dict(found)
     tile, stride, k = settings.tile or TILE, STRIDE, K
-    spec = None
+    kept, samples, spec = segment, sample(segment, share=1 / 8), None
     if settings.model:
         spec, k = shaped(settings.model, settings.tile, settings.model_type)
         tile, stride = spec.tile, spec.stride
+        spare = 0 if settings.layers else max(len(segment.layers) - spec.layers, 0)
+        kept = segment.take(slice(spare // 2, len(segment.layers) - spare + spare // 2))
     stride = settings.stride or stride
     tiling = Tiling.of(segment.shape[1:], tile, stride, settings.chunk_size or CHUNK)
-    pieces = samples(segment, share=2)
-    warn_of_small_values(segment, pieces)
-    empty = empty_share(pieces)
-    rows: Rows = dict(of_segment(segment, tiling, empty, k, settings.layers))
-    share = 1 - (empty or 0)
+    tell(cautions(kept, settings, samples, spec, tile if spec else None))
+    rows: Rows = dict(of_segment(segment, tiling, samples.empty, k, settings.layers))
+    share = 1 - (samples.empty or 0)
     if spec:
         rows["time"] = cost(tiling.tiles * share, paces.of_model(spec, tile))
     else:
@@ -183,12 +185,6 @@ def of_segment(
     yield "grid", f"about {amount(grid_bytes(tiling, k))}"
 
 
-def empty_share(pieces: Sequence[np.ndarray]) -> float | None:
-    """Share of pixels that are read as zero, in pieces as stored; None without pieces."""
-    shares = [np.mean(piece >> 8 * (piece.itemsize - 1) == 0) for piece in pieces]
-    return float(np.mean(shares)) if shares else None
-
-
 def _of_picture(path: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """Describe a picture, and its provenance where it has one."""
     height, width = facts.shape
@@ -248,8 +244,9 @@ def _of_job(
             tiles += f" of sigma {picture.gaussian_sigma or recipe.tile / 2.5:g} px"
     yield "tiles", tiles
     yield "precision", recipe.precision + (f" ({' and '.join(ran_in)} ran)" if ran_in else "")
-    if picture and picture.evidence:
-        yield "evidence", ", ".join(picture.evidence)
+    for name in ("evidence", "sweeps"):
+        if picture and (digests := getattr(picture, name)):
+            yield name, ", ".join(digests)
     yield "software", ", ".join(f"{name} {v}" for name, v in origin.software.items())
     if picture:
         yield "made", picture.created

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from inkdask import records, storage
 from inkdask.box import Box, cut_region
@@ -24,6 +28,7 @@ from inkdask.store import GridStore
 
 log = logging.getLogger("inkdask")
 
+SWEEP = "sweep.json"  # what a sweep says of itself, beside the pictures
 LONGEST = 128  # bytes of one name in a file name, because endings follow, and 255 are the most
 
 
@@ -185,7 +190,18 @@ class Job:
             ran_in=self.grid.precisions(),
             window_um=self.rendering.pixel_um and self.recipe.tile * self.rendering.pixel_um,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            sweeps=self._sweeps,
         )
+
+    @property
+    def _sweeps(self) -> tuple[str, ...]:
+        """Digest of the sweep beside the picture, where this job is among its variants."""
+        place = storage.join(self.target.rpartition("/")[0] or ".", SWEEP)
+        with suppress(InkdaskError, ValueError, LookupError, TypeError):
+            told = json.loads(storage.read_bytes(place))
+            if is_variant(told, self.recipe, self.origin):
+                return (str(told["digest"]),)
+        return ()
 
     @property
     def region(self) -> Box:
@@ -199,6 +215,21 @@ class Job:
                 f"covers {','.join(map(str, covered.xyxy))}."
             )
         return region.inside(self.recipe.corner)
+
+
+def plan_of(job: Job) -> Plan:
+    """Return the plan of a job that computes."""
+    assert job.plan is not None  # noqa: S101  only a job of a stored grid has none
+    return job.plan
+
+
+def is_variant(sweep: Mapping[str, Any], recipe: Recipe, origin: Origin) -> bool:
+    """Whether a sweep has a variant that reads the same layers, through the same network."""
+    layers = [min(recipe.layers), max(recipe.layers) + 1]
+    same = [recipe.weights, layers, recipe.direction, recipe.stride]
+    names = ("weights", "layers", "direction", "stride")
+    variants = [[variant[name] for name in names] for variant in sweep["variants"]]
+    return sweep["segment"] == origin.volume and same in variants
 
 
 def changed_input(recipe: Recipe, origin: Origin) -> str:

@@ -5,25 +5,23 @@ The figures are estimates. Those of disks are low, because compression is not kn
 
 from __future__ import annotations
 
-import itertools
 import logging
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from inkdask import engine, records, storage
 from inkdask.box import Box
+from inkdask.cautions import off_pixel_size
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.job import Job, is_below
 from inkdask.memory import expected_memory, memory_limit
-from inkdask.pictures.overlay import spread
 from inkdask.pictures.picture import is_picture, open_picture
 from inkdask.plan import Plan
 from inkdask.progress import amount
@@ -31,7 +29,6 @@ from inkdask.provenance import absolute
 from inkdask.reading.volume import Source
 from inkdask.segment import Segment, identify, name_of
 from inkdask.storage import outputs
-from inkdask.storage.parallel import for_each
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
 
@@ -39,7 +36,6 @@ log = logging.getLogger("inkdask")
 
 PICTURE = 0.5  # bytes per pixel of the stored picture, and of the PNG; part of it is empty
 CODE = 1.0  # bytes per probability of the tile grid; part of it is empty
-TOLERANCE = 0.02  # share by which the side of a pixel may differ from the model's
 COMPRESSED = 0.3  # share of the bytes of a volume
 
 
@@ -124,60 +120,15 @@ def check_prepared(job: Job, replaces: bool) -> None:
 
 
 def check_pixels(plan: Plan, given: float | None) -> None:
-    """Compare the side of a pixel, ``given`` or as the segment tells it, with the model's."""
+    """Refuse pixels of another side, ``given`` or as the segment tells it, for a strict model."""
     found = given or (plan.segment.pixel_um if plan.segment else None)
     model = plan.network.model
-    check_pixel_size(found, model.pixel_um, model.key, is_strict="hecate" in model.architecture)
-
-
-def check_pixel_size(
-    found: float | None, wanted: float | None, model: str, is_strict: bool = False
-) -> None:
-    """Warn where a side in micrometers is not the model's; a strict model refuses the segment."""
-    if not found or not wanted or abs(found - wanted) <= TOLERANCE * wanted:
-        return
-    says = f"Pixels of {found:.4g} um: model {model} was trained at {wanted:g} um"
-    if is_strict:
+    if "hecate" in model.architecture and (it := off_pixel_size(found, model)):
         raise SettingsError(
-            f"{says}, and refuses others: name a surface volume (VOLUME) or level (OME_ZARR_LEVEL) "
-            "of that size, or set PIXEL_RESOLUTION_UM where the size is wrong."
+            f"{it.sentence.rpartition(',')[0]}, and refuses others: name a surface volume (VOLUME) "
+            "or level (OME_ZARR_LEVEL) of that size, or set PIXEL_RESOLUTION_UM where the size is "
+            "wrong."
         )
-    log.warning("%s, and others may show no ink", says)
-
-
-def warn_of_small_values(segment: Segment | None, pieces: Sequence[np.ndarray] = ()) -> None:
-    """Warn of uint16 values below a sixteenth of the range, because their high bytes are read.
-
-    ``pieces`` are those of `samples`, where they are read already.
-    """
-    if segment is None or segment.dtype.itemsize < 2:
-        return
-    with suppress(InkdaskError):  # A job names what it cannot read.
-        largest = max((int(piece.max()) for piece in pieces or samples(segment)), default=0)
-        if 0 < largest < 1 << 12:
-            bits = max(8, largest.bit_length())
-            log.warning(
-                f"{segment.uri}: the largest value sampled is {largest:,} of 65,535: these look "
-                f"like {bits}-bit values kept in uint16, whose high bytes are read; rescale them"
-            )
-
-
-def samples(segment: Segment, share: int = 16) -> list[np.ndarray]:
-    """Read up to 16 pieces of the middle layer, as stored (1, y, x), of ``share`` one each way.
-
-    Reads nothing where that would decode whole layers.
-    """
-    if not segment.source.can_be_sampled:
-        return []
-    layers, height, width = segment.shape
-    middle: Any = segment.source.take(slice(layers // 2, layers // 2 + 1))
-    rows, columns = min(middle.unit[0], height), min(middle.unit[1], width)
-    most = 16 if columns == width else 4
-    down = spread(height, rows, max(1, min(most, height // rows // share)))
-    across = spread(width, columns, max(1, min(4, width // columns // share)))
-    corner = segment.box.corner if segment.box else (0, 0)
-    boxes = [Box.of(*piece).shift(*corner) for piece in itertools.product(down, across)]
-    return for_each(lambda box: middle.block(*box.slices).read(segment.dtype), boxes)
 
 
 def check_room_for_picture(region: Box, target: str) -> None:

@@ -88,7 +88,7 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
         roi_xyxy=plan.roi_xyxy,
         software=software(),
         command=None,
-        offset=offset_of(plan),
+        offset=plan.inside.offset if plan.inside else None,
         pixel_um=segment.pixel_um if segment else None,
     )
     origin = without_secrets(origin)
@@ -100,14 +100,6 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
         *_options(OF_GRIDS, {**dict(settings), **settled}),
     )
     return replace(origin, command=tuple(map(str, words)))
-
-
-def offset_of(plan: Plan) -> float | None:
-    """Return the layers from the middle of a segment to that of a plan's; None where unknown."""
-    if plan.segment is None:
-        return None
-    first, *_, last = plan.segment.found * 2  # one layer is the first and the last
-    return (min(plan.layers) + max(plan.layers) - first - last) / 2
 
 
 def said_of(plan: Plan, origin: Origin, settings: Settings) -> Said | None:

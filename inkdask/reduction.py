@@ -42,9 +42,9 @@ def picture(job: Job, num_parts: int) -> str:
     check_complete(job, num_parts)
     tell_of_replaced(f"{job.target}.zarr", job.provenance)
     grid = job.grid
-    write(job, job.target, blend(grid.grid(), grid.valid(), grid.tiling, *_window(job)))
+    write(job, job.target, blend(grid.grid(), grid.valid(), grid.tiling, *window_of(job)))
     if job.rendering.spread:
-        mode, sigma, _ = _window(job)
+        mode, sigma, _ = window_of(job)
         opinions = spread(grid.grid(), grid.valid(), grid.tiling, mode, sigma)
         write(job, job.target + SPREAD, opinions / MOST_SPREAD, shows="spread")
     for ending in (".png", ".zarr"):
@@ -55,12 +55,12 @@ def picture(job: Job, num_parts: int) -> str:
 
 def preview(job: Job) -> str:
     """Write the picture of the stored tiles beside the place of the final picture."""
-    ink = so_far(job.grid, job.grid.passes_done(), *_window(job))
+    ink = so_far(job.grid, job.grid.passes_done(), *window_of(job))
     write(job, job.target + PREVIEW, ink)
     return f"{job.target}{PREVIEW}.png"
 
 
-def _window(job: Job) -> tuple[BlendMode, float, Family]:
+def window_of(job: Job) -> tuple[BlendMode, float, Family]:
     """Return how the tiles of a job are blended, for `blend`."""
     family = family_of(job.recipe.architecture, has_mask=job.recipe.mask is not None)
     return job.rendering.blend_mode, job.rendering.gaussian_sigma, family

@@ -22,7 +22,7 @@ from inkdask import catalogue, showing, storage
 from inkdask.box import Box
 from inkdask.errors import DamagedError, InkdaskError, SettingsError
 from inkdask.progress import size
-from inkdask.reading import images, pixel_size, tiff_header
+from inkdask.reading import images, tiff_header
 from inkdask.reading.layers import (
     ZARR_FILES,
     LayerFile,
@@ -34,11 +34,11 @@ from inkdask.reading.layers import (
 )
 from inkdask.reading.tiff import TiffImage
 from inkdask.reading.volume import DecodedStack, Reading, Source, TiffStack, lazy, read_block
-from inkdask.reading.zarr_volume import LAYERS_ATTRIBUTE, ZarrSource, open_zarr
+from inkdask.reading.zarr_volume import LAYERS_ATTRIBUTE, open_zarr
 from inkdask.settings import layer_range
 from inkdask.specs import NO_MASK
 from inkdask.storage.parallel import for_each
-from inkdask.volumes import choose_volume
+from inkdask.volumes import choose_volume, pixel_um_of
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,11 @@ class Segment:
         """Layers, height and width."""
         height, width = self.box.shape if self.box else self.source.shape[1:]
         return len(self.layers), height, width
+
+    @property
+    def offset(self) -> float:
+        """Layers from the middle of all that are there to the middle of those that are kept."""
+        return (min(self.layers) + max(self.layers) - self.found[0] - self.found[-1]) / 2
 
     @property
     def volume(self) -> da.Array:
@@ -183,11 +188,7 @@ def open_segment(
     """
     # Absolute, because workers may run in another folder.
     uri = home_of(storage.absolute(catalogue.locate(os.fspath(uri), root)))
-    if layers is not None:
-        try:
-            layers = layer_range(layers)
-        except ValueError as error:
-            raise SettingsError(f"{error}.") from None
+    layers = _range_of(layers)
     listing = list_names(uri)
     name = name_of(uri)
     mask_uri = os.fspath(mask) if mask else find_mask(uri, listing)
@@ -202,13 +203,20 @@ def open_segment(
         )
     segment = Segment(
         uri, name, numbers, dtype, identity, source, stored, mask_uri,
-        level=level, found=found, pixel_um=_pixel_um(uri, source, root),
+        level=level, found=found, pixel_um=pixel_um_of(uri, source, root),
     )  # fmt: skip
     if mask_uri and mask_uri != NO_MASK:
         mask_source = _open_mask(mask_uri, source.shape[1:])
         segment = replace(segment, mask_source=mask_source, mask_identity=mask_source.identity)
     log.debug("%s: layers %s are read, in this order", uri, " ".join(map(str, numbers)))
     return segment
+
+
+def _range_of(layers: tuple[int, int] | str | None) -> tuple[int, int] | None:
+    try:
+        return None if layers is None else layer_range(layers)
+    except ValueError as error:
+        raise SettingsError(f"{error}.") from None
 
 
 def identify(
@@ -230,21 +238,6 @@ def identify(
     if mask is None or mask == NO_MASK:
         return identity, None
     return identity, _digest([_traits(LayerFile(0, mask, storage.entry(mask)))])
-
-
-def _pixel_um(uri: str, source: Source, root: str | None) -> float | None:
-    """Return the side of a pixel: as the catalogue has it, as the name, else as the metadata."""
-    told = source if isinstance(source, ZarrSource) else None
-    names = uri.split("/")
-    index = told.level if told else 0
-    if len(names) > 1 and names[-2].endswith(".zarr") and names[-1].isdecimal():
-        index, uri = int(names.pop()), "/".join(names[:-1])  # a level that was named itself
-    if told and (told.made_of or told.prepared_as):  # whose name may be that of a finer level
-        return told.pixel_um
-    named = catalogue.pixel_um(uri, root) or pixel_size.of_path("/".join(names))
-    if named:
-        return named * 2**index
-    return told.pixel_um if told else None
 
 
 def _open_array(
@@ -294,7 +287,7 @@ def _open_files(
 ) -> tuple[Source, np.dtype[Any], str]:
     """Read the headers of all layers but of a stack, whose are read, and check that they agree."""
     traits = for_each(_traits, files)
-    headers: Sequence[Any] = stack or for_each(_read_header, files)
+    headers: Sequence[Any] = stack or for_each(read_header, files)
     for image in headers:
         if isinstance(image, images.ImageFile) and image.is_palette:
             raise InkdaskError(f"{image.uri} has colours of a palette: save it in grey.")
@@ -317,7 +310,8 @@ def _open_files(
     return DecodedStack(tuple(headers), identity, words), headers[0].dtype, identity
 
 
-def _read_header(file: LayerFile) -> TiffImage | images.ImageFile:
+def read_header(file: LayerFile) -> TiffImage | images.ImageFile:
+    """Read the header of a layer in a file of its own."""
     read = tiff_header.read_header if file.is_tiff else images.read_header
     return read(file.uri, file.entry.size, file.entry.etag)
 
@@ -358,7 +352,7 @@ def _open_mask(
     advice: str = "; MASK_PATH=none reads them without a mask",
 ) -> DecodedStack:
     file = LayerFile(0, uri, storage.entry(uri))
-    it = _read_header(file)
+    it = read_header(file)
     image = images.ImageFile(uri, it.shape, it.dtype, it.channels, is_mask=True, etag=it.etag)
     if image.shape != shape:
         raise InkdaskError(

@@ -9,7 +9,8 @@ from inkdask import catalogue, storage
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.reading import pixel_size
 from inkdask.reading.layers import FOLDERS, VOLUMES, find_layers, list_names
-from inkdask.reading.zarr_volume import open_zarr
+from inkdask.reading.volume import Source
+from inkdask.reading.zarr_volume import ZarrSource, open_zarr
 
 LABELLED = "surface-volume.zarr"  # beside the labels that networks are trained on
 
@@ -97,3 +98,18 @@ def _describe(uri: str, root: str | None) -> str:
     except InkdaskError:
         depth = "unreadable"
     return f"{name} ({f'{side:g} um, ' if side else ''}{depth})"
+
+
+def pixel_um_of(uri: str, source: Source, root: str | None) -> float | None:
+    """Return the side of a pixel: as the catalogue has it, as the name, else as the metadata."""
+    told = source if isinstance(source, ZarrSource) else None
+    names = uri.split("/")
+    index = told.level if told else 0
+    if len(names) > 1 and names[-2].endswith(".zarr") and names[-1].isdecimal():
+        index, uri = int(names.pop()), "/".join(names[:-1])  # a level that was named itself
+    if told and (told.made_of or told.prepared_as):  # whose name may be that of a finer level
+        return told.pixel_um
+    named = catalogue.pixel_um(uri, root) or pixel_size.of_path("/".join(names))
+    if named:
+        return named * 2**index
+    return told.pixel_um if told else None

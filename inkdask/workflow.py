@@ -11,6 +11,7 @@ import numpy as np
 
 from inkdask import catalogue, storage
 from inkdask.blending import blend
+from inkdask.cautions import Caution, cautions, cautions_of, tell
 from inkdask.clusters import connect, report
 from inkdask.costs import ready
 from inkdask.environment import environment_kept
@@ -18,7 +19,7 @@ from inkdask.errors import SettingsError
 from inkdask.filling import Work, check_weights, fill
 from inkdask.inference import infer
 from inkdask.inkmap import InkMap
-from inkdask.job import Job
+from inkdask.job import Job, plan_of
 from inkdask.parts import agreed_work, assign
 from inkdask.plan import Given, Plan
 from inkdask.preflight import (
@@ -27,11 +28,11 @@ from inkdask.preflight import (
     check_places,
     check_prepared,
     check_replaced,
-    warn_of_small_values,
 )
 from inkdask.preparation import Preparation
 from inkdask.reading.layers import list_names
 from inkdask.reduction import ink_of, picture, preview
+from inkdask.samples import sample
 from inkdask.segment import open_segment
 from inkdask.settings import Settings, with_parameters
 from inkdask.specs import NO_MASK
@@ -122,6 +123,7 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     for job in jobs:
         outputs.sweep(job.target)
         log.info("%s", job.plan)
+    tell(cautions_of(plan_of(jobs[0]), settings))
     scratch.sweep()
     if settings.overwrite and is_whole:
         jobs = [job.restarted() for job in jobs]
@@ -190,12 +192,11 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
 
 
 @with_parameters
-@environment_kept()
 def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Find out whether a job can run, before anything expensive is started.
 
     Model and weights, layers and tiles are settled as `run` does, and the places for the outputs
-    are tried; nothing is read but headers and weights, and nothing is left behind.
+    are tried; nothing is read but headers, weights and a few samples, and nothing is left behind.
 
     Parameters
     ----------
@@ -206,15 +207,26 @@ def check(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
     -------
     The URI that the PNG will have.
     """
+    jobs, _ = examine(s3_path, **options)
+    return "\n".join(f"{job.target}.png" for job in jobs)
+
+
+@environment_kept()
+def examine(
+    s3_path: str | os.PathLike[str] | None = None, **options: Any
+) -> tuple[list[Job], list[Caution]]:
+    """Do what `check` does, and return the jobs that `run` would do, and the warnings."""
     settings = _settings(s3_path, options)
     jobs = [settle(way) for way in settings.each_way()]
     for job in jobs:
         log.info("%s", job.plan)
+    found = cautions_of(plan_of(jobs[0]), settings)
+    tell(found)
     check_weights(plan_of(jobs[0]).network)
     if settings.cluster == "threads":
         check_memory(plan_of(jobs[0]))
     log.info("ready: %s", ready(jobs, settings.overwrite))
-    return "\n".join(f"{job.target}.png" for job in jobs)
+    return jobs, found
 
 
 @with_parameters
@@ -244,7 +256,8 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
         root=settings.catalogue,
     )
     array = Preparation.of(segment, settings)
-    warn_of_small_values(segment)
+    said = cautions(array.segment, settings, sample(array.segment))
+    tell(it for it in said if it.kind != "direction")  # the array has it as the layers have it
     scratch.sweep()
     array.begin(settings.overwrite)
     if array.is_finished:
@@ -265,7 +278,6 @@ def settle(settings: Settings) -> Job:
     check_prepared(job, replaces=settings.output_path is None)
     check_replaced(job)
     check_pixels(plan, settings.pixel_resolution_um)
-    warn_of_small_values(plan.inside)
     job.grid.check_place(job.recipe)
     check_places(job, settings.result_file, settings.num_parts, settings.overwrite)
     return job
@@ -290,12 +302,6 @@ def share(job: Job, settings: Settings) -> tuple[Job, np.ndarray]:
         job.create()
         chunks = mine(job)
     return job, chunks
-
-
-def plan_of(job: Job) -> Plan:
-    """Return the plan of a job that computes."""
-    assert job.plan is not None  # noqa: S101  only a job of a stored grid has none
-    return job.plan
 
 
 def _settings(s3_path: str | os.PathLike[str] | None, options: dict[str, Any]) -> Settings:

@@ -141,7 +141,8 @@ def test_log_names_the_mask(tmp_path, caplog, monkeypatch):
     assert "; no mask; " in plain
 
 
-def test_mask_of_wrong_size_stops_only_jobs_that_read_it(tmp_path, capsys, caplog):
+def test_mask_of_wrong_size_stops_only_jobs_that_read_it(tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setenv("DIRECTION", "forward")  # else it is told that nobody named it
     segment = tmp_path / "seg"
     write_layers(segment / "layers", papyrus((4, 70, 90)))
     Image.new("L", (45, 35), 255).save(segment / "seg_mask.png")

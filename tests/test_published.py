@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,19 @@ import pytest
 
 import inkdask
 from inkdask import catalogue, storage
+from inkdask.cautions import off_pixel_size
 from inkdask.cli import main
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.information import describe
-from inkdask.preflight import check_pixel_size
+from inkdask.preflight import check_pixels
 from inkdask.reading import pixel_size
 from inkdask.segment import open_segment
+from inkdask.specs import ModelSpec
 from tests import bucket
 from tests.bucket import COARSE, COARSE_LAYERS, FINE, LAYERS, NONE, ONE, SAMPLE, TWO
 from tests.files import assert_reads, read_picture
 from tests.jobs import network
+from tests.oracle import depth_slope
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "fixtures" / "surface"
 
@@ -429,15 +433,18 @@ def test_name_wins_over_metadata(tmp_path):
     assert open_segment(tmp_path / f"{FINE}.zarr").pixel_um == 2.4
 
 
-def test_other_pixel_size_warns_or_is_refused(caplog):
+def test_other_pixel_size_warns_or_is_refused(folder):
+    mine = ModelSpec("mine", "ink_timesformer", "", pixel_um=2.4)
     for found in (None, 2.4, 2.44, 2.36):
-        check_pixel_size(found, 2.4, "mine", is_strict=True)
-    check_pixel_size(9.362, None, "mine", is_strict=True)
-    assert not caplog.text
-    check_pixel_size(9.362, 9.6, "mine")
-    assert "Pixels of 9.362 um: model mine was trained at 9.6 um" in caplog.text
-    with pytest.raises(SettingsError, match="refuses others: name a surface volume"):
-        check_pixel_size(9.362, 9.6, "mine", is_strict=True)
+        assert off_pixel_size(found, mine) is None
+    assert off_pixel_size(9.362, replace(mine, pixel_um=None)) is None
+    (says,) = {off_pixel_size(9.362, replace(mine, pixel_um=9.6)).sentence}
+    assert says.startswith("Pixels of 9.362 um: model mine was trained at 9.6 um")
+    plan = inkdask.predict(folder / SAMPLE / "segments" / TWO, depth_slope, volume=COARSE).plan
+    check_pixels(plan, None)
+    strict = replace(plan.network, model=replace(mine, architecture="ink_hecate_2_4um"))
+    with pytest.raises(SettingsError, match=r"at 2.4 um, and refuses others: name a surface vol"):
+        check_pixels(replace(plan, network=strict), None)
 
 
 # The isotropic form.

@@ -15,9 +15,8 @@ from PIL import Image
 import inkdask
 from inkdask import storage
 from inkdask.errors import InkdaskError, SettingsError
-from inkdask.information import empty_share
-from inkdask.preflight import samples
 from inkdask.reading import volume
+from inkdask.samples import sample
 from inkdask.segment import identify, name_of, open_segment
 from inkdask.storage import s3 as s3_module
 from tests.files import SHAPE, assert_reads, encode, random_volume, write_layers
@@ -604,7 +603,7 @@ def test_description_reads_little_of_a_segment(tmp_path, options, layout):
     write_layers(tmp_path / "layers", random_volume((6, 1000, 1000)), **options)
     segment = open_segment(str(tmp_path), (1, 4))
     before = storage.counters()
-    empty = empty_share(samples(segment, share=2))
+    empty = sample(segment, share=1 / 8).empty
     assert (storage.counters() - before).bytes_read <= 0.5 * segment.stored_bytes
     assert segment.source.words == layout
     assert segment.shape == (3, 1000, 1000)
@@ -622,7 +621,7 @@ def test_description_of_pictures_reads_nothing(tmp_path, pixels):
     segment = open_segment(str(tmp_path))
     before = storage.counters()
     assert segment.source.words == "PNG"
-    assert empty_share(samples(segment, share=2)) is None
+    assert sample(segment).empty is None
     assert storage.counters() == before
 
 

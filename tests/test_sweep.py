@@ -13,6 +13,7 @@ from inkdask.controls.windows import full_windows
 from inkdask.demo import synthetic
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import digest
+from inkdask.pictures.picture import open_picture
 from inkdask.segment import open_segment
 from tests.files import read_picture, write_layers, write_segment
 from tests.jobs import network
@@ -95,8 +96,8 @@ def test_bytes_of_a_sweep_are_those_of_its_columns(segment, monkeypatch):
 
 def test_variant_is_the_picture_of_a_run_and_the_run_goes_on_from_it(segment):
     result = sweep(segment, offsets=[0, 2])
-    it = next(v for v in result.variants if (v.offset, v.direction) == (2, "reverse"))
-    assert it.layers == (9, 8, 7, 6)
+    it = next(v for v in result.variants if (v.offset, v.recipe.direction) == (2, "reverse"))
+    assert it.recipe.layers == (9, 8, 7, 6)
     before = storage.counters().tiles
     options = {"model": network, "layers": (6, 10), "force_reverse": True, "roi_xyxy": ROI}
     picture = read_picture(inkdask.run(segment, **options))
@@ -104,9 +105,31 @@ def test_variant_is_the_picture_of_a_run_and_the_run_goes_on_from_it(segment):
     np.testing.assert_array_equal(it.readings[0].grey, picture)
 
 
+def test_pictures_name_the_sweeps_that_have_them_among_their_variants(segment, capsys):
+    """A picture that was there, and one that is made after the sweep; no other."""
+
+    def named(uri):
+        return open_picture(f"{uri.removesuffix('.png')}.zarr").provenance.sweeps
+
+    before = inkdask.run(segment, model=network, layers=(4, 8))
+    other = inkdask.run(segment, model=network, layers=(4, 8), direction="reverse")
+    result = sweep(segment, offsets=[0, 2], direction="forward")
+    (told,) = named(before)
+    assert told == json.loads(Path(result.table).read_text())["digest"]
+    assert named(other) == ()
+    after = inkdask.run(segment, model=network, layers=(6, 10))
+    assert named(after) == (told,)
+    assert named(inkdask.run(segment, model=network, layers=(6, 10), stride=32)) == ()
+    capsys.readouterr()
+    cli.main(["info", before.removesuffix(".png") + ".zarr"])
+    assert told in capsys.readouterr().out
+    Path(result.table).write_text('{"variants": 3')  # a damaged one stops no job
+    assert named(inkdask.run(segment, model=network, layers=(6, 10))) == ()
+
+
 def test_grid_of_an_earlier_run_costs_a_sweep_nothing(segment):
     inkdask.run(segment, model=network, layers=(4, 8), roi_xyxy=ROI)
-    result = sweep(segment, offsets=[0, 2], directions=["forward"])
+    result = sweep(segment, offsets=[0, 2], direction="forward")
     assert [it.cost.tiles > 0 for it in result.variants] == [False, True]
 
 
@@ -162,8 +185,8 @@ def test_coarser_stride_is_suggested_where_it_shows_the_same(segment):
     from inkdask.controls.sweeps import _coarser
 
     fine = flat.variants[0]
-    assert fine.stride == 16
-    assert _coarser(fine, flat.variants).stride == 32
+    assert fine.recipe.stride == 16
+    assert _coarser(fine, flat.variants).recipe.stride == 32
 
 
 def constant(x):
@@ -175,8 +198,8 @@ def test_offset_beyond_the_layers_is_refused_and_defaults_are_left_out(segment):
         sweep(segment, offsets=[0, 5])
     result = sweep(segment, offsets=None)
     assert {it.offset for it in result.variants} == {0}
-    with pytest.raises(SettingsError, match="direction must be forward or reverse"):
-        sweep(segment, directions=["sideways"])
+    with pytest.raises(SettingsError, match="DIRECTION: input should be 'forward'"):
+        sweep(segment, direction="sideways")
 
 
 def test_labels_of_another_size_are_named(segment, tmp_path):
@@ -203,7 +226,7 @@ def test_windows_are_full_of_papyrus_and_apart(tmp_path):
 
 def test_sweep_without_region_says_its_windows(segment, capsys, caplog):
     with caplog.at_level("INFO", "inkdask"):
-        result = sweep(segment, roi_xyxy=None, offsets=[0], directions=["forward"])
+        result = sweep(segment, roi_xyxy=None, offsets=[0], direction="forward")
     assert "windows that are full of papyrus are run, 0,0,300,230" in caplog.text
     assert result.windows == ((0, 0, 300, 230),)
     assert "0,0,300,230" in str(result)

@@ -254,6 +254,27 @@ def test_predictions_of_two_windows_share_their_tiles(part, ink):
     assert np.abs(got - expected).max() <= 1
 
 
+def test_spread_of_opinions_is_a_layer_of_its_own(ink):
+    pytest.importorskip("anywidget")
+    viewer = ink.show(spread=True)
+    shown = viewer._inks[1]
+    assert shown is Ink.of(ink, is_spread=True) is not Ink.of(ink)
+    compute(ink)
+    expected = ink.spread.compute()
+    assert expected.max() > 0.03
+    got = assembled(shown, SMALL.shape, 0)
+    assert np.abs(got - 2 * MOST * expected).max() <= 1
+    assert np.abs(assembled(viewer._inks[0], SMALL.shape, 0) - expected_values(ink)).max() <= 1
+    titles = ["", "spread of opinions"]
+    assert [panel["title"] for panel in viewer.canvas.panels] == titles
+    assert not viewer.controls["beside"].value
+    viewer.controls["beside"].value = True
+    assert [panel["ink"] for panel in viewer.canvas.panels] == [0, 1, 2]
+    assert [panel["most"] for panel in viewer.canvas.panels] == [1, 1, 0.5]
+    assert viewer.canvas.columns == 3
+    assert len(ink.show().canvas.panels) == 1
+
+
 def test_many_chunks_wait_to_be_asked_for(ink, monkeypatch):
     monkeypatch.setattr(background, "AUTO_TILES", 10)
     ink.background.see(SMALL)

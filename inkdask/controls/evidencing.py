@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from inkdask import storage
@@ -22,24 +20,17 @@ from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance, Region, digest
 from inkdask.job import Job, changed_input
 from inkdask.pictures.overlay import laid_over, open_ground
-from inkdask.pictures.picture import Picture, open_picture
-from inkdask.pictures.pyramid import ORIGIN
+from inkdask.pictures.picture import Picture, note, open_picture
 from inkdask.plan import Plan, span
 from inkdask.provenance import absolute
-from inkdask.segment import open_segment
 from inkdask.settings import Settings
-from inkdask.specs import NO_MASK
 from inkdask.storage import outputs
 from inkdask.store import GridStore
 
-log = logging.getLogger("inkdask")
-
 MOST, SIDE = 1_500_000, 1024  # pixels of a picture that is shown whole; side of a part
-APART = 3 / 255  # root mean square distance above which the network gives another picture now
 
 
-@dataclass(frozen=True)
-class _Way:
+class _Way(NamedTuple):
     """A way to read the region again, or why there is none."""
 
     title: str
@@ -67,37 +58,36 @@ def evidence(
         Another model, and another stride in pixels, to show beside it.
     **options
         ``roi_xyxy`` (default: the whole, or the part of a large picture with the most contrast),
-        ``pixel_resolution_um``, ``output_path`` (default: beside the prediction),
-        ``zarr_output_dir``, ``cluster`` and others of `inkdask.settings.Settings` that change no
-        tile.
+        ``output_path`` (default: beside the prediction), and others of
+        `inkdask.settings.Settings` that change no tile.
 
     Returns
     -------
     The URIs of PNG and HTML.
     """
-    uri = os.fspath(prediction).rstrip("/")
-    picture = open_picture(uri)
+    picture = open_picture(uri := os.fspath(prediction).rstrip("/"))
     told = _origin(picture)
     settings = _settings(told, uri, model, options)
     settings.export_devices()
     part = picture.crop(settings.roi_xyxy or _part_to_show(picture))
     region = part.box.xyxy
-    stem = _stem(uri, settings.output_path, region if part.shape != picture.shape else None)
-    _check_place(stem)
-    base = {**_said(settings), "roi_xyxy": region}
+    stem = _stem(uri, settings.output_path, None if part.shape == picture.shape else region)
+    with outputs.moved_by("OUTPUT_PATH"):
+        outputs.check_writable(f"{stem}.png")
+    base = {n: getattr(settings, n) for n in settings.model_fields_set} | {"roi_xyxy": region}
     own, ways = _own(told, settings, base), _ways(base, second_model, second_stride)
     with connect(settings):
         jobs = [way.job for way in ways if way.job]
         fill_together([*jobs, *([own] if own.plan else [])])
         ours, ink = Reading.of(own), np.asarray(part.levels[0])
-        shown = [_control(way, ink, ours.valid) for way in ways]
-        papyrus, on_papyrus = _on_papyrus(part)
-    _tell_if_apart(uri, ink, ours)
+        shown = tuple(_control(way, ink, ours.valid) for way in ways)
+        ink_over = partial(laid_over, part.levels[0], open_ground(part, "mean"), 0)
+        papyrus, on_papyrus = np.asarray(ink_over(0.0)), np.asarray(ink_over(0.85))
     page = Page(
         told.origin.segment, ink, ours.valid, papyrus, on_papyrus, ours.spread,
         agreement=agreement([ours]),
         contrast=contrast([Reading(ink, ours.spread, ours.valid)]),
-        controls=tuple(shown),
+        controls=shown,
         pixel_um=settings.pixel_resolution_um or picture.pixel_um,
         tile=told.recipe.tile,
         facts=_facts(told, region, uri),
@@ -105,13 +95,8 @@ def evidence(
         digest=digest([region, *(job.recipe.digest for job in jobs)]),
     )  # fmt: skip
     write_page(page, stem)
-    _note(uri, page.digest)
+    note(uri, "evidence", page.digest)
     return [f"{stem}.png", f"{stem}.html"]
-
-
-def _check_place(stem: str) -> None:
-    with outputs.moved_by("OUTPUT_PATH"):
-        outputs.check_writable(f"{stem}.png")
 
 
 def _origin(picture: Picture) -> Provenance:
@@ -122,12 +107,6 @@ def _origin(picture: Picture) -> Provenance:
     if changed := changed_input(told.recipe, told.origin):
         raise InkdaskError(f"{uri} cannot be compared with what is there now: {changed}.")
     return told
-
-
-def _on_papyrus(part: Picture) -> list[NDArray[np.uint8]]:
-    """Return the papyrus, and the ink over it, uint8 (y, x, 3) each."""
-    ground = open_ground(part, "mean")
-    return [np.asarray(laid_over(part.levels[0], ground, 0, share)) for share in (0.0, 0.85)]
 
 
 def _settings(told: Provenance, uri: str, model: Any, options: dict[str, Any]) -> Settings:
@@ -152,11 +131,6 @@ def _settings(told: Provenance, uri: str, model: Any, options: dict[str, Any]) -
         "stride": recipe.stride, "chunk_size": recipe.chunk[0], "blend_mode": told.blend_mode,
         "gaussian_sigma": told.gaussian_sigma,
     })  # fmt: skip
-
-
-def _said(settings: Settings) -> dict[str, Any]:
-    """Return what was given to settings, to give it again with changes."""
-    return {name: getattr(settings, name) for name in settings.model_fields_set}
 
 
 def _own(told: Provenance, settings: Settings, base: dict[str, Any]) -> Job:
@@ -206,12 +180,11 @@ def _between(start: int | None, end: int | None) -> dict[str, int | None]:
 
 def _off_the_sheet(plan: Plan, base: dict[str, Any]) -> _Way:
     """Move the window by its own depth, or as far as there are layers."""
-    segment: Any = plan.segment
-    there = open_segment(segment.uri, mask=NO_MASK, level=segment.level).layers
+    there = plan.segment.found if plan.segment else plan.layers
     depth, first, last = len(plan.layers), min(plan.layers), max(plan.layers)
     down, up = min(first - min(there), depth), min(max(there) - last, depth)
     title, most = "Window off the sheet", up if up >= down else -down
-    if not set(plan.layers) <= set(there) or not most:
+    if not most:
         return _Way(title, "the segment has no layers beyond those of the window", None)
     layers = first + most, last + 1 + most
     note = f"moved by {most:+d} of {depth} layers, to {layers[0]}:{layers[1]}"
@@ -237,12 +210,6 @@ def _control(way: _Way, ink: NDArray[np.uint8], valid: NDArray[np.bool_]) -> Con
     it = Reading.of(way.job)
     both = valid & it.valid
     return Control(way.title, way.note, it.grey, reproduced(ink, it.grey, both), contrast([it]))
-
-
-def _tell_if_apart(uri: str, ink: NDArray[np.uint8], ours: Reading) -> None:
-    apart = (ink.astype(float) - ours.grey)[ours.valid]
-    if apart.size and (rms := float(np.sqrt(np.mean(apart**2)) / 255)) > APART:
-        log.warning("%s is not what its network gives now: off by %.3f (rms)", uri, rms)
 
 
 def _part_to_show(picture: Picture) -> Region:
@@ -290,12 +257,3 @@ def _command(uri: str, region: Region, model: Any, stride: int | None, settings:
     if settings.pixel_resolution_um:
         words += ["--pixel-resolution-um", f"{settings.pixel_resolution_um:g}"]
     return shlex.join(words)
-
-
-def _note(uri: str, page: str) -> None:
-    """Add the digest of a page to what a stored prediction says of itself."""
-    with suppress(InkdaskError), storage.explained(uri):  # it may be another's, and not writable
-        group: Any = zarr.open_group(storage.zarr_store(uri), mode="r+")
-        told = Provenance.from_json(dict(group.attrs[ORIGIN]), uri)
-        pages = (*(it for it in told.evidence if it != page), page)
-        group.attrs[ORIGIN] = replace(told, evidence=pages).to_json()

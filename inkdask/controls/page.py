@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from inkdask import storage
+from inkdask.cautions import LETTER_MM
 from inkdask.demo import letters
 from inkdask.pictures.scale_bar import fitting
-from inkdask.pictures.sheets import A4, DIM, INK, MARK, NO_DATA, Sheet, heated, inked
+from inkdask.pictures.sheets import DIM, INK, MARGIN, MARK, NO_DATA, Panel, Sheet, heated, inked
 
-MARGIN, GAP = 15.0, 5.0  # mm
-LETTER_MM = 3.0  # height of a letter; those of Herculaneum have 2 to 4 mm
 EXPLAINED = (
     "The prediction is dark where a network, which looks at small windows of the scan, finds what "
     "it has learned to take for ink. In the controls the same network reads the same place in ways "
@@ -41,18 +40,14 @@ class Control:
     reproduced: float | None = None
     contrast: float | None = None
 
-    @property
-    def says(self) -> str:
-        """The number that stands under it."""
-        if self.reproduced is None:
-            return "not possible"
-        return f"reproduces {_percent(self.reproduced)} of the contrast"
-
-    def own(self, of: float) -> str:
-        """Return its own contrast in words, beside that of the prediction."""
-        if self.contrast is None:
-            return ""
-        return f"contrast of its own {self.contrast:.2f}, that of the prediction {of:.2f}"
+    def panel(self, valid: NDArray[np.bool_], contrast: float) -> Panel:
+        """Return it as a picture, beside a prediction of a contrast."""
+        if self.grey is None or self.reproduced is None:
+            blank = np.broadcast_to(NO_DATA, (*valid.shape, 3))
+            return Panel(self.title, blank, "not possible", [self.note])
+        own = f"contrast of its own {self.contrast:.2f}, that of the prediction {contrast:.2f}"
+        says = f"reproduces {_percent(self.reproduced)} of the contrast"
+        return Panel(self.title, inked(self.grey, valid), says, [self.note, own])
 
 
 @dataclass(frozen=True)
@@ -93,27 +88,22 @@ class Page:
         )
 
     @property
-    def panels(self) -> list[tuple[str, str, str, str, NDArray[np.uint8]]]:
-        """Title, note, number and more, and picture uint8 (y, x, 3), in order."""
-        differ = f"opinions agree {self.agreement:.0f} times as well as the picture varies"
-        differ = differ if self.agreement else "one opinion a pixel"
+    def panels(self) -> list[Panel]:
+        """The pictures, in order."""
         papyrus, on_papyrus = (
             np.where(self.valid[..., None], it, NO_DATA) for it in (self.papyrus, self.on_papyrus)
         )
         ink, spread = inked(self.ink, self.valid), heated(self.spread, self.valid)
         number = f"contrast {self.contrast:.2f} (standard deviation)"
-        first = [
-            ("Papyrus", "mean of the layers that were read", "", "", papyrus),
-            ("Prediction", "dark where the network finds ink", number, "", ink),
-            ("Prediction on papyrus", "one laid over the other", "", "", on_papyrus),
-            ("Spread of opinions", "red where the tiles of a pixel disagree", differ, "", spread),
+        agree = f"opinions agree {self.agreement:.0f} times as well as the picture varies"
+        agree = agree if self.agreement else "one opinion a pixel"
+        return [
+            Panel("Papyrus", papyrus, "", ["mean of the layers that were read"]),
+            Panel("Prediction", ink, number, ["dark where the network finds ink"]),
+            Panel("Prediction on papyrus", on_papyrus, "", ["one laid over the other"]),
+            Panel("Spread of opinions", spread, "", ["red where tiles disagree", agree]),
+            *(it.panel(self.valid, self.contrast) for it in self.controls),
         ]
-        blank = np.broadcast_to(NO_DATA, (*self.ink.shape, 3))
-        return first + [
-            (it.title, it.note, it.says, it.own(self.contrast),
-             blank if it.grey is None else inked(it.grey, self.valid))
-            for it in self.controls
-        ]  # fmt: skip
 
 
 def write_page(page: Page, stem: str) -> None:
@@ -127,64 +117,37 @@ def write_page(page: Page, stem: str) -> None:
 
 def _sheet(page: Page) -> Sheet:
     """Draw the page for A4."""
-    height, width = page.ink.shape
-    count = len(page.panels)
-    room, under = A4[0] - 2 * MARGIN, 17.5
-
-    def size(columns: int) -> tuple[float, float]:
-        wide = (room - GAP * (columns - 1)) / columns
-        rows = -(-count // columns)
-        tall = (A4[1] - 100) / rows - under
-        return min(wide, tall * width / height), wide
-
-    columns = max((2, 3, 4), key=lambda n: size(n)[0])
-    wide, pitch = size(columns)
-    wide, tall = max(wide, 28), max(wide, 28) * height / width
-    rows = -(-count // columns)
-    sheet = Sheet(A4[0], max(A4[1], 98 + rows * (tall + under)))
-    y = sheet.text(MARGIN, MARGIN - 4, f"Prediction and controls: {page.segment}", 16, width=room)
-    y = sheet.text(MARGIN, y + 1, EXPLAINED, 9, DIM, room)
-    y = sheet.text(MARGIN, y + 1.5, page.verdict, 11.5, MARK, room) + 3
-    top = y
-    for n, (title, words, says, more, rgb) in enumerate(page.panels):
-        x, y = MARGIN + n % columns * (pitch + GAP), top + n // columns * (tall + under)
-        sheet.text(x, y, title, 9.5)
-        sheet.picture(x, y + 5, wide, np.ascontiguousarray(rgb), tall)
-        end = sheet.text(x, y + tall + 5.4, says, 9, INK) if says else y + tall + 5.4
-        end = sheet.text(x, end - 0.3, words, 7, DIM, pitch)
-        sheet.text(x, end - 0.6, more, 7, DIM, pitch)
-    if page.pixel_um:
-        length, label = fitting(10_000.0, width * page.pixel_um)
-        bar = length / page.pixel_um * wide / width
-        sheet.bar(MARGIN + wide - bar - 11, top + tall + 7, bar, label)
-    _foot(sheet, page, top + rows * (tall + under) + 1, wide / width)
+    sheet, width = Sheet(page.panels, (2, 3, 4), around=100), page.ink.shape[1]
+    y = sheet.text(MARGIN, MARGIN - 4, f"Prediction and controls: {page.segment}", 16)
+    y = sheet.text(MARGIN, y + 1, EXPLAINED, 9, DIM)
+    y = sheet.text(MARGIN, y + 1.5, page.verdict, 11.5, MARK) + 3
+    sheet.scale(y, width, page.pixel_um)
+    _foot(sheet, page, sheet.draw(page.panels, y) + 1, sheet.wide / width)
     return sheet
 
 
 def _foot(sheet: Sheet, page: Page, y: float, scale: float) -> None:
-    """Draw scale, window and letter, and say where all comes from; ``scale`` is mm a pixel."""
-    room, left, x = A4[0] - 2 * MARGIN, MARGIN + 62, MARGIN
-    y, side = y + 3, page.tile * scale
-    below = y + 24
+    """Draw window and letter, and say where all comes from; ``scale`` is mm a pixel."""
+    sheet.rule(y)
+    side, below, x = page.tile * scale, y + 27, MARGIN
     if page.pixel_um:
-        mm = scale / page.pixel_um * 1e3  # of the page, for one of the papyrus
-        mm = min(mm, 16 / LETTER_MM, 4.4)  # it may be smaller than that of the pictures
+        # Of the page, for a mm of the papyrus: may be smaller than that of the pictures.
+        mm = min(scale / page.pixel_um * 1e3, 16 / LETTER_MM, 4.4)
         side = page.tile * page.pixel_um / 1e3 * mm
-        _letter(sheet, x + side + 5, below - 4.5, LETTER_MM * mm)
         sheet.bar(x, below - 2, 10 * mm, "1 cm")
         below -= 4.5
-    side = min(side, 16)
-    sheet.frame(x, below - side, side, side, INK)
-    sheet.rule(MARGIN, y - 3, room)
-    end = sheet.text(left, y - 1, page.window, 8.5, INK, room - 62) + 0.5
+        _letter(sheet, x + side + 5, below, LETTER_MM * mm)
+    side, x = min(side, 16), MARGIN + 62
+    sheet.frame(MARGIN, below - side, side, side, INK)
+    end = sheet.text(x, y + 2, page.window, 8.5) + 0.5
     today = datetime.now(UTC).date().isoformat()
     facts = {**page.facts, "page": f"{today}, digest {page.digest[:16]}"}
     for name, value in facts.items():
-        sheet.text(left, end, name, 7, DIM)
-        end = sheet.text(left + 17, end, value, 7, INK, room - 79)
-    y = max(end, y + 24) + 2
-    sheet.rule(MARGIN, y, room)
-    sheet.text(MARGIN, y + 1.5, page.command, 7, DIM, room)
+        sheet.text(x, end, name, 7, DIM)
+        end = sheet.text(x + 17, end, value, 7)
+    y = max(end, y + 27) + 2
+    sheet.rule(y)
+    sheet.text(MARGIN, y + 1.5, page.command, 7, DIM)
 
 
 def _letter(sheet: Sheet, x: float, below: float, tall: float) -> None:
@@ -199,11 +162,11 @@ def _letter(sheet: Sheet, x: float, below: float, tall: float) -> None:
 def _html(page: Page) -> str:
     """Return the page as HTML that needs nothing else."""
     figures = "".join(
-        f"<figure><figcaption><b>{html.escape(title)}</b></figcaption>"
-        f'<img alt="{html.escape(title)}" src="data:image/png;base64,{_encoded(rgb)}">'
-        f"<p>{html.escape(says)}<small>{html.escape(words)}<br>{html.escape(more)}</small></p>"
+        f"<figure><figcaption><b>{html.escape(it.title)}</b></figcaption>"
+        f'<img alt="{html.escape(it.title)}" src="data:image/png;base64,{_encoded(it.rgb)}">'
+        f"<p>{html.escape(it.says)}<small>{'<br>'.join(map(html.escape, it.notes))}</small></p>"
         "</figure>"
-        for title, words, says, more, rgb in page.panels
+        for it in page.panels
     )
     bar = ""
     if page.pixel_um:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import dask
@@ -40,13 +41,13 @@ class Reading:
         return cls(*dask.compute(grey, deviation, valid))
 
 
-def contrast(readings: list[Reading]) -> float:
+def contrast(readings: Sequence[Reading]) -> float:
     """Return the standard deviation of the probabilities among the pixels with data."""
     values = np.concatenate([it.grey[it.valid] for it in readings])
     return float(values.std() / 255) if values.size else 0.0
 
 
-def agreement(readings: list[Reading]) -> float:
+def agreement(readings: Sequence[Reading]) -> float:
     """Return contrast divided by the spread of opinions (root mean square); 0 without spread."""
     values = np.concatenate([it.spread[it.valid] for it in readings]).astype(float)
     spread = np.sqrt(np.mean(values**2)) / 510 if values.size else 0.0

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import dask.array as da
@@ -15,15 +17,15 @@ from inkdask import storage
 from inkdask.box import Box, cut_region
 from inkdask.clusters import connect
 from inkdask.controls.contact import draw
-from inkdask.controls.scores import Reading, agreement, contrast
+from inkdask.controls.scores import Reading
 from inkdask.controls.table import Sweep, Variant
 from inkdask.controls.variants import Cost, fill_together, job_of
 from inkdask.controls.windows import full_windows
 from inkdask.demo.job import auc
-from inkdask.errors import SettingsError
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Region
-from inkdask.job import Job
-from inkdask.models.callables import name_of
+from inkdask.job import SWEEP, is_variant
+from inkdask.pictures.picture import is_picture, note, open_picture
 from inkdask.plan import Plan
 from inkdask.progress import size
 from inkdask.segment import Segment, open_labels, open_segment
@@ -34,7 +36,6 @@ from inkdask.storage import outputs
 log = logging.getLogger("inkdask")
 
 OFFSETS = -16, -8, 0, 8, 16
-DIRECTIONS = "forward", "reverse"
 STANDS_OUT = 1.5  # times the median of the others
 SURE = 0.7  # least AUC of a suggestion
 ALIKE = 2 / 255  # root mean square distance at which two strides show the same
@@ -46,7 +47,6 @@ def sweep(
     model: Any = None,
     *,
     offsets: Sequence[int] | None = None,
-    directions: Sequence[str] = DIRECTIONS,
     strides: Sequence[int] | None = None,
     labels: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -65,15 +65,13 @@ def sweep(
     offsets
         Distances of the window from the middle of ``layers``, or of the segment, in layers.
         Default: those of -16, -8, 0, 8 and 16 for which the segment has layers.
-    directions
-        ``forward``, ``reverse`` or both.
     strides
         In pixels. Default: that of the model.
     labels
         Picture of the size of the segment that is not 0 where there is ink, for the AUC.
     **options
-        Any parameter of `inkdask.settings.Settings`. Without ``roi_xyxy``, a few windows that are
-        full of papyrus are run.
+        Any parameter of `inkdask.settings.Settings`. Without ``direction``, both are run; without
+        ``roi_xyxy``, a few windows that are full of papyrus.
     """
     models = list(model) if isinstance(model, list | tuple) else [model]
     given = {**options, "s3_path": s3_path}
@@ -85,19 +83,31 @@ def sweep(
     place = settings.surface_volume_zarr or str(settings.s3_path)
     whole = open_segment(place, mask=NO_MASK, level=settings.ome_zarr_level)
     folder = settings.output_path or storage.join(str(settings.s3_path), "predictions")
-    targets = [storage.join(folder, f"sweep.{ending}") for ending in ("png", "json")]
+    targets = [storage.join(folder, name) for name in ("sweep.png", SWEEP)]
     with outputs.moved_by("OUTPUT_PATH"):
         outputs.check_writable(targets[0])
     truth = None if labels is None else open_labels(os.fspath(labels), whole.shape[1:])
     windows = _windows(settings, whole)
-    ways = _ways(given, models, offsets, directions, strides, whole)
+    ways = _ways(given, settings, models, offsets, strides, whole)
     with connect(settings):
         variants = _run(str(settings.s3_path), ways, windows, truth)
     best, advice = suggestion(variants)
     result = Sweep(whole.uri, tuple(windows), tuple(variants), best, advice, *targets)
     draw(result, targets[0], settings.pixel_resolution_um)
-    storage.write_bytes(targets[1], json.dumps(result.to_json(), indent=1).encode())
+    told = result.to_json()
+    storage.write_bytes(targets[1], json.dumps(told, indent=1).encode())
+    _note(folder, told)
     return result
+
+
+def _note(folder: str, told: dict[str, Any]) -> None:
+    """Add the digest of a sweep to the pictures beside it that are among its variants."""
+    for entry in storage.list_folder(folder):
+        uri = storage.join(folder, entry.name)
+        with suppress(InkdaskError):  # a damaged picture is none
+            there = open_picture(uri).provenance if is_picture(uri) else None
+            if there and is_variant(told, there.recipe, there.origin):
+                note(uri, "sweeps", told["digest"])
 
 
 def _run(
@@ -112,11 +122,14 @@ def _run(
         for _, way in ways
         for window in windows
     ]
-    costs, count = fill_together(jobs), len(windows)
-    return [
-        _variant(way, jobs[n : n + count], costs[n : n + count], windows, truth)
-        for n, way in zip(range(0, len(jobs), count), ways, strict=True)
-    ]
+    costs, variants = fill_together(jobs), []
+    for n, (offset, _) in enumerate(ways):
+        some = slice(n * len(windows), (n + 1) * len(windows))
+        readings = tuple(map(Reading.of, jobs[some]))
+        cost = Cost(sum(it.tiles for it in costs[some]), sum(it.seconds for it in costs[some]))
+        score = _auc(readings, windows, truth)
+        variants.append(Variant(offset, tuple(jobs[some]), readings, cost, score))
+    return variants
 
 
 def _windows(settings: Settings, whole: Segment) -> list[Region]:
@@ -133,20 +146,19 @@ def _windows(settings: Settings, whole: Segment) -> list[Region]:
 
 def _ways(
     given: dict[str, Any],
+    settings: Settings,
     models: Sequence[Any],
     offsets: Sequence[int] | None,
-    directions: Sequence[str],
     strides: Sequence[int] | None,
     whole: Segment,
 ) -> list[tuple[int, dict[str, Any]]]:
     """Return offset and options of each variant, in the order of the table."""
-    for direction in directions:
-        if direction not in DIRECTIONS:
-            raise SettingsError(f"direction must be forward or reverse, but is {direction!r}.")
-    asked = Settings.of(**given).layers
-    ways = []
+    asked, ways = settings.layers, []
+    is_one = settings.force_reverse or settings.direction in ("forward", "reverse")
+    directions = [settings.is_reversed] if is_one else [False, True]
+    unsaid = ("layers", "start_layer", "end_layer", "direction")
     for model in models:
-        own = {**given, "layers": None, "start_layer": None, "end_layer": None, "model": model}
+        own = {**given, **dict.fromkeys(unsaid), "model": model}
         plan = Plan.of(str(given["s3_path"]), Settings.of(**own))
         depth = len(plan.layers)
         start = (sum(asked) - depth) // 2 if asked else min(plan.layers)
@@ -158,44 +170,22 @@ def _ways(
                     f"Offset {offset} needs layers {start + offset} to {start + offset + depth - 1}"
                     f", and {whole.uri} has {min(whole.layers)} to {max(whole.layers)}."
                 )
-        for direction in directions:
-            for stride in strides or [plan.tiling.stride]:
-                for offset in chosen:
-                    layers = start + offset, start + offset + depth
-                    way = {**own, "stride": stride, "force_reverse": direction == "reverse"}
-                    way |= {"start_layer": layers[0], "end_layer": layers[1]}
-                    ways.append((offset, way))
+        for turned, stride, offset in product(directions, strides or [plan.tiling.stride], chosen):
+            layers = {"start_layer": start + offset, "end_layer": start + offset + depth}
+            ways.append((offset, {**own, **layers, "stride": stride, "force_reverse": turned}))
     return ways
 
 
-def _variant(
-    way: tuple[int, dict[str, Any]],
-    jobs: Sequence[Job],
-    costs: Sequence[Cost],
-    windows: Sequence[Region],
-    truth: da.Array | None,
-) -> Variant:
-    readings = [Reading.of(job) for job in jobs]
-    score = None
-    if truth is not None:
-        seen = np.concatenate([it.grey[it.valid] for it in readings])
-        parts = [np.asarray(truth[Box.of_xyxy(window).slices]) for window in windows]
-        ink = np.concatenate([t[it.valid] for t, it in zip(parts, readings, strict=True)])
-        score = auc(seen, ink) if ink.any() and not ink.all() else None
-    offset, options = way
-    model = options["model"]
-    return Variant(
-        model=name_of(model) if callable(model) else jobs[0].recipe.model,
-        direction=jobs[0].recipe.direction,
-        offset=offset,
-        stride=jobs[0].recipe.stride,
-        jobs=tuple(jobs),
-        readings=tuple(readings),
-        cost=Cost(sum(c.tiles for c in costs), sum(c.seconds for c in costs)),
-        contrast=contrast(readings),
-        agreement=agreement(readings),
-        auc=score,
-    )
+def _auc(
+    readings: Sequence[Reading], windows: Sequence[Region], truth: da.Array | None
+) -> float | None:
+    """Compare pictures with labels; None without labels, or where all are alike."""
+    if truth is None:
+        return None
+    seen = np.concatenate([it.grey[it.valid] for it in readings])
+    parts = [np.asarray(truth[Box.of_xyxy(window).slices]) for window in windows]
+    ink = np.concatenate([part[it.valid] for part, it in zip(parts, readings, strict=True)])
+    return auc(seen, ink) if ink.any() and not ink.all() else None
 
 
 def suggestion(variants: Sequence[Variant]) -> tuple[Variant | None, str]:
@@ -208,8 +198,7 @@ def suggestion(variants: Sequence[Variant]) -> tuple[Variant | None, str]:
             return None, f"Nothing stands out: the best AUC is {best.auc:.3f}."
     else:
         best = max(variants, key=lambda it: it.agreement)
-        place = best.offset, best.direction
-        others = [it.agreement for it in variants if (it.offset, it.direction) != place]
+        others = [it.agreement for it in variants if _place(it) != _place(best)]
         usual = float(np.median(others)) if others else 0.0
         words = f"agreement {best.agreement:.1f}, and {usual:.1f} is the median of the others"
         if not others or best.agreement < STANDS_OUT * usual or not best.agreement:
@@ -217,7 +206,7 @@ def suggestion(variants: Sequence[Variant]) -> tuple[Variant | None, str]:
         reason = f"its opinions agree best ({words})"
     cheaper, more = _coarser(best, variants), ""
     if cheaper is not best:
-        more = f"; stride {cheaper.stride} shows the same as stride {best.stride}"
+        more = f"; stride {cheaper.recipe.stride} shows the same as stride {best.recipe.stride}"
     command = cheaper.command or f"inkdask.run in Python with {cheaper.name}"
     return (
         cheaper,
@@ -225,14 +214,18 @@ def suggestion(variants: Sequence[Variant]) -> tuple[Variant | None, str]:
     )
 
 
+def _place(it: Variant) -> tuple[int, str]:
+    return it.offset, it.recipe.direction
+
+
 def _coarser(best: Variant, variants: Sequence[Variant]) -> Variant:
     """Return the variant of the largest stride that shows the same."""
     fitting = [best]
     for it in variants:
-        same = (it.model, it.direction, it.offset) == (best.model, best.direction, best.offset)
-        if same and it.stride > best.stride:
+        same = it.recipe.weights == best.recipe.weights and _place(it) == _place(best)
+        if same and it.recipe.stride > best.recipe.stride:
             pairs = zip(it.readings, best.readings, strict=True)
             apart = [(a.grey.astype(float) - b.grey)[b.valid] for a, b in pairs]
             if np.sqrt(np.mean(np.concatenate(apart) ** 2)) / 255 <= ALIKE:
                 fitting.append(it)
-    return max(fitting, key=lambda it: it.stride)
+    return max(fitting, key=lambda it: it.recipe.stride)

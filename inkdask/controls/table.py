@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 import dask.array as da
 
-from inkdask.controls.scores import Reading
+from inkdask.controls.scores import Reading, agreement, contrast
 from inkdask.controls.variants import Cost, pictures_of
-from inkdask.identity import Region, digest
+from inkdask.identity import Recipe, Region, digest
 from inkdask.job import Job
 from inkdask.progress import clock
 
@@ -22,34 +23,41 @@ class Variant:
 
     Attributes
     ----------
-    model, direction, offset, stride
-        Name of the model, direction of the layers, distance of the window from the middle in
-        layers, and stride in pixels.
-    jobs
-        A job for each window.
-    readings
-        Pictures of the windows.
+    offset
+        Distance of the window of layers from the middle.
+    jobs, readings
+        A job and its picture for each window of pixels.
     cost
         What it cost now.
-    contrast, agreement, auc
-        See `inkdask.controls.scores`; the AUC is None without labels.
+    auc
+        Area under the curve of the picture against labels; None without labels.
     """
 
-    model: str
-    direction: str
     offset: int
-    stride: int
     jobs: tuple[Job, ...]
     readings: tuple[Reading, ...]
     cost: Cost
-    contrast: float
-    agreement: float
     auc: float | None
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Numbers of the layers, in the order in which the network reads them."""
-        return self.jobs[0].recipe.layers
+    def recipe(self) -> Recipe:
+        """What shapes its tiles in the first window; model, direction and stride among it."""
+        return self.jobs[0].recipe
+
+    @cached_property
+    def contrast(self) -> float:
+        """See `inkdask.controls.scores.contrast`."""
+        return contrast(self.readings)
+
+    @cached_property
+    def agreement(self) -> float:
+        """See `inkdask.controls.scores.agreement`."""
+        return agreement(self.readings)
+
+    @property
+    def layers(self) -> str:
+        """Its layers, as ``--layers`` names them."""
+        return f"{min(self.recipe.layers)}:{max(self.recipe.layers) + 1}"
 
     @property
     def maps(self) -> list[da.Array]:
@@ -65,22 +73,21 @@ class Variant:
     @property
     def name(self) -> str:
         """The variant in words."""
-        start, end = min(self.layers), max(self.layers) + 1
+        it = self.recipe
         return (
-            f"{self.model}, layers {start}:{end} (offset {self.offset:+d}), {self.direction}, "
-            f"stride {self.stride}"
+            f"{it.model}, layers {self.layers} (offset {self.offset:+d}), {it.direction}, "
+            f"stride {it.stride}"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return what the table says, and the recipes."""
-        ran, seconds = self.cost.tiles, round(self.cost.seconds, 3)
-        names = ("model", "direction", "offset", "stride", "contrast", "agreement", "auc")
+        names = ("model", "direction", "stride", "weights")
         return {
-            **{name: getattr(self, name) for name in names},
-            "layers": [min(self.layers), max(self.layers) + 1],
-            "tiles_run": ran,
-            "seconds": seconds,
-            "weights": self.jobs[0].recipe.weights,
+            **{name: getattr(self.recipe, name) for name in names},
+            **{name: getattr(self, name) for name in ("offset", "contrast", "agreement", "auc")},
+            "layers": [*map(int, self.layers.split(":"))],
+            "tiles_run": self.cost.tiles,
+            "seconds": round(self.cost.seconds, 3),
             "recipes": [job.recipe.digest for job in self.jobs],
             "command": self.command,
         }
@@ -112,6 +119,11 @@ class Sweep:
     sheet: str = ""
     table: str = ""
 
+    @property
+    def places(self) -> str:
+        """The windows in words."""
+        return " and ".join(",".join(map(str, window)) for window in self.windows)
+
     def to_json(self) -> dict[str, Any]:
         """Return all of it; the digest is that of the recipes."""
         variants = [variant.to_json() for variant in self.variants]
@@ -127,26 +139,16 @@ class Sweep:
         }
 
     def __str__(self) -> str:
-        heads = [
-            "model",
-            "direction",
-            "offset",
-            "layers",
-            "stride",
-            "time",
-            "contrast",
-            "agreement",
-        ]
-        rows = [[*heads, "AUC"]]
+        heads = "model direction offset layers stride time contrast agreement AUC"
+        rows = [heads.split()]
         for it in self.variants:
             time = clock(it.cost.seconds) if it.cost.tiles else "kept"
-            layers = f"{min(it.layers)}:{max(it.layers) + 1}"
             score = "" if it.auc is None else f"{it.auc:.3f}"
             rows.append([
-                it.model, it.direction, f"{it.offset:+d}", layers, str(it.stride), time,
-                f"{it.contrast:.3f}", f"{it.agreement:.1f}", score + " <" * (it is self.best),
+                it.recipe.model, it.recipe.direction, f"{it.offset:+d}", it.layers,
+                str(it.recipe.stride), time, f"{it.contrast:.3f}", f"{it.agreement:.1f}",
+                score + " <" * (it is self.best),
             ])  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        windows = " and ".join(",".join(map(str, window)) for window in self.windows)
-        return "\n".join([f"{self.segment}, region {windows}", *lines, self.advice])
+        return "\n".join([f"{self.segment}, region {self.places}", *lines, self.advice])

@@ -22,9 +22,10 @@ from inkdask.box import Box
 from inkdask.failures import Failure, fallible, read_or_fail
 from inkdask.filling import check_weights
 from inkdask.inference import infer_chunk, over_chunks
-from inkdask.job import Job
+from inkdask.job import Job, plan_of
 from inkdask.plan import Plan
 from inkdask.progress import Meter
+from inkdask.reduction import window_of
 from inkdask.segment import open_segment
 from inkdask.settings import Settings
 from inkdask.specs import NO_MASK, Network, Passes
@@ -58,9 +59,9 @@ def job_of(source: str, settings: Settings) -> Job:
 
 def pictures_of(job: Job) -> tuple[da.Array, da.Array, da.Array]:
     """Return ink and spread, dask float32 (y, x), and pixels with data, of a filled grid."""
-    grid, valid, part = job.grid.grid(), job.grid.valid(), job.region.slices
-    how = job.grid.tiling, job.rendering.blend_mode, job.rendering.gaussian_sigma
-    return blend(grid, valid, *how)[part], spread(grid, valid, *how)[part], valid[part]
+    stored, part = (job.grid.grid(), job.grid.valid(), job.grid.tiling), job.region.slices
+    how = window_of(job)
+    return blend(*stored, *how)[part], spread(*stored, *how[:2])[part], stored[1][part]
 
 
 def fill_together(jobs: Sequence[Job]) -> list[Cost]:
@@ -76,30 +77,21 @@ def fill_together(jobs: Sequence[Job]) -> list[Cost]:
     for network in {plan_of(jobs[number]).network for number in busy}:
         check_weights(network)
     tasks, total = _tasks(jobs, busy, missing)
-    ran = dict.fromkeys(range(len(jobs)), 0)
+    spent = np.zeros((len(jobs), 2))  # tiles and seconds
     if not tasks:
         return [Cost() for _ in jobs]
-    paces: dict[Network, list[tuple[int, float]]] = {}  # tiles and seconds of chunks
     before = counters().tiles
     with Meter("ink", total, "tiles", peek=lambda: counters().tiles - before) as meter:
 
         def on_done(done: _Done) -> None:
-            ran[done.number] += done.ran
-            network = plan_of(jobs[done.number]).network
-            paces.setdefault(network, []).append((done.ran, done.seconds))
+            spent[done.number] += done.ran, done.seconds
             meter.add(done.tiles)
 
         engine.compute_each(tasks, on_done).check()
     for number in busy:
         jobs[number].check_unchanged()
-    # By the mean pace of a network, because a chunk waits for those that run beside it.
-    pace = {
-        network: sum(seconds for _, seconds in chunks) / max(sum(n for n, _ in chunks), 1)
-        for network, chunks in paces.items()
-    }
-    work = [n * pace.get(plan_of(jobs[number]).network, 0) for number, n in ran.items()]
-    scale = meter.seconds / max(sum(work), 1e-9)
-    return [Cost(n, seconds * scale) for n, seconds in zip(ran.values(), work, strict=True)]
+    scale = meter.seconds / max(spent[:, 1].sum(), 1e-9)  # because tasks run side by side
+    return [Cost(int(tiles), float(seconds * scale)) for tiles, seconds in spent]
 
 
 def _tasks(
@@ -151,12 +143,6 @@ def _whole(plans: Sequence[Plan]) -> Any:
     rows = slice(min(box.top for box in boxes), max(box.bottom for box in boxes))
     columns = slice(min(box.left for box in boxes), max(box.right for box in boxes))
     return whole.crop(rows, columns)
-
-
-def plan_of(job: Job) -> Plan:
-    """Return the plan of a job that computes."""
-    assert job.plan is not None  # noqa: S101  only a job of a stored grid has none
-    return job.plan
 
 
 @fallible

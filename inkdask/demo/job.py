@@ -113,6 +113,7 @@ def _predict(out: Path) -> Path:
             "model": "demo",
             "start_layer": 0,
             "end_layer": LAYERS,
+            "direction": "forward",
             "chunk_size": 256,  # because the progress bar moves chunk by chunk
             "batch_size": 64,  # because the network is small
             "compile": False,  # because compiling takes longer than the work

@@ -121,16 +121,21 @@ def _mix(
 ) -> np.ndarray:
     """Mix ink and papyrus, uint8 (y, x, 3), by a table of the 256 colours of each."""
     values = np.arange(256, dtype=np.float32)
-    light = np.clip((values - low) / max(high - low, 1), 0, 1)[:, None]
-    papyrus = DARK + light * (LIGHT - DARK)
+    papyrus = papyrus_colours(low, high)
     papyrus[0] = 0  # no papyrus
     probability = values / 255
     share = opacity * probability**2 * (3 - 2 * probability)  # weakens doubtful ink
     colours = BLACK if table is None else table.astype(np.float32)
     inked = share[:, None] * colours
-    mixed = (1 - share)[ink][..., None] * papyrus.astype(np.float32)[under]
+    mixed = (1 - share)[ink][..., None] * papyrus[under]
     mixed += inked[ink]
     return np.rint(mixed).astype(np.uint8)
+
+
+def papyrus_colours(low: float, high: float) -> np.ndarray:
+    """Colours of the 256 values of layers, of which low and high are darkest and lightest."""
+    light = np.clip((np.arange(256, dtype=np.float32) - low) / max(high - low, 1), 0, 1)
+    return (DARK + light[:, None] * (LIGHT - DARK)).astype(np.float32)
 
 
 def _contrast(segment: Segment, how: Flattening) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,6 +104,15 @@ def open_picture(uri: str) -> Picture:
             for place, array in arrays.items()
         )
     return Picture(uri, levels, pixel_um, corner, provenance_in(attributes.get(ORIGIN), uri))
+
+
+def note(uri: str, name: str, digest: str) -> None:
+    """Add a digest to what a stored picture says of itself, where it may be written."""
+    with suppress(InkdaskError), storage.explained(uri):
+        group: Any = zarr.open_group(storage.zarr_store(uri), mode="r+")
+        told = Provenance.from_json(dict(group.attrs[ORIGIN]), uri)
+        noted: Any = {name: (*(it for it in getattr(told, name) if it != digest), digest)}
+        group.attrs[ORIGIN] = replace(told, **noted).to_json()
 
 
 def provenance_in(fields: Any, uri: str) -> Provenance | None:

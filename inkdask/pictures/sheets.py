@@ -1,8 +1,9 @@
-"""Pages to print: text, pictures and scale bars on A4, dark on white."""
+"""Pages to print: pictures in a grid with their words, and scale bars, dark on white."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,16 +12,20 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from inkdask.pictures.overlay import BLACK, LIGHT
+from inkdask.pictures.overlay import BLACK
+from inkdask.pictures.scale_bar import fitting
 
 Colour = tuple[int, int, int]
 DPI = 240
 A4 = 210.0, 297.0  # mm
+MARGIN, GAP = 15.0, 5.0  # mm: of the page, and between pictures
+TITLE, WORDS, LEAST = 5.0, 19.5, 28.0  # mm: of titles, of all words of a picture, least width
 INK: Colour = (28, 24, 21)
 DIM: Colour = (112, 105, 97)
 RULE: Colour = (205, 199, 190)
 MARK: Colour = (158, 58, 38)
 PALE = np.array([250, 245, 233], np.float32)  # papyrus without ink
+RED = np.array([120, 20, 10], np.float32)
 NO_DATA = np.array([226, 223, 218], np.uint8)
 
 
@@ -34,24 +39,68 @@ def pixels(mm: float) -> int:
     return round(mm * DPI / 25.4)
 
 
-@dataclass
-class Sheet:
-    """A page; places and sizes are in millimetres from its upper left corner.
+@dataclass(frozen=True)
+class Panel:
+    """A picture uint8 (y, x, 3) with its title; ``says`` and notes stand below it."""
 
-    Attributes
+    title: str
+    rgb: NDArray[np.uint8]
+    says: str = ""
+    notes: Sequence[str] = ()
+    is_marked: bool = False
+
+
+class Sheet:
+    """A page of A4, longer where need be; places and sizes are in mm from its upper left corner.
+
+    Parameters
     ----------
-    width, height
-        Size of the page.
+    panels
+        Pictures of one size.
+    columns
+        Numbers of columns, of which the one with the largest pictures is taken.
+    around
+        Height of all that is above and below the panels.
+    spare
+        Rows of panels beside them.
     """
 
-    width: float
-    height: float
-    image: Image.Image = field(init=False)
+    def __init__(
+        self, panels: Sequence[Panel], columns: Sequence[int], around: float, spare: int = 0
+    ) -> None:
+        height, width = panels[0].rgb.shape[:2]
+        room = A4[0] - 2 * MARGIN + GAP
 
-    def __post_init__(self) -> None:
-        size = pixels(self.width), pixels(self.height)
-        self.image = Image.new("RGB", size, (255, 255, 255))
+        def size(count: int) -> float:
+            tall = (A4[1] - around) / (-(-len(panels) // count) + spare) - WORDS
+            return max(min(room / count - GAP, tall * width / height), LEAST)
+
+        self.columns = max(columns, key=size)
+        self.pitch, self.wide = room / self.columns, size(self.columns)
+        self.tall = self.wide * height / width
+        rows = -(-len(panels) // self.columns) + spare
+        page = pixels(A4[0]), pixels(max(A4[1], around + rows * (self.tall + WORDS)))
+        self.image = Image.new("RGB", page, (255, 255, 255))
         self.pen = ImageDraw.Draw(self.image)
+
+    def draw(self, panels: Sequence[Panel], y: float) -> float:
+        """Draw panels from ``y`` down; return where they end."""
+        for n, panel in enumerate(panels):
+            row, column = divmod(n, self.columns)
+            self.panel(MARGIN + column * self.pitch, y + row * (self.tall + WORDS), panel)
+        return y + (row + 1) * (self.tall + WORDS)
+
+    def panel(self, x: float, y: float, panel: Panel) -> None:
+        """Draw a panel."""
+        colour, width = (MARK if panel.is_marked else INK), self.pitch - GAP
+        self.text(x, y, panel.title, 9.5, colour, width)
+        self.picture(x, y + TITLE, self.wide, panel.rgb)
+        if panel.is_marked:
+            self.frame(x, y + TITLE, self.wide, self.tall, colour)
+        y += TITLE + self.tall + 0.4
+        y = self.text(x, y, panel.says, 9, colour, width) - 0.3
+        for note in panel.notes:
+            y = self.text(x, y, note, 7, DIM, width) - 0.3
 
     def text(
         self,
@@ -61,46 +110,46 @@ class Sheet:
         points: float = 9,
         colour: Colour = INK,
         width: float | None = None,
-        align: str = "left",
     ) -> float:
-        """Write words from ``y`` down, in lines of at most ``width``; return where they end."""
+        """Write words from ``y`` down, within ``width`` or the page; return where they end."""
         line = points * 25.4 / 72 * 1.32
-        for text in wrapped(words, points, width):
-            free = (width or 0) - self.length(text, points)
-            shift = {"left": 0.0, "centre": free / 2, "right": free}[align]
-            at = pixels(x + shift), pixels(y + line * 0.78)
+        for text in wrapped(words, points, width or A4[0] - MARGIN - x):
+            at = pixels(x), pixels(y + line * 0.78)
             self.pen.text(at, text, colour, _font(points), anchor="ls")
             y += line
         return y
 
-    def length(self, words: str, points: float) -> float:
-        """Return the length of words, in mm."""
-        return float(self.pen.textlength(words, _font(points))) * 25.4 / DPI
+    def rule(self, y: float) -> None:
+        """Draw a thin line across."""
+        line = [pixels(MARGIN), pixels(y), pixels(A4[0] - MARGIN), pixels(y)]
+        self.pen.line(line, RULE, 2)
 
-    def rule(self, x: float, y: float, width: float, colour: Colour = RULE) -> None:
-        """Draw a thin line to the right."""
-        self.pen.line([pixels(x), pixels(y), pixels(x + width), pixels(y)], colour, 2)
-
-    def frame(self, x: float, y: float, width: float, height: float, colour: Colour = MARK) -> None:
+    def frame(self, x: float, y: float, width: float, height: float, colour: Colour) -> None:
         """Draw a frame around a place."""
         box = (pixels(x) - 5, pixels(y) - 5, pixels(x + width) + 4, pixels(y + height) + 4)
         self.pen.rectangle(box, outline=colour, width=5)
 
-    def picture(
-        self, x: float, y: float, width: float, rgb: NDArray[np.uint8], height: float | None = None
-    ) -> float:
-        """Paste uint8 (y, x, 3), ``width`` wide; return the height that it takes, in mm."""
-        tall = height or width * rgb.shape[0] / rgb.shape[1]
-        size = max(pixels(width), 1), max(pixels(tall), 1)
-        small = Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
+    def picture(self, x: float, y: float, width: float, rgb: NDArray[np.uint8]) -> None:
+        """Paste uint8 (y, x, 3), ``width`` wide."""
+        wide = max(pixels(width), 1)
+        size = wide, max(round(wide * rgb.shape[0] / rgb.shape[1]), 1)
+        image = Image.fromarray(np.ascontiguousarray(rgb))
+        small = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
         self.image.paste(small, (pixels(x), pixels(y)))
-        return tall
 
     def bar(self, x: float, y: float, length: float, label: str) -> None:
         """Draw a scale bar, whose label stands to its right."""
         box = (pixels(x), pixels(y), pixels(x + length), pixels(y + 0.9))
         self.pen.rectangle(box, INK)
         self.text(x + length + 1.5, y - 1.4, label, 8)
+
+    def scale(self, y: float, width: int, pixel_um: float | None) -> None:
+        """Draw the scale bar of pictures ``width`` pixels wide above the first, at its right."""
+        if pixel_um:
+            length, label = fitting(10_000.0, width * pixel_um)
+            length *= self.wide / width / pixel_um
+            words = _font(8).getlength(label) * 25.4 / DPI
+            self.bar(MARGIN + self.wide - length - words - 1.5, y + 1.9, length, label)
 
     def save(self, path: Path, note: dict[str, str]) -> None:
         """Write a PNG with text chunks, keyword to value."""
@@ -110,10 +159,8 @@ class Sheet:
         self.image.save(path, "PNG", dpi=(DPI, DPI), pnginfo=info, optimize=True)
 
 
-def wrapped(words: str, points: float, width: float | None) -> list[str]:
+def wrapped(words: str, points: float, width: float) -> list[str]:
     """Break words into lines of at most ``width`` mm; a longer word is broken, too."""
-    if width is None:
-        return [words]
     most, font, lines = pixels(width), _font(points), [""]
     for word in words.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -130,28 +177,16 @@ def wrapped(words: str, points: float, width: float | None) -> list[str]:
 
 def inked(grey: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Show ink dark on light, uint8 (y, x, 3); pixels without data are grey."""
-    share = np.linspace(0, 1, 256, dtype=np.float32)[:, None]
-    table = np.rint(PALE + share * (BLACK - PALE)).astype(np.uint8)
-    rgb: NDArray[np.uint8] = table[grey]
-    rgb[~valid] = NO_DATA
-    return rgb
+    return _shaded(grey, valid, np.linspace(0, 1, 256), BLACK)
 
 
 def heated(spread: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Show a spread of opinions red on light, uint8 (y, x, 3)."""
-    share = np.sqrt(np.linspace(0, 1, 256, dtype=np.float32))[:, None]  # because most are small
-    table = np.rint(PALE + share * (np.array([120, 20, 10], np.float32) - PALE)).astype(np.uint8)
-    rgb: NDArray[np.uint8] = table[spread]
-    rgb[~valid] = NO_DATA
-    return rgb
+    return _shaded(spread, valid, np.linspace(0, 1, 256) ** 0.5, RED)  # because most are small
 
 
-def on_light(papyrus: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Stretch uint8 (y, x) to the colours of papyrus, uint8 (y, x, 3)."""
-    seen = papyrus[valid]
-    low, high = np.percentile(seen, [1, 99.5]) if seen.size else (0, 255)
-    light = np.clip((papyrus.astype(np.float32) - low) / max(high - low, 1), 0, 1)[..., None]
-    dark = LIGHT * np.float32(0.28)
-    rgb = np.rint(dark + light * (LIGHT - dark)).astype(np.uint8)
-    rgb[~valid] = NO_DATA
-    return rgb
+def _shaded(
+    values: NDArray[np.uint8], valid: NDArray[np.bool_], share: np.ndarray, towards: np.ndarray
+) -> NDArray[np.uint8]:
+    table = np.rint(PALE + share[:, None] * (towards - PALE)).astype(np.uint8)
+    return np.where(valid[..., None], table[values], NO_DATA)

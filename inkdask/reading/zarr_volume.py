@@ -54,11 +54,12 @@ class ZarrSource:
     first
         Index of the first layer that is read.
     stride
-        1, or -1 for layers in reverse.
+        Distance of neighbouring layers; negative for layers in reverse.
     axes
         Axes of layers, rows and columns among the last three.
-    unit, thickness
-        Height and width, and layers, of the chunks or shards that are read whole.
+    unit, inner, thickness
+        Height and width of the chunks or shards that are read whole, those of the smallest part
+        that can be read alone, and layers of both.
     numbers
         Numbers of all layers.
     is_numbered
@@ -88,6 +89,7 @@ class ZarrSource:
     stride: int
     axes: tuple[int, int, int]
     unit: tuple[int, int]
+    inner: tuple[int, int]
     thickness: int
     numbers: tuple[int, ...]
     is_numbered: bool
@@ -114,8 +116,9 @@ class ZarrSource:
 
     def cost(self, rows: slice, columns: slice) -> float:
         """Bytes of the chunks that meet those rows and columns, before compression."""
-        first, last = self.span.start // self.thickness, (self.span.stop - 1) // self.thickness
-        layers = (last + 1 - first) * self.thickness
+        span = self.span
+        read = range(span.start, span.stop, span.step)
+        layers = len({layer // self.thickness for layer in read}) * self.thickness
         pixels = whole_units(rows, columns, self.unit, self.shape)
         return float(layers * pixels * self.dtype.itemsize)
 
@@ -123,7 +126,7 @@ class ZarrSource:
     def span(self) -> slice:
         """Positions of the layers in the array, ascending."""
         ends = (self.first, self.first + self.stride * (self.shape[0] - 1))
-        return slice(min(ends), max(ends) + 1)
+        return slice(min(ends), max(ends) + 1, abs(self.stride))
 
     def block(self, rows: slice, columns: slice) -> ZarrBlock:
         """Cut out rows and columns; reads nothing."""
@@ -164,7 +167,7 @@ class ZarrBlock:
                 f"{self.rows.start} to {self.rows.stop}, columns {self.columns.start} to "
                 f"{self.columns.stop}: {reason(error)}."
             ) from error
-        pixels = np.transpose(pixels, source.axes)[:: source.stride]
+        pixels = np.transpose(pixels, source.axes)[:: 1 if source.stride > 0 else -1]
         if pixels.dtype.itemsize > np.dtype(dtype).itemsize:
             pixels = pixels >> 8
         return np.ascontiguousarray(pixels, dtype)
@@ -217,6 +220,7 @@ def _open(uri: str, level: str, wanted: int) -> ZarrSource:
         stride=1,
         axes=axes,
         unit=(pieces[axes[1]], pieces[axes[2]]),
+        inner=(node.chunks[-3:][axes[1]], node.chunks[-3:][axes[2]]),
         thickness=min(pieces[axes[0]], depth),
         numbers=tuple(numbers),
         is_numbered=bool(kept),

@@ -70,7 +70,12 @@ def show_segment(segment: Segment, *, height: int = 480, pixel_um: float | None 
 
 
 def show_ink(
-    ink: InkMap, *, beside: bool = False, height: int = 480, pixel_um: float | None = None
+    ink: InkMap,
+    *,
+    beside: bool = False,
+    spread: bool = False,
+    height: int = 480,
+    pixel_um: float | None = None,
 ) -> Viewer:
     """Show a prediction over its papyrus, or beside it.
 
@@ -83,13 +88,16 @@ def show_ink(
         From `inkdask.predict`.
     beside
         Whether papyrus and prediction begin side by side.
+    spread
+        Whether the spread of opinions is shown beside them, white where it is 0.5.
     height
         Of the viewer, in pixels of the screen.
     pixel_um
         Side of a pixel in micrometers, for a scale bar. Default: the prediction's
         ``pixel_resolution_um``.
     """
-    return _viewer().of_ink(ink, beside=beside, height=height, pixel_um=pixel_um)
+    how = {"beside": beside, "spread": spread, "height": height, "pixel_um": pixel_um}
+    return _viewer().of_ink(ink, **how)
 
 
 def compare(predictions: Mapping[str, InkMap], *, columns: int = 2, height: int = 560) -> Viewer:

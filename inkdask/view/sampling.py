@@ -77,7 +77,7 @@ class Layer:
 
     def is_dear(self, box: Box, budget: Budget) -> bool:
         """Whether reading a box exceeds the budget."""
-        down, across = map(_pieces, box.slices, self.unit)
+        down, across = map(pieces_in, box.slices, self.unit)
         return len(down) * len(across) > self.pieces_for(budget)
 
     def pieces_for(self, budget: Budget) -> float:
@@ -95,18 +95,18 @@ def look(layer: Layer, box: Box, step: int, budget: Budget) -> np.ndarray:
     (height, width), (rows, columns) = layer.unit, box.slices
     tall, wide = (-(-side // step) for side in box.shape)
     count = int(layer.pieces_for(budget))
-    down: Sequence[int] = _pieces(rows, height)
-    across: Sequence[int] = _pieces(columns, width)
+    down: Sequence[int] = pieces_in(rows, height)
+    across: Sequence[int] = pieces_in(columns, width)
     if len(across) == 1:  # strips
-        down = _spread(down, count)
-        bands = for_each(lambda i: layer.read(Box.of(_span(i, height, rows), columns)), down)
+        down = evenly(down, count)
+        bands = for_each(lambda i: layer.read(Box.of(span_of(i, height, rows), columns)), down)
         means = np.stack([shrink(band.mean(axis=0, keepdims=True), step)[0] for band in bands])
         return _between(_middles(down, height, rows, step), means, tall)
     side = max(count**0.5, 1)
     aspect = (len(down) / len(across)) ** 0.5
-    down, across = _spread(down, int(side * aspect)), _spread(across, int(side / aspect))
+    down, across = evenly(down, int(side * aspect)), evenly(across, int(side / aspect))
     pieces = [
-        Box.of(_span(i, height, rows), _span(j, width, columns)) for i in down for j in across
+        Box.of(span_of(i, height, rows), span_of(j, width, columns)) for i in down for j in across
     ]
     values = for_each(lambda piece: layer.read(piece).mean(), pieces)
     means = np.array(values).reshape(len(down), len(across))
@@ -138,16 +138,17 @@ def _sums(pixels: np.ndarray, step: int) -> np.ndarray:
     return pixels
 
 
-def _pieces(span: slice, unit: int) -> range:
+def pieces_in(span: slice, unit: int) -> range:
     """Positions of the pieces that meet a span of pixels."""
     return range(span.start // unit, -(-span.stop // unit))
 
 
-def _span(piece: int, unit: int, within: slice) -> slice:
+def span_of(piece: int, unit: int, within: slice) -> slice:
+    """Pixels of a piece that lie within a span."""
     return slice(max(piece * unit, within.start), min((piece + 1) * unit, within.stop))
 
 
-def _spread(pieces: Sequence[int], most: int) -> Sequence[int]:
+def evenly(pieces: Sequence[int], most: int) -> Sequence[int]:
     """Choose at most ``most`` pieces, evenly spread."""
     most = max(most, 1)
     if len(pieces) <= most:
@@ -157,7 +158,7 @@ def _spread(pieces: Sequence[int], most: int) -> Sequence[int]:
 
 def _middles(pieces: Sequence[int], unit: int, span: slice, step: int) -> np.ndarray:
     """Middles of pieces, in pixels of the result."""
-    ends = [_span(piece, unit, span) for piece in pieces]
+    ends = [span_of(piece, unit, span) for piece in pieces]
     return np.array([(s.start + s.stop) / 2 - span.start for s in ends]) / step - 0.5
 
 

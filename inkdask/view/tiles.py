@@ -16,7 +16,7 @@ import numpy as np
 
 from inkdask.background import Place
 from inkdask.box import Box
-from inkdask.coarse import blend_stored
+from inkdask.coarse import blend_stored, spread_stored
 from inkdask.plan import Plan
 from inkdask.segment import Segment
 from inkdask.storage.parallel import for_each
@@ -155,7 +155,7 @@ class Papyrus(_Picture):
 
 
 class Ink(_Picture):
-    """Picture of what the background of a prediction has computed.
+    """Picture of what the background of a prediction has computed, or of the spread of opinions.
 
     Attributes
     ----------
@@ -166,9 +166,9 @@ class Ink(_Picture):
         has ended.
     """
 
-    def __init__(self, ink: InkMap) -> None:
+    def __init__(self, ink: InkMap, is_spread: bool = False) -> None:
         super().__init__(ink.map.shape)
-        self.background = ink.background
+        self.background, self._is_spread = ink.background, is_spread
         self.observers: list[Callable[[Box | None], None]] = []
         self._region = ink.plan.region
         self._window = ink.blend_mode, ink.gaussian_sigma, ink.plan.family
@@ -179,17 +179,20 @@ class Ink(_Picture):
             self._refresh(*place)
 
     @classmethod
-    def of(cls, ink: InkMap) -> Ink:
+    def of(cls, ink: InkMap, is_spread: bool = False) -> Ink:
         """Return the picture of a prediction, the same for equal predictions of this process."""
-        pictures = ink.background.attached
+        pictures, name = ink.background.attached, (ink.map.name, is_spread)
         with _turn:
-            if ink.map.name not in pictures:
-                pictures[ink.map.name] = cls(ink)
-            picture: Ink = pictures[ink.map.name]
+            if name not in pictures:
+                pictures[name] = cls(ink, is_spread)
+            picture: Ink = pictures[name]
         return picture
 
     def tile(self, level: int, row: int, column: int) -> np.ndarray:
-        """Return a tile, uint8 (y, x): 254 times the probability, or `UNKNOWN`."""
+        """Return a tile, uint8 (y, x): 254 times the probability or twice the spread, or `UNKNOWN`.
+
+        The spread is at most a half.
+        """
         box = self._box_of(level, row, column)
         if level < self._level:
             return shrink(self._read(box), 1 << level, UNKNOWN)
@@ -245,7 +248,10 @@ class Ink(_Picture):
     def _chunk(self, place: Place) -> np.ndarray:
         """Blend a chunk that is known, uint8 (y, x)."""
         runner, pixels = self.background, self.background.pixels_of(place)
-        ink = blend_stored(runner.grid, place, int(runner.passes[place]), *self._window)
+        if self._is_spread:
+            ink = 2 * spread_stored(runner.grid, place, *self._window[:2])
+        else:
+            ink = blend_stored(runner.grid, place, int(runner.passes[place]), *self._window)
         shown, _ = pixels.common(self._region)
         return encode(ink[shown])
 

@@ -195,7 +195,8 @@ function render({ model, el }) {
   // over: as paint on papyrus, alone: as grey on the dark page
   function coloured(tile, picture, isOver) {
     const [low, high] = model.get("contrast");
-    const [ink, least] = [model.get("colour"), model.get("threshold") * MOST];
+    const isSpread = panels.some(({ spec }) => spec.ink === picture && spec.most < 1);
+    const [ink, least] = [model.get("colour"), isSpread ? 0 : model.get("threshold") * MOST];
     const colours = picture === PAPYRUS ? `${low},${high}` : `${isOver} ${ink} ${least}`;
     if (tile.image && tile.colours === colours) return tile.image;
     const [h, w] = tile.size;
@@ -285,7 +286,7 @@ function render({ model, el }) {
 
   // --- values under the cursor
 
-  function valueAt(picture, y, x) {
+  function valueAt(picture, y, x, most) {
     for (let level = 0; level <= coarsest; level++) {
       const step = side * 2 ** level;
       const tile = tiles.get(keyOf(picture, level, Math.floor(y / step), Math.floor(x / step)).join());
@@ -294,7 +295,7 @@ function render({ model, el }) {
       const value = tile.values[row * tile.size[1] + column];
       const about = level ? "≈" : " "; // a mean over 2^level pixels
       if (picture === PAPYRUS) return about + value;
-      return value === UNKNOWN ? " –" : about + (value / MOST).toFixed(2);
+      return value === UNKNOWN ? " –" : about + (most * value / MOST).toFixed(2);
     }
     return " …";
   }
@@ -315,7 +316,8 @@ function render({ model, el }) {
       const words = [`y ${y}  x ${x}`];
       const number = model.get("numbers")[model.get("layer")];
       if (spec.papyrus) words.push(`layer ${String(number).padStart(2, "0")}${valueAt(PAPYRUS, y, x)}`);
-      if (spec.ink) words.push(`ink${valueAt(spec.ink, y, x)}`);
+      const name = spec.most < 1 ? "spread" : "ink";
+      if (spec.ink) words.push(`${name}${valueAt(spec.ink, y, x, spec.most)}`);
       cursor.textContent = words.join("   ");
     }
   }

@@ -42,7 +42,8 @@ class Canvas(anywidget.AnyWidget):
     shape
         Height and width of the pictures, in pixels.
     panels
-        Title of each panel, whether it shows papyrus, and the number of its prediction or 0.
+        Title of each panel, whether it shows papyrus, the number of its prediction or 0, and what
+        the largest value of that means: 1, or 0.5 for a spread of opinions.
     columns
         Panels in a row.
     layer, numbers
@@ -140,11 +141,14 @@ class Viewer:
         return cls(papyrus, [], [panel], static(segment), height=height, **place)
 
     @classmethod
-    def of_ink(cls, ink: InkMap, *, beside: bool, height: int, pixel_um: float | None) -> Viewer:
-        """Show a prediction and its papyrus."""
-        papyrus, panels = Papyrus.of_plan(ink.plan), _BESIDE if beside else _OVER
+    def of_ink(
+        cls, ink: InkMap, *, beside: bool, spread: bool, height: int, pixel_um: float | None
+    ) -> Viewer:
+        """Show a prediction and its papyrus, and the spread of opinions where it is wanted."""
+        panels = (_BESIDE if beside else _OVER) + _SPREAD * spread
+        inks = [Ink.of(ink), Ink.of(ink, is_spread=True)][: 1 + spread]
         traits = {"columns": len(panels), "height": height, **_place_of(ink, pixel_um)}
-        return cls(papyrus, [Ink.of(ink)], panels, html.ink_html(ink), **traits)
+        return cls(Papyrus.of_plan(ink.plan), inks, panels, html.ink_html(ink), **traits)
 
     @classmethod
     def of_several(cls, predictions: Mapping[str, InkMap], *, columns: int, height: int) -> Viewer:
@@ -194,7 +198,7 @@ class Viewer:
             )  # fmt: skip
         if self._papyrus and self._inks:
             controls["beside"] = widgets.ToggleButton(
-                value=canvas.columns > 1, description="Beside",
+                value=not canvas.panels[0]["ink"], description="Beside",
                 tooltip="Ink beside the papyrus, or over it",
             )  # fmt: skip
             controls["beside"].observe(self._on_beside, "value")
@@ -232,7 +236,7 @@ class Viewer:
         return widgets.Box(groups).add_class("inkdask-tools")
 
     def _on_beside(self, change: Any) -> None:
-        panels = _BESIDE if change["new"] else _OVER
+        panels = (_BESIDE if change["new"] else _OVER) + _SPREAD * (len(self._inks) > 1)
         with self.canvas.hold_sync():  # because the browser lays out by both
             self.canvas.panels, self.canvas.columns = panels, len(panels)
         for name in ("colour", "opacity"):  # of ink over papyrus
@@ -314,12 +318,13 @@ class Viewer:
                 self._asked[key] = self._readers.submit(self._serve, key)
 
 
-def _panel(title: str, papyrus: bool, ink: int) -> dict[str, Any]:
-    return {"title": title, "papyrus": papyrus, "ink": ink}
+def _panel(title: str, papyrus: bool, ink: int, most: float = 1) -> dict[str, Any]:
+    return {"title": title, "papyrus": papyrus, "ink": ink, "most": most}
 
 
 _OVER = [_panel("", True, 1)]
 _BESIDE = [_panel("papyrus", True, 0), _panel("ink", False, 1)]
+_SPREAD = [_panel("spread of opinions", False, 2, most=0.5)]
 
 
 def _place_of(ink: InkMap, pixel_um: float | None) -> dict[str, Any]:
