@@ -125,7 +125,8 @@ def test_damaged_record_blocks_no_other(tmp_path, text, caplog):
 def test_only_identity_reads_fields_by_their_text():
     """A recipe, an origin and what was said are values, whose fields have types."""
     names = {f.name for kind in (Recipe, Origin, Said, Provenance) for f in fields(kind)}
-    names -= {"size", "chunk", "input", "chunk_size"}  # words of arrays, of zarr, of settings
+    # Words of arrays, of zarr, of settings, of a sweep.
+    names -= {"size", "chunk", "input", "chunk_size", "segment"}
     names |= {"fingerprint", "recipe", "origin"}
     house = Path(inkdask.__file__).parent
     found = [
