@@ -119,7 +119,7 @@ def compute_each(
 
 
 def current_client() -> Any | None:
-    """The ``distributed.Client`` of this process, or None; one that lost its scheduler is an error."""
+    """The ``distributed.Client`` of this process, or None; raises where it lost its scheduler."""
     if "distributed" not in sys.modules:  # nobody can have made one
         return None
     from distributed import default_client

@@ -19,10 +19,9 @@ from dask.sizeof import sizeof
 from distributed import Client, LocalCluster
 
 import inkdask
-from inkdask import cli, engine, storage, workflow
+from inkdask import cli, engine, failures, storage, workflow
 from inkdask.clusters import connection, report
 from inkdask.errors import InkdaskError, UnavailableError
-from inkdask.failures import caught
 from inkdask.models import hardware
 from inkdask.settings import Settings
 from tests.conftest import free_port, start_server
@@ -184,16 +183,13 @@ def test_run_that_lost_its_scheduler_does_not_go_on_elsewhere(segment, doomed, m
 
 
 def test_second_try_without_scheduler_does_not_run_elsewhere(doomed, monkeypatch):
-    from distributed import Client
-
     address, process = doomed
     monkeypatch.setattr(engine.time, "sleep", lambda _: close_client(process))
-    results = []
+    task, results = dask.delayed(failures.caught)(KeyError("odd")), []
     with (
         Client(address, timeout=1),
         pytest.raises(UnavailableError, match=f"scheduler at {address} is gone"),
     ):
-        task = dask.delayed(caught)(KeyError("odd"))
         engine.compute_each([task], results.append, lambda _: dask.delayed(1))
     assert results == []
 
