@@ -34,7 +34,7 @@ from tests.faultproxy import FaultProxy
 
 WORKERS, THREADS = 3, 2
 DISK = 16 << 20  # bytes of the small disk
-TIME_TO_LIVE = "6 s"  # of a worker that is silent; Dask's default is 5 minutes
+TIME_TO_LIVE = "12 s"  # of a worker that is silent; Dask's default is 5 minutes
 PATIENCE = 900  # seconds for an undisturbed job, because a machine may be busy
 
 PROCESSES = multiprocessing.get_context("forkserver")
