@@ -194,6 +194,19 @@ def test_second_try_without_scheduler_does_not_run_elsewhere(doomed, monkeypatch
     assert results == []
 
 
+def test_workers_that_are_lost_do_not_stop_the_others_from_being_asked():
+    from distributed.comm import CommClosedError
+
+    def name(dask_worker):
+        if dask_worker.name == 0:
+            raise CommClosedError("in <TCP>: Stream is closed")
+        return dask_worker.name
+
+    options = {"threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with Client(n_workers=2, **options):
+        assert engine.on_workers(name) == [1]
+
+
 OTHER = {
     "old": "__version__ = '0.0.1'",
     "none": "raise ModuleNotFoundError('No module named inkdask')",
