@@ -12,8 +12,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,28 +97,29 @@ def compute_each(
         if not account.succeeded and len(causes) >= HOPELESS:
             raise _HopelessError
 
-    for attempt in range(TRIES):
-        if attempt and any(account.failed[number].may_pass for number in left):
-            log.info("%d failed, and will be tried again", len(left))
-            time.sleep(PAUSE * 2 ** (attempt - 1))
-        client = current_client()
-        try:
-            if client is None:
-                _on_threads(left, tell)
-            else:
-                account.lost += _on_cluster(client, left, tell, avoid)
-        except _HopelessError:
-            break
-        failed = account.failed.items()
-        again = [number for number, it in failed if it.may_pass or (alone and not attempt)]
-        left = {number: alone(number) if alone else left[number] for number in again}
-        if not left:
-            break
+    client = current_client()  # for all tries: a job does not go on without its cluster
+    with reaching(client):
+        for attempt in range(TRIES):
+            if attempt and any(account.failed[number].may_pass for number in left):
+                log.info("%d failed, and will be tried again", len(left))
+                time.sleep(PAUSE * 2 ** (attempt - 1))
+            try:
+                if client is None:
+                    _on_threads(left, tell)
+                else:
+                    account.lost += _on_cluster(client, left, tell, avoid)
+            except _HopelessError:
+                break
+            failed = account.failed.items()
+            again = [number for number, it in failed if it.may_pass or (alone and not attempt)]
+            left = {number: alone(number) if alone else left[number] for number in again}
+            if not left:
+                break
     return account
 
 
 def current_client() -> Any | None:
-    """The ``distributed.Client`` of this process, or None."""
+    """The ``distributed.Client`` of this process, or None; raises where it lost its scheduler."""
     if "distributed" not in sys.modules:  # nobody can have made one
         return None
     from distributed import default_client
@@ -126,6 +128,11 @@ def current_client() -> Any | None:
         client = default_client()
     except ValueError:
         return None
+    if client.status == "closed":  # within its block
+        raise UnavailableError(
+            "The Dask scheduler of this process's client is gone; what is finished is kept, and "
+            "the same command resumes with the rest."
+        )
     return client if client.scheduler else None  # else it is only just being made
 
 
@@ -146,9 +153,31 @@ def has_gpus(cluster: str) -> bool:
 
 
 def on_workers(function: Callable[[], Any]) -> list[Any]:
-    """Results of a function that every worker runs now; none without a client."""
+    """Results of a function that every worker runs now, but for workers that are just lost."""
     client = current_client()
-    return [] if client is None else list(client.run(function).values())
+    return [] if client is None else list(client.run(function, on_error="ignore").values())
+
+
+@contextmanager
+def reaching(client: Any | None) -> Iterator[None]:
+    """Say that the scheduler is gone, whatever fails in a block because of that."""
+    if client is None:
+        yield
+        return
+    from distributed.comm import CommClosedError
+
+    address = client.scheduler.address  # which a client that closes forgets
+    try:
+        yield
+    except InkdaskError:
+        raise
+    except Exception as error:
+        if client.status == "running" and not isinstance(error, CommClosedError):
+            raise
+        raise UnavailableError(
+            f"The Dask scheduler at {address} is gone; what is finished is kept, and the same "
+            "command resumes with the rest."
+        ) from error
 
 
 def threads() -> int:
@@ -237,15 +266,6 @@ def _on_cluster(client: Any, tasks: Mapping[int, Delayed], tell: Tell, avoid: se
             len({steps.get(key) for kind in _LOST for key in event[kind]} - {None})
             for event in lost
         )
-    except _HopelessError:
-        raise
-    except Exception as error:
-        if client.status == "running":
-            raise
-        raise UnavailableError(
-            f"The Dask scheduler at {client.scheduler.address} is gone; what is finished is kept, "
-            "and the same command resumes with the rest."
-        ) from error
     finally:
         if client.status == "running":
             client.cancel(futures)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
@@ -20,9 +21,9 @@ from dask.sizeof import sizeof
 from distributed import Client, LocalCluster
 
 import inkdask
-from inkdask import cli, engine, storage
+from inkdask import cli, engine, failures, storage, workflow
 from inkdask.clusters import connection, report
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, UnavailableError
 from inkdask.models import hardware
 from inkdask.settings import Settings
 from tests.conftest import free_port, start_server
@@ -142,23 +143,70 @@ if __name__ == "__main__":
 """
 
 
-def test_run_reports_scheduler_that_died(segment, tmp_path):
+@pytest.fixture
+def doomed(tmp_path):
+    """Address of a cluster that is one process, and that process."""
     (tmp_path / "doomed.py").write_text(DOOMED)
     port = free_port()
     process = start_server(str(tmp_path / "doomed.py"), str(port), port=port)
-    address = f"tcp://127.0.0.1:{port}"
+    yield f"tcp://127.0.0.1:{port}", process
+    process.kill()
+    process.wait()
+
+
+def test_run_reports_scheduler_that_died(segment, doomed):
+    address, _ = doomed
 
     def deadly(x):
         if x.any():
             os.kill(os.getpid(), signal.SIGKILL)
         return x[:, :, 0, ::16, ::16]
 
-    try:
-        with pytest.raises(InkdaskError, match=f"scheduler at {address} is gone; what is finished"):
-            inkdask.run(segment, model=deadly, cluster=address)
-    finally:
-        process.kill()
-        process.wait()
+    with pytest.raises(InkdaskError, match=f"scheduler at {address} is gone; what is finished"):
+        inkdask.run(segment, model=deadly, cluster=address)
+
+
+def close_client(process):
+    """Kill a cluster, and wait until the client of this process gives it up."""
+    client = engine.current_client()
+    process.kill()
+    while client.status != "closed":
+        threading.Event().wait(0.05)
+
+
+def test_run_that_lost_its_scheduler_does_not_go_on_elsewhere(segment, doomed, monkeypatch):
+    address, process = doomed
+    monkeypatch.setattr(workflow, "check_memory", lambda _: close_client(process))
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1 s"}),
+        pytest.raises(UnavailableError, match="is gone; what is finished is kept"),
+    ):
+        inkdask.run(segment, model=network, cluster=address)
+
+
+def test_second_try_without_scheduler_does_not_run_elsewhere(doomed, monkeypatch):
+    address, process = doomed
+    monkeypatch.setattr(engine.time, "sleep", lambda _: close_client(process))
+    task, results = dask.delayed(failures.caught)(KeyError("odd")), []
+    with (
+        Client(address, timeout=1),
+        pytest.raises(UnavailableError, match=f"scheduler at {address} is gone"),
+    ):
+        engine.compute_each([task], results.append, lambda _: dask.delayed(1))
+    assert results == []
+
+
+def test_workers_that_are_lost_do_not_stop_the_others_from_being_asked():
+    from distributed.comm import CommClosedError
+
+    def name(dask_worker):
+        if dask_worker.name == 0:
+            raise CommClosedError("in <TCP>: Stream is closed")
+        return dask_worker.name
+
+    options = {"threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with Client(n_workers=2, **options):
+        assert engine.on_workers(name) == [1]
 
 
 OTHER = {

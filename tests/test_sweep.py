@@ -230,6 +230,6 @@ def test_sweep_without_region_says_its_windows(segment, capsys, caplog):
     assert "windows that are full of papyrus are run, 0,0,300,230" in caplog.text
     assert result.windows == ((0, 0, 300, 230),)
     assert "0,0,300,230" in str(result)
-    beyond = sweep(segment, roi_xyxy=(0, 0, 4000, 4000), offsets=[0], directions=["forward"])
+    beyond = sweep(segment, roi_xyxy=(0, 0, 4000, 4000), offsets=[0], direction="forward")
     assert beyond.windows == result.windows
     assert "reaches beyond the segment, which has 300 x 230 pixels (x, y)" in caplog.text

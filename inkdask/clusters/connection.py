@@ -34,11 +34,12 @@ def connect(settings: Settings) -> Iterator[Client | None]:
     """
     address = settings.scheduler_address or settings.cluster
     if address == "threads":
-        if (client := engine.current_client()) is not None:
-            check_versions(client)
-        yield None
+        with engine.reaching(client := engine.current_client()):
+            if client is not None:
+                check_versions(client)
+            yield None
         return
-    with script_left_out(), start(address, settings) as client:
+    with script_left_out(), start(address, settings) as client, engine.reaching(client):
         log.info("Dashboard of the cluster: %s", client.dashboard_link)
         check_versions(client)
         yield client

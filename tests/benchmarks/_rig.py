@@ -14,6 +14,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from tests.faultproxy import FaultProxy
 
 WORKERS, THREADS = 3, 2
 DISK = 16 << 20  # bytes of the small disk
-TIME_TO_LIVE = "6 s"  # of a worker that is silent; Dask's default is 5 minutes
+TIME_TO_LIVE = "12 s"  # of a worker that is silent; Dask's default is 5 minutes
 PATIENCE = 900  # seconds for an undisturbed job, because a machine may be busy
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -70,7 +71,7 @@ class Rig:
         self.proxy = FaultProxy(self._serve("tests.faultproxy", after=[self.s3]))
         self.port = free_port()
         self.address = f"tcp://127.0.0.1:{self.port}"
-        self.begun: list[tuple[Any, float]] = []  # processes that are replaced, and since when
+        self.absent_until = 0.0  # the time of `time.monotonic` before which no scheduler comes
         self.scheduler = self._begin(schedule, self.port, str(self.folder))
         self.workers = [self._work(number) for number in range(WORKERS)]
         self.client: Any = None
@@ -105,11 +106,21 @@ class Rig:
 
     def heal(self) -> None:
         """Replace the processes of the cluster that have died."""
-        if self.scheduler.exitcode is not None:
+        if self.scheduler.exitcode is not None and time.monotonic() > self.absent_until:
             self.scheduler = self._begin(schedule, self.port, str(self.folder))
         for number, worker in enumerate(self.workers):
             if worker.exitcode is not None:
                 self.workers[number] = self._work(number)
+
+    def recover(self) -> None:
+        """Wait until the cluster has a scheduler that can be reached."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            self.heal()
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return
+            time.sleep(0.1)
+        raise TimeoutError("no scheduler starts")
 
     def start(self, log: Path, options: dict[str, Any]) -> Any:
         """Begin a job's client on the cluster, which sees S3 through the proxy."""

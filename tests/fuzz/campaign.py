@@ -125,6 +125,7 @@ def work(name, first, last, seed, save):
                 tell(save, name, at, fault, folder)
             print(json.dumps([name, at, outcome]), file=out, flush=True)
             shutil.rmtree(folder)
+    tempfile.tempdir = None  # the next target of this process has a folder of its own
     os.dup2(out.fileno(), 1)
 
 
