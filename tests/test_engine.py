@@ -185,7 +185,7 @@ def test_results_of_fused_tasks_arrive_before_the_end():
 
 def test_client_without_scheduler_yet_is_not_used(monkeypatch):
     """A notebook may make a client while a computation runs in the background."""
-    made = SimpleNamespace(scheduler=None)
+    made = SimpleNamespace(scheduler=None, status="connecting")
     monkeypatch.setattr("distributed.default_client", lambda: made)
     assert engine.current_client() is None
     made.scheduler = object()
