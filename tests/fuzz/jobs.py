@@ -283,17 +283,20 @@ def write_zarr(rng, folder, stored, kind, volume):
     chunks = tuple(
         int(rng.integers(1, side + 1)) for side in np.minimum(stored.shape, (13, 90, 90))
     )
+    # Without chunks, an array without data would be refused.
+    config = {"write_empty_chunks": True}
     if kind == "ome":
         attributes = ome("0.4" if version == 2 else "0.5")
         group = zarr.create_group(folder, zarr_format=version, attributes=attributes)
-        group.create_array("0", data=stored, chunks=chunks)
+        group.create_array("0", data=stored, chunks=chunks, config=config)
         group.create_array("1", data=stored[:, ::2, ::2])
         return f"ome {version} {chunks} {stored.dtype}", volume
     names = {"dimension_names": ["z", "y", "x"]} if version == 3 else {}
     attributes = None if names else {"_ARRAY_DIMENSIONS": ["z", "y", "x"]}
     zarr.create_array(
-        folder, data=stored, chunks=chunks, zarr_format=version, attributes=attributes, **names
-    )
+        folder, data=stored, chunks=chunks, zarr_format=version, attributes=attributes,
+        config=config, **names,
+    )  # fmt: skip
     return f"zarr {version} {chunks} {stored.dtype}", volume
 
 
