@@ -535,7 +535,7 @@ def test_ctrl_c_says_one_sentence_with_local_workers(segment, tmp_path):
     """A terminal sends it to every process of the command."""
     command = [sys.executable, "-m", "inkdask", "run", segment, "--model", "demo"]
     command += ["--model-in-chans", "5", "--layers", "0:5", "--stride", "1", "--cluster", "local"]
-    command += ["--max-workers", "2", "--chunk-size", "128"]
+    command += ["--max-workers", "2", "--chunk-size", "128", "--direction", "forward"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
