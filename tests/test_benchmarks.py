@@ -183,6 +183,7 @@ def test_int8_is_measured_where_a_job_runs_in_it(monkeypatch, vnni, amx):
     assert is_measured == (vnni and not amx)
 
 
+@pytest.mark.slow
 def test_every_benchmark_can_be_imported():
     names = ", ".join(f"tests.benchmarks.{name}" for name in benchmarks())
     subprocess.run([sys.executable, "-c", f"import {names}"], check=True, timeout=100)

@@ -63,6 +63,7 @@ def test_full_segment_with_its_sheet_in_the_window_warns_of_nothing(tmp_path, ca
     assert told(capsys, write(tmp_path / "seg", volume(), kind)) == {}
 
 
+@pytest.mark.slow
 def test_demo_warns_of_nothing(tmp_path, capsys, caplog):
     synthetic.write_segment(tmp_path / "demo")
     assert told(capsys, tmp_path / "demo", layers="0:26") == {}
@@ -227,6 +228,7 @@ def test_samples_cost_a_small_share_of_the_layers(tmp_path, kind, layers):
     assert read.bytes_read <= 0.06 * wide.nbytes
 
 
+@pytest.mark.slow
 def test_samples_of_a_bucket_are_a_few_chunks(s3):
     layers = (volume(width=2048) >> 8).astype(np.uint8)
     with storage.explained(s3):

@@ -154,6 +154,7 @@ def doomed(tmp_path):
     process.wait()
 
 
+@pytest.mark.slow
 def test_run_reports_scheduler_that_died(segment, doomed):
     address, _ = doomed
 
@@ -639,6 +640,7 @@ def test_script_without_main_guard_runs_on_local_workers(segment, tmp_path):
     assert (tmp_path / "result").exists()
 
 
+@pytest.mark.slow
 def test_relative_paths_mean_those_of_the_client(segment, tmp_path, monkeypatch):
     """Workers may have been started in another folder."""
     from distributed import Client, LocalCluster

@@ -123,6 +123,7 @@ def test_controls_are_the_layers_that_they_say(segment, monkeypatch):
         np.testing.assert_allclose(picture / 255, exact, atol=1 / 255 + 1e-3)
 
 
+@pytest.mark.slow
 def test_page_costs_the_controls_once_and_the_prediction_never(segment):
     prediction = predicted(segment)
     before = storage.counters().tiles
@@ -162,6 +163,7 @@ def test_second_model_is_shown_beside(segment, pages):
     assert abs(pages[0].controls[-1].reproduced) < 0.5
 
 
+@pytest.mark.slow
 def test_prediction_keeps_the_digests_of_its_pages(segment, pages, capsys):
     prediction = predicted(segment)
     assert open_picture(prediction).provenance.evidence == ()

@@ -78,6 +78,7 @@ def test_job_makes_both_maps_of_hecate(hecate, options, tmp_path):
     assert off(reverse, "hecate_9.6um-map-reverse") <= 1
 
 
+@pytest.mark.slow
 def test_job_makes_the_map_of_the_hybrid(hybrid, options, tmp_path):
     values = volume("hybrid_3d2d-map", (21, 200, 150), (0, 30, 0, 50))
     uri = inkdask.run(segment(tmp_path, values), model=hybrid, **options)

@@ -38,6 +38,7 @@ def test_logits_at_9_6_um_are_those_of_upstream(tensors, tmp_path):
     assert expected.std() > 0.05  # a picture, not a grey sheet
 
 
+@pytest.mark.slow
 def test_logits_at_2_4_um_leave_out_columns_without_data(tensors, tmp_path):
     with torch.device("meta"):
         fine = BUILDERS["ink_hecate_2_4um"]()

@@ -244,6 +244,7 @@ np.save(sys.argv[1], ink.map.compute())
 """
 
 
+@pytest.mark.slow
 def test_described_repo_predicts_as_its_description_says(server: HubServer, tmp_path: Path) -> None:
     demo = hub.fetch(registry.KNOWN["demo"])
     files = {"a.safetensors": demo.read_bytes(), "inkdask.toml": DESCRIPTION}

@@ -69,6 +69,7 @@ def test_region_reads_only_its_share_of_the_bytes(s3):
     assert read.bytes_read <= 0.15 * size
 
 
+@pytest.mark.slow
 def test_job_gives_the_same_picture_through_faults(s3, faults, volume, capsys):
     part = volume[:, :300, :400]
     upload(part, f"{s3}/seg", rowsperstrip=4)
@@ -101,6 +102,7 @@ def allow(faults, rights):
     faults.inject(["403"], match=f"^(?!{allowed})")
 
 
+@pytest.mark.slow
 def test_policy_of_the_readme_suffices(s3, faults, volume):
     rights = policy()
     assert rights.keys() == {"s3:ListBucket", "s3:GetObject", "s3:PutObject"}

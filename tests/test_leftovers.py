@@ -168,6 +168,7 @@ def test_user_without_home_gets_a_private_one(tmp_path, module):
     assert not Path(home).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow), "utf-8"]
 )

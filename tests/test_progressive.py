@@ -259,6 +259,7 @@ def test_pass_is_done_in_sight_first_and_then_everywhere(segment, monkeypatch):
     assert len({*order[:6]}) == 6  # a pass over all, before the next
 
 
+@pytest.mark.slow
 def test_task_waits_for_distributed_while_another_thread_imports_it(tmp_path):
     package = tmp_path / "distributed" / "__init__.py"
     package.parent.mkdir()

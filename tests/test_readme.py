@@ -30,7 +30,7 @@ SLOW = (
     "--cluster local",
     "inkdask sweep",
     "inkdask evidence",
-)  # ten seconds and more
+)  # five seconds and more
 LAYERS = 65
 
 

@@ -264,6 +264,7 @@ def test_reduce_without_matching_job_names_the_differences(segment, tmp_path):
         inkdask.run(segment, step="reduce", stride=16, **options)
 
 
+@pytest.mark.slow
 def test_reduce_ignores_jobs_of_other_regions_and_chunks(segment, tmp_path, monkeypatch):
     options = {"model": network, "output_path": tmp_path / "out", "stride": 64}
     expected = read_picture(inkdask.run(segment, **options, zarr_output_dir=tmp_path / "other"))
@@ -401,6 +402,7 @@ def test_single_reversed_layer_in_parts_is_reduced(segment):
         inkdask.run(segment, **{**options, "force_reverse": False}, step="reduce")
 
 
+@pytest.mark.slow
 def test_reduce_tells_masks_and_levels_apart(segment, volume, tmp_path):
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[:, :400] = 255

@@ -168,6 +168,7 @@ def test_picture_is_the_same_after_workers_are_killed(segment, tmp_path, capsys,
     assert 0 < again <= 3 * 2 * len(killed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [pytest.param("local", marks=pytest.mark.slow), "s3"])
 def test_job_resumes_after_its_client_is_killed(place, segment, start, tmp_path, request):
     folder = str(tmp_path / "partitions")
@@ -189,6 +190,7 @@ def test_job_resumes_after_its_client_is_killed(place, segment, start, tmp_path,
     assert tiles <= count_tiles(tmp_path) + in_flight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cluster", "how"),
     [

@@ -169,6 +169,7 @@ def test_creating_again_keeps_what_is_done(tmp_path, tiling):
     assert GridStore.open(store.uri)[1].said == SAID
 
 
+@pytest.mark.slow
 def test_restarted_grid_is_empty_and_out_of_reach_of_late_writers(home, tiling):
     store = store_in(home)
     fill(store, 0.25)

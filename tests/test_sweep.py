@@ -94,6 +94,7 @@ def test_bytes_of_a_sweep_are_those_of_its_columns(segment, monkeypatch):
     assert grown >= 0.9 * pixels
 
 
+@pytest.mark.slow
 def test_variant_is_the_picture_of_a_run_and_the_run_goes_on_from_it(segment):
     result = sweep(segment, offsets=[0, 2])
     it = next(v for v in result.variants if (v.offset, v.recipe.direction) == (2, "reverse"))
@@ -105,6 +106,7 @@ def test_variant_is_the_picture_of_a_run_and_the_run_goes_on_from_it(segment):
     np.testing.assert_array_equal(it.readings[0].grey, picture)
 
 
+@pytest.mark.slow
 def test_pictures_name_the_sweeps_that_have_them_among_their_variants(segment, capsys):
     """A picture that was there, and one that is made after the sweep; no other."""
 

@@ -163,6 +163,7 @@ def test_cropped_layers_are_not_read(segment):
     assert read < 0.4 * sum(path.stat().st_size for path in (segment / "layers").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", ["threads", "local"])
 def test_environment_is_afterwards_as_it_was(segment, monkeypatch, cluster):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -349,6 +350,7 @@ def test_run_without_segment_names_the_setting():
         inkdask.run(model=depth_slope)
 
 
+@pytest.mark.slow
 def test_command_with_environment_alone_runs_on_s3(s3, tmp_path, monkeypatch):
     """Run the command as a container does."""
     scan, _ = synthetic.segment(height=100, width=150, seed=2)
@@ -459,6 +461,7 @@ def test_import_loads_no_heavy_module():
     assert not {"torch", "timm", "numpy", "dask.array", "zarr", "cupy"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_job_with_bundled_model_loads_no_timm(tmp_path):
     """timm and its imports cost every worker a second and a hundred megabytes."""
     write_segment(tmp_path / "seg", papyrus((26, 70, 70)))
