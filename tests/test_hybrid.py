@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from inkdask.errors import InkdaskError
 from inkdask.models import weights
+from inkdask.models.fast import prepare
 from inkdask.models.hybrid_3d2d import ink_hybrid_3d2d
 from inkdask.models.normalisation import robust_mad
 from inkdask.models.registry import resolve
@@ -111,3 +112,12 @@ def test_robust_mad_of_an_even_number_of_voxels():
     tile = np.array([0, 1, 3, 10, 11, 200], np.uint8).reshape(1, 1, 2, 3)
     got = robust_mad(torch.from_numpy(tile)).numpy()
     np.testing.assert_allclose(got[0], by_hand(tile[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_prepared_network_keeps_the_layout_that_its_norms_read():
+    """An instance norm copies channels-last maps, which costs a quarter of the time on a CPU."""
+    module = ink_hybrid_3d2d()
+    prepare(module, torch.float32)
+    convs = [it for it in module.modules() if isinstance(it, torch.nn.Conv2d)]
+    assert convs
+    assert all(conv.weight.is_contiguous() for conv in convs)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 Forward = Callable[[Tensor], Tensor]
@@ -40,8 +41,11 @@ def prepare(module: nn.Module, dtype: torch.dtype) -> None:
             if isinstance(conv, nn.Conv2d | nn.Conv3d) and isinstance(norm, _BatchNorm):
                 setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
+    # An instance norm copies its input into the plain layout, and so do all steps around it.
+    is_plain = any(isinstance(child, _InstanceNorm) for child in module.modules())
     for weight in _to_convert(module):
-        weight.data = weight.data.to(dtype, memory_format=_layout(weight))
+        layout = torch.contiguous_format if is_plain else _layout(weight)
+        weight.data = weight.data.to(dtype, memory_format=layout)
 
 
 def _to_convert(module: nn.Module) -> Iterator[nn.Parameter]:
