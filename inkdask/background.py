@@ -178,7 +178,7 @@ class Background:
         self._want("sight", places if is_small else [])
 
     def left_out(self, box: Box) -> tuple[int, int]:
-        """Number of chunks of a box that lack tiles and that nobody wants, and of these tiles."""
+        """Count the chunks of a box that lack tiles and were not asked for, and their tiles."""
         with self._turn:
             wanted = {place for places in self._wishes.values() for place in places}
         missing = [p for p in self._missing(self._reaching(box)) if p not in wanted]

@@ -90,15 +90,21 @@ def cautions(
 
 
 def tell(found: Iterable[Caution]) -> None:
-    """Log each in a line; a direction that nobody named is no warning, because it is usual."""
+    """Log a line for each caution; a direction that nobody named is usual, so it is no warning."""
     for it in found:
         log.log(logging.INFO if it.kind == "direction" else logging.WARNING, "%s", it.sentence)
+
+
+def is_side(spec: ModelSpec, pixel_um: float) -> bool:
+    """Whether a model was trained at this side of a pixel, in micrometers."""
+    side = spec.pixel_um
+    return side is not None and abs(side - pixel_um) <= TOLERANCE * side
 
 
 def off_pixel_size(found: float | None, model: ModelSpec) -> Caution | None:
     """Compare the side of a pixel, in micrometers, with that of the model's training."""
     wanted = model.pixel_um
-    if not found or not wanted or abs(found - wanted) <= TOLERANCE * wanted:
+    if not found or not wanted or is_side(model, found):
         return None
     says = f"Pixels of {found:.4g} um: model {model.key} was trained at {wanted:g} um"
     figures = {"pixel_um": found, "model_um": wanted}

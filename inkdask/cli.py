@@ -131,8 +131,8 @@ def run(**given: Any) -> None:
 def check(as_json: bool, **given: Any) -> None:
     """Check whether `run` with the same words can do its job, and run nothing.
 
-    Tries model and weights, layers, tiles and the places of the outputs, and warns of what would
-    make a wrong picture. Prints the URI that the picture will have.
+    Tries the model, its weights, the layers, and the places of the outputs. Warns of what would
+    make the picture wrong. Prints the URI that the picture will have.
     """
     from inkdask.workflow import check, examine
 

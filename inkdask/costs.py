@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from inkdask import paces
-from inkdask.cautions import TOLERANCE
+from inkdask.cautions import is_side
 from inkdask.errors import InkdaskError
 from inkdask.job import Job
 from inkdask.models.registry import known, shaped
@@ -37,12 +37,6 @@ def ready(jobs: Sequence[Job], overwrite: bool) -> str:
     pace = paces.kept(network) if network and network.function is None else None
     there = f", {total - left:,} of {total:,} are there" if left < total else ""
     return f"{left:,} tiles at most to run{there}; {cost(left, pace)}"
-
-
-def is_side(spec: ModelSpec, pixel_um: float) -> bool:
-    """Whether a model was trained at this side of a pixel, in micrometers."""
-    side = spec.pixel_um
-    return side is not None and abs(side - pixel_um) <= TOLERANCE * side
 
 
 def _fits(spec: ModelSpec, depth: int, pixel_um: float | None) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from inkdask import catalogue, paces, provenance, storage
-from inkdask.cautions import cautions, tell
-from inkdask.costs import cost, is_side, of_models
+from inkdask.cautions import cautions, is_side, tell
+from inkdask.costs import cost, of_models
 from inkdask.errors import InkdaskError
 from inkdask.identity import Origin, Provenance, Recipe
 from inkdask.memory import expected_memory

@@ -287,7 +287,7 @@ def _shared(segment: Segment, kept: slice, turned: slice) -> tuple[da.Array, da.
 
 
 def _as_slice(positions: range, first: int = 0) -> slice:
-    """Return positions as a slice of what begins at ``first``."""
+    """Return positions as a slice, counted from ``first``."""
     stop = positions.stop - first
     # A range that runs down to layer 0 stops before -1, which a slice would take for the last.
     return slice(positions.start - first, stop if stop >= 0 else None, positions.step)

@@ -37,7 +37,7 @@ class Samples:
     columns
         Full pieces through all of the depth, high bytes, uint8 (z, y, x) each.
     numbers
-        Numbers of the layers of a column: of all that are there, not only of those that are read.
+        Numbers of the layers of a column. A job may read only some of these layers.
     """
 
     pieces: Sequence[np.ndarray] = ()
@@ -64,7 +64,7 @@ class Samples:
 
 
 def sample(segment: Segment, share: float = 1 / 40) -> Samples:
-    """Read a few samples of what a segment keeps of its files.
+    """Read a few samples of a segment, inside its box.
 
     Pieces cost at most a ``share`` of the bytes of all, and columns, too; one piece is read always.
     """

@@ -20,7 +20,7 @@ import numpy as np
 
 from inkdask import catalogue, showing, storage
 from inkdask.box import Box
-from inkdask.errors import DamagedError, InkdaskError, SettingsError
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.progress import size
 from inkdask.reading import images, tiff_header
 from inkdask.reading.layers import (
@@ -34,7 +34,7 @@ from inkdask.reading.layers import (
 )
 from inkdask.reading.tiff import TiffImage
 from inkdask.reading.volume import DecodedStack, Reading, Source, TiffStack, lazy, read_block
-from inkdask.reading.zarr_volume import LAYERS_ATTRIBUTE, open_zarr
+from inkdask.reading.zarr_volume import open_zarr
 from inkdask.settings import layer_range
 from inkdask.specs import NO_MASK
 from inkdask.storage.parallel import for_each
@@ -102,7 +102,7 @@ class Segment:
 
     @property
     def offset(self) -> float:
-        """Layers from the middle of all that are there to the middle of those that are kept."""
+        """Distance in layers from the middle of ``found`` to the middle of ``layers``."""
         return (min(self.layers) + max(self.layers) - self.found[0] - self.found[-1]) / 2
 
     @property
@@ -247,9 +247,6 @@ def _open_array(
     with storage.decoded(uri):
         source = open_zarr(uri, level, layers[1] - layers[0] if layers else count or 0)
     numbers = source.numbers
-    in_order = [*numbers] == sorted({*numbers}) and min(numbers) >= 0
-    if not in_order or len(numbers) != source.shape[0]:
-        raise DamagedError(f"{uri} does not number its layers: {LAYERS_ATTRIBUTE} is wrong.")
     if source.oddity:
         log.warning("%s has %s", source.name, source.oddity)
     # Arrays of the reference tool, (y, x, z), hold one range of layers without their numbers.

@@ -397,7 +397,8 @@ def test_attributes_that_are_no_object_are_named(tmp_path, attributes):
 
 
 @pytest.mark.parametrize(
-    "numbers", [[0, 1, 2], [3, 2, 1, 0], [1, 1, 2, 3], ["a", 1, 2, 3], [0, 1, 2, 3.0], 5, [{}]]
+    "numbers",
+    [[0, 1, 2], [3, 2, 1, 0], [1, 1, 2, 3], ["a", 1, 2, 3], [0, 1, 2, 3.0], [-1, 0, 1, 2], 5, [{}]],
 )
 def test_numbers_that_are_not_those_of_the_layers_are_refused(tmp_path, numbers):
     uri = str(tmp_path / "x.zarr")

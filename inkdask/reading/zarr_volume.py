@@ -207,7 +207,7 @@ def _open(uri: str, level: str, wanted: int) -> ZarrSource:
     said = str(attributes.get("format") or "")
     kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
     numbers = [*(kept or range(depth))]
-    is_counted = all(type(number) is int for number in numbers)
+    is_counted = all(type(number) is int and number >= 0 for number in numbers)
     if len(numbers) != depth or not is_counted or numbers != sorted({*numbers}):
         raise InkdaskError(f"{name} does not number its {depth} layers: run inkdask prepare again.")
     chunks = " x ".join(str(length) for length in node.chunks)
