@@ -230,7 +230,12 @@ def test_signature_has_own_parameters_first_and_every_setting_once():
     ("typed", "offered"),
     [("job(st", {"start_layer=", "step=", "stride="}), ("job(3, lay", {"layers="})],
 )
-def test_completer_of_jupyter_offers_parameters(typed, offered, jedi):
+def test_completer_of_jupyter_offers_parameters(
+    monkeypatch, tmp_path_factory, typed, offered, jedi
+):
+    # Jedi finds nothing where another process is just writing a file of the cache that they share.
+    cache = tmp_path_factory.getbasetemp() / "jedi"
+    monkeypatch.setattr("jedi.settings.cache_directory", str(cache))
     completer = IPCompleter(
         namespace={"job": job},
         use_jedi=jedi,
