@@ -27,6 +27,7 @@ The second row has large arrays mapped (`inkdask.memory.map_large_blocks`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -165,6 +166,7 @@ def infer_chunk(
     block_id
         Row and column of the chunk.
     """
+    began = time.perf_counter()
     row, column = block_id
     ys, xs = tiling.y.local_origins(row), tiling.x.local_origins(column)
     seen = np.bitwise_or.reduce(block, axis=0) != 0  # (h, w)
@@ -190,7 +192,8 @@ def infer_chunk(
         ours = predictor(network)
         grid[occupied] = ours.predict(block, origins, to_come=tiling.tiles)
         precision, runs = ours.precision, ours.runs
-    return InferredChunk(grid, np.ascontiguousarray(valid), precision, runs)
+    seconds = time.perf_counter() - began
+    return InferredChunk(grid, np.ascontiguousarray(valid), precision, runs, seconds)
 
 
 def tiles_with_data(seen: np.ndarray, ys: np.ndarray, xs: np.ndarray, tile: int) -> np.ndarray:

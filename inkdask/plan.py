@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import dask.array as da
@@ -95,10 +95,7 @@ class Plan:
         if isinstance(source, str | os.PathLike):
             path = home_of(catalogue.locate(os.fspath(source), settings.catalogue))
         asked = settings.layers if path else None
-        kept, turned = (
-            _kept_layers(len(given), settings, network, asked is not None, is_reversed)
-            for is_reversed in (settings.is_reversed, not settings.is_reversed)
-        )
+        kept = _kept_layers(len(given), settings, network, is_range=asked is not None)
         layers, factor = given[kept], settings.z_downsample_mean_factor
         network = network or _network(settings, len(layers) // factor)
         _check_layers(given, layers, network, factor)
@@ -111,8 +108,6 @@ class Plan:
         if isinstance(opened, Segment):  # reads less than slices of its volume would
             inside = opened.take(kept).crop(*reach.slices)
             volume, mask = inside.lazy(read_or_fail)
-            if settings.direction == "both":
-                volume, mask = _shared(opened.crop(*reach.slices), kept, turned)
         else:
             inside, volume, mask = None, opened[(kept, *reach.slices)], None
         corner = inside.box.corner if inside and inside.box else reach.corner
@@ -170,23 +165,6 @@ class Plan:
             volume, mask = inside.lazy(read_or_fail)
             volume = average(volume, self.averaged)
         return volume.rechunk(-1), None if mask is None else mask.rechunk(-1)
-
-    def over(self, whole: Segment, volume: da.Array) -> Plan:
-        """Return the plan with its volume cut out of one that other plans read too.
-
-        ``volume`` is that of ``whole``, a cropped segment that holds all layers and pixels of this
-        plan.
-        """
-        order = [whole.layers.index(number) for number in self.layers]
-        corner = whole.box.corner if whole.box else (0, 0)
-        part = volume[:, *Box.at(self.corner, self.tiling.shape).inside(corner).slices]
-        part = part.map_blocks(
-            take_layers,
-            order=order,
-            chunks=((len(order),), *part.chunks[1:]),
-            meta=np.empty((0, 0, 0), np.uint8),
-        )
-        return replace(self, volume=average(part, self.averaged))
 
     @property
     def name(self) -> str:
@@ -278,24 +256,7 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
     return lazy if lazy.dtype == np.uint8 else (lazy >> 8).astype(np.uint8)
 
 
-def _shared(segment: Segment, kept: slice, turned: slice) -> tuple[da.Array, da.Array | None]:
-    """Return some layers, and the mask, so that the other direction reads the same blocks."""
-    mine, other = (range(len(segment.layers))[layers] for layers in (kept, turned))
-    first, last = min(*mine, *other), max(*mine, *other)
-    volume, mask = segment.take(slice(first, last + 1)).lazy(read_or_fail)
-    return volume[_as_slice(mine, first)], mask
-
-
-def _as_slice(positions: range, first: int = 0) -> slice:
-    """Return positions as a slice, counted from ``first``."""
-    stop = positions.stop - first
-    # A range that runs down to layer 0 stops before -1, which a slice would take for the last.
-    return slice(positions.start - first, stop if stop >= 0 else None, positions.step)
-
-
-def _kept_layers(
-    depth: int, settings: Settings, network: Network | None, is_range: bool, is_reversed: bool
-) -> slice:
+def _kept_layers(depth: int, settings: Settings, network: Network | None, is_range: bool) -> slice:
     """Return the slice of the layers to read: the middle ones, or all of a range or callable."""
     factor, count = settings.z_downsample_mean_factor, depth
     of_model = network.layers if network and not is_range else None
@@ -304,9 +265,11 @@ def _kept_layers(
     count -= count % factor  # the same layers in both directions
     family = family_of(network.model.architecture) if network else Family()
     unit = factor if factor == isotropic.FACTOR else 1  # whole groups are left out
-    groups = family.centre(depth // unit, count // unit, is_reversed)
+    groups = family.centre(depth // unit, count // unit, settings.is_reversed)
     first, last = min(groups) * unit, (max(groups) + 1) * unit
-    return _as_slice(range(depth)[first:last][:: groups.step])
+    kept = range(depth)[first:last][:: groups.step]
+    # A range that runs down to layer 0 stops before -1, which a slice would take for the last.
+    return slice(kept.start, kept.stop if kept.stop >= 0 else None, kept.step)
 
 
 def _check_layers(
@@ -356,12 +319,6 @@ def average(volume: da.Array, factor: int) -> da.Array:
         chunks=((depth,), *one_chunk.chunks[1:]),
         meta=np.empty((0, 0, 0), np.uint8),
     )
-
-
-@fallible
-def take_layers(block: np.ndarray, order: list[int]) -> np.ndarray:
-    """Return some layers of uint8 (z, y, x), in an order."""
-    return block[order]
 
 
 @fallible

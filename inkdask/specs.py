@@ -144,12 +144,15 @@ class InferredChunk(NamedTuple):
         and for a callable.
     runs
         What ran, for people: `inkdask.predictor.Predictor.runs`. Empty where no tile ran.
+    seconds
+        What it took.
     """
 
     grid: np.ndarray
     valid: np.ndarray
     precision: str = ""
     runs: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

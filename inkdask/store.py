@@ -58,19 +58,23 @@ class ChunkReport:
 
     Attributes
     ----------
+    grid
+        URI of the grid that has it.
     ran, empty
         Tiles that went through the network, and tiles without data.
-    runs
-        What ran, as in `InferredChunk`.
+    runs, seconds
+        What ran, and what it took, as in `InferredChunk`.
     process
         Host and process id of the worker.
     counters, peak_memory
         Counters of that process since its start, and its peak memory in bytes.
     """
 
+    grid: str
     ran: int
     empty: int
     runs: str
+    seconds: float
     process: str
     counters: storage.Counters
     peak_memory: int
@@ -347,7 +351,14 @@ def save_chunk(
     give_back()
     total = int(np.count_nonzero(tiling.in_passes(*block_id, int(done), last)))
     return ChunkReport(
-        ran, total - ran, chunk.runs, process_name(), storage.counters(), peak_memory()
+        grid=store.uri,
+        ran=ran,
+        empty=total - ran,
+        runs=chunk.runs,
+        seconds=chunk.seconds,
+        process=process_name(),
+        counters=storage.counters(),
+        peak_memory=peak_memory(),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,6 +18,17 @@ from inkdask.tiling import Tiling
 log = logging.getLogger("inkdask")
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Tiles that ran, and seconds."""
+
+    tiles: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.tiles + other.tiles, self.seconds + other.seconds)
+
+
 class Summary:
     """Sum of the reports of a job's chunks.
 
@@ -27,6 +39,9 @@ class Summary:
         earlier run had finished.
     tiles
         Tiles of the job.
+    costs
+        What the chunks of each grid took, by its URI: the seconds of each, though they run side by
+        side.
     networks
         What ran: device, arithmetic, form of the network, size of a batch.
     finished, failed
@@ -41,6 +56,7 @@ class Summary:
         self.tiles = self.ran = self.empty = self.resumed = 0
         self.finished = self.failed = self.lost = 0
         self.networks: set[str] = set()
+        self.costs: dict[str, Cost] = {}
         self._start = storage.counters()
         self._processes: dict[str, ChunkReport] = {}
         self._before = dict(engine.on_workers(_named_counters))
@@ -60,6 +76,8 @@ class Summary:
         self.ran += report.ran
         self.empty += report.empty
         self.networks |= {report.runs} - {""}
+        cost = Cost(report.ran, report.seconds)
+        self.costs[report.grid] = self.costs.get(report.grid, Cost()) + cost
         latest = self._processes.get(report.process)
         if latest is None or report.counters.requests >= latest.counters.requests:
             self._processes[report.process] = report

@@ -147,13 +147,12 @@ def compute(shares: Sequence[tuple[Job, np.ndarray]], summary: Summary, settings
 
     Returns the URIs of the pictures, or of the grids, each in a line.
     """
-    work = [Work(job.grid, plan_of(job), mine) for job, mine in shares]
     jobs, is_whole = [job for job, _ in shares], settings.num_parts == 1
-    passes = work[0].plan.tiling.passes
-    for each in work:
-        summary.resume(each.grid.passes_done(), each.mine, each.plan.tiling)
+    passes = jobs[0].grid.tiling.passes
+    for job, mine in shares:
+        summary.resume(job.grid.passes_done(), mine, job.grid.tiling)
     for last in range(0 if settings.progressive else passes - 1, passes):
-        fill(work, summary, last)
+        fill([Work.of(job.grid, plan_of(job), mine, last) for job, mine in shares], summary)
         if last < passes - 1 and is_whole:
             for job in jobs:
                 log.info("pass %d of %d: %s", last + 1, passes, preview(job))

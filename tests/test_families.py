@@ -15,6 +15,7 @@ from inkdask.families import Family, family_of
 from inkdask.models.hybrid_3d2d import ink_hybrid_3d2d
 from inkdask.models.networks import BUILDERS
 from inkdask.settings import Settings
+from inkdask.sharing import shared
 from inkdask.specs import ModelSpec, Network
 from inkdask.store import decode, encode
 from inkdask.tiling import Tiling
@@ -199,12 +200,10 @@ def test_directions_of_a_family_read_other_layers_of_one_read(tmp_path):
     network = Network(spec, 16, 64, 64, None, 255.0, "0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "resolve", lambda *_, **__: network)
-        made = [
-            plan.Plan.of(str(folder), way)
-            for way in Settings(model="mine", direction="both").each_way()
-        ]
-    shared = [each.volume.dask.layers.keys() for each in made]
-    assert any(name.startswith("read-") for name in shared[0] & shared[1])
+        ways = Settings(model="mine", direction="both").each_way()
+        made = shared([plan.Plan.of(str(folder), way) for way in ways])
+    names = [each.volume.dask.layers.keys() for each in made]
+    assert any(name.startswith("read-") for name in names[0] & names[1])
     assert [each.volume[:, 0, 0].compute().tolist() for each in made] == [
         list(range(3, 19)), list(range(19, 3, -1)),
     ]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import inkdask
-from inkdask import cli, storage
+from inkdask import cli, engine, storage
 from inkdask.controls.windows import full_windows
 from inkdask.demo import synthetic
 from inkdask.errors import InkdaskError, SettingsError
@@ -43,7 +43,7 @@ def test_ten_variants_read_each_byte_once_and_cost_nothing_again(segment, monkey
     opened = inkdask.open_segment(segment)
     headers = storage.counters().bytes_read - before.bytes_read
     read = []
-    monkeypatch.setattr("inkdask.controls.variants.read_or_fail", counted(read))
+    monkeypatch.setattr("inkdask.sharing.read_or_fail", counted(read))
     result = sweep(segment)
     assert len(result.variants) == 10
     assert headers > 0
@@ -73,10 +73,8 @@ def counted(read):
 
 @pytest.mark.slow
 def test_bytes_of_a_sweep_are_those_of_its_columns(segment, monkeypatch):
-    from inkdask.controls import variants
-
     bytes_before = []
-    real = variants.engine.compute_each
+    real = engine.compute_each
 
     def noted(*arguments):
         bytes_before.append(storage.counters().bytes_read)
@@ -84,7 +82,7 @@ def test_bytes_of_a_sweep_are_those_of_its_columns(segment, monkeypatch):
         bytes_before.append(storage.counters().bytes_read)
         return account
 
-    monkeypatch.setattr(variants.engine, "compute_each", noted)
+    monkeypatch.setattr(engine, "compute_each", noted)
     sweep(segment, strides=[16, 32], model=[network, depth_slope])
     assert len(bytes_before) == 2
     whole = open_segment(segment)

@@ -19,7 +19,7 @@ from inkdask.clusters import connect
 from inkdask.controls.contact import draw
 from inkdask.controls.scores import Reading
 from inkdask.controls.table import Sweep, Variant
-from inkdask.controls.variants import Cost, fill_together, job_of
+from inkdask.controls.variants import fill_together, job_of
 from inkdask.controls.windows import full_windows
 from inkdask.demo.job import auc
 from inkdask.errors import InkdaskError, SettingsError
@@ -32,6 +32,7 @@ from inkdask.segment import Segment, open_labels, open_segment
 from inkdask.settings import Settings, with_parameters
 from inkdask.specs import NO_MASK
 from inkdask.storage import outputs
+from inkdask.summary import Cost
 
 log = logging.getLogger("inkdask")
 
@@ -126,7 +127,7 @@ def _run(
     for n, (offset, _) in enumerate(ways):
         some = slice(n * len(windows), (n + 1) * len(windows))
         readings = tuple(map(Reading.of, jobs[some]))
-        cost = Cost(sum(it.tiles for it in costs[some]), sum(it.seconds for it in costs[some]))
+        cost = sum(costs[some], Cost())
         score = _auc(readings, windows, truth)
         variants.append(Variant(offset, tuple(jobs[some]), readings, cost, score))
     return variants

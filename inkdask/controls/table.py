@@ -11,10 +11,11 @@ from typing import Any
 import dask.array as da
 
 from inkdask.controls.scores import Reading, agreement, contrast
-from inkdask.controls.variants import Cost, pictures_of
+from inkdask.controls.variants import pictures_of
 from inkdask.identity import Recipe, Region, digest
 from inkdask.job import Job
 from inkdask.progress import clock
+from inkdask.summary import Cost
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from inkdask import workflow
 from inkdask.filling import Work, together
 from inkdask.preparation import CHUNK, SHARD
 from inkdask.settings import Settings
-from inkdask.specs import Passes
 
 LAYERS, WINDOW = 26, 1000
 
@@ -68,10 +67,8 @@ def main() -> None:
         rows.append(("headers read, job settled", time.perf_counter() - start, "", ""))
 
         start = time.perf_counter()
-        all_of_them = np.ones(job.plan.tiling.block_shape, bool)
-        passes = Passes(job.grid.passes_done(), job.plan.tiling.passes - 1)
-        work = Work(job.grid, job.plan, all_of_them)
-        tasks = together(np.argwhere(all_of_them[..., None]), [work], [passes])
+        work = Work.of(job.grid, job.plan)
+        tasks = together([(row, column, 0) for row, column in np.argwhere(work.missing)], [work])
         rows.append((f"{len(tasks):,} chunks as tasks", time.perf_counter() - start, "", ""))
 
         start = time.perf_counter()

@@ -51,7 +51,7 @@ def write_segment(folder: Path, workers: int) -> None:
 
 def measure(workers: int, segment: Path, scratch: Path, seconds: float) -> tuple[int, float]:
     """Tiles of the job, and the seconds that its inference takes."""
-    from inkdask import workflow
+    from inkdask import filling, workflow
     from inkdask.settings import Settings
     from inkdask.summary import Summary
 
@@ -74,9 +74,7 @@ def measure(workers: int, segment: Path, scratch: Path, seconds: float) -> tuple
         settings = Settings.of(s3_path=segment, model=Sleeping(seconds), **options)
         job, summary = workflow.settle(settings), Summary()
         job.create()
-        tiling = job.plan.tiling
-        every = np.ones(tiling.block_shape, bool)
-        workflow.fill(job.grid, job.plan, every, summary, tiling.passes - 1)
+        filling.fill([filling.Work.of(job.grid, job.plan)], summary)
         return summary.ran, summary.inferring
 
 
