@@ -271,17 +271,24 @@ viewer = ink.show()
 viewer"""
 
 
-def test_viewer_has_the_tools_of_map_viewers(page, lab):
+def shown_by(page, lab, name, code):
+    """The viewer that the code of a new notebook shows, once all is computed."""
     url, folder = lab
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TOOLS)])
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, folder / "tools.ipynb")
-    open_notebook(page, url, "tools.ipynb")
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    open_notebook(page, url, f"{name}.ipynb")
     run_all(page)
     viewer = output_of(page, 0)
-    canvas, status = viewer.locator("canvas"), viewer.locator(".inkdask-status")
-    canvas.wait_for(timeout=180_000)
+    viewer.locator("canvas").first.wait_for(timeout=180_000)
+    status = viewer.locator(".inkdask-status")
     until(page, lambda: re.search("All|The only", status.inner_text()), "the map is computed", 120)
+    return viewer
+
+
+def test_viewer_has_the_tools_of_map_viewers(page, lab):
+    viewer = shown_by(page, lab, "tools", TOOLS)
+    canvas = viewer.locator("canvas")
     until(page, lambda: inked(picture(canvas)) > 0.02, "ink is drawn")
 
     def tool(name):
@@ -356,6 +363,30 @@ def test_viewer_has_the_tools_of_map_viewers(page, lab):
     screenshot(page, "full-screen")
     tool("Full screen").click()
     until(page, lambda: canvas.bounding_box()["height"] < 500, "it is small again")
+    assert page.outside == []
+    assert page.errors == []
+
+
+def test_spread_of_opinions_is_a_panel_with_values_of_its_own(page, lab):
+    viewer = shown_by(page, lab, "spread", TOOLS.replace("show()", "show(spread=True)"))
+    ink, spread = (viewer.locator("canvas").nth(i) for i in range(2))
+    until(page, lambda: inked(picture(ink)) > 0.02, "ink is drawn")
+    until(page, lambda: picture(spread)[..., 0].std() > 5, "the spread is drawn")
+    assert inked(picture(spread)) < 0.001  # it is white on black
+    frame = spread.bounding_box()
+    page.mouse.move(frame["x"] + 0.4 * frame["width"], frame["y"] + 0.5 * frame["height"])
+    for _ in range(8):
+        page.mouse.wheel(0, -300)
+        page.wait_for_timeout(100)
+    cursor = viewer.locator(".inkdask-cursor").nth(1)
+    exact = re.compile(r"y (\d+)  x (\d+) +spread (\d\.\d+)")
+    until(page, lambda: exact.search(cursor.inner_text()), "exact values")
+    row, column, value = exact.search(cursor.inner_text()).groups()
+    screenshot(page, "spread")
+    segment = inkdask.open_segment(str(lab[1] / "tools")).crop(slice(10, 190), slice(20, 480))
+    expected = inkdask.predict(segment, model="demo", stride=32, chunk_size=256).spread.compute()
+    assert float(value) == pytest.approx(expected[int(row), int(column)], abs=0.02)
+    assert float(value) > 0
     assert page.outside == []
     assert page.errors == []
 
