@@ -2,7 +2,7 @@
 
 import ast
 import json
-from dataclasses import fields, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,22 @@ def test_differences_are_said_in_words():
     )
     long = differences(RECIPE, replace(RECIPE, model="m" * 100))
     assert len(long) < 80
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_values_are_frozen(value):
+    """Because names of grids follow from them."""
+    with pytest.raises(FrozenInstanceError):
+        setattr(value, fields(value)[0].name, None)
+
+
+def test_name_of_a_grid_lasts():
+    """Another digest of the same recipe, or another format, lets no job resume from its grid."""
+    assert identity.FORMAT == 5
+    assert identity.digest({"a": 1, "b": [2.0, None]}) == identity.digest(
+        {"b": [2.0, None], "a": 1}
+    )
+    assert RECIPE.digest[:16] == "6c916df09c358f55"
 
 
 FIRST = "run it first."

@@ -25,6 +25,7 @@ FIRST = 10  # number of the first of 8 layers
         ({}, "8 layers (10:18); no mask;", range(10, 18)),
         ({"layers": (12, 15)}, "; 3 of 8 layers, the middle (12:15); ", range(12, 15)),
         ({"layers": (12, 13)}, "; 1 of 8 layers (12:13); ", [12]),
+        ({"layers": (12, 13), "force_reverse": True}, "; 1 of 8 layers (12:13); ", [12]),
         ({"force_reverse": True}, "8 layers (10:18 in reverse); ", range(17, 9, -1)),
         ({"model_in_chans": 4}, "; 4 of 8 layers, the middle (12:16); ", range(12, 16)),
         (
@@ -54,6 +55,8 @@ def test_log_states_the_layers_that_are_read(tmp_path, caplog, kind, options, sa
     plan = Plan.of(str(tmp_path / "seg"), Settings.of(**options))
     means = [np.mean([pixels[n - FIRST] for n in np.atleast_1d(layer)], 0) for layer in layers]
     read = plan.volume.compute().astype(int)
+    assert plan.volume.shape == read.shape
+    assert plan.layer_range == options.get("layers", (np.min(layers), np.max(layers) + 1))
     assert np.array_equal(read, np.floor(np.array(means) + 0.5))
     with caplog.at_level("INFO", "inkdask"):
         inkdask.run(tmp_path / "seg", **options)
@@ -80,6 +83,15 @@ def test_averaging_names_layer_without_pair(tmp_path, caplog, reverse):
     assert caplog.messages == [
         "Layers 16:17 are left out: 7 layers are no multiple of Z_DOWNSAMPLE_MEAN_FACTOR=2"
     ]
+
+
+@pytest.mark.parametrize("depth", [4, 7])
+def test_middle_layer_is_the_same_of_files_and_of_an_array(tmp_path, depth):
+    pixels = papyrus((depth, 70, 90))
+    write_layers(tmp_path / "seg" / "layers", pixels, first=FIRST)
+    for source in (str(tmp_path / "seg"), pixels):
+        middle = Plan.of(source, Settings.of(model=depth_slope)).middle_layer
+        assert np.array_equal(middle.compute(), pixels[depth // 2][None])
 
 
 def test_middle_layers_are_read_however_the_segment_is_given(tmp_path):
