@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from importlib.util import spec_from_file_location
@@ -158,7 +158,8 @@ def run_tests(tests: list[str]) -> int:
     settings.register_profile("mutation", derandomize=True, database=None, deadline=None)
     settings.load_profile("mutation")
     files = [str(ROOT / "tests" / name) for name in tests]
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *files]))
+    # In this process, because others do not have the mutant.
+    return int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files]))
 
 
 def main() -> None:
@@ -177,6 +178,8 @@ def main() -> None:
         every = list(mutants(module, given.seed))
         some = random.Random(given.seed).sample(every, min(given.count, len(every)))
         original = Mutant(module, (ROOT / f"{module.replace('.', '/')}.py").read_text(), "")
+        if not is_noticed(replace(original, source="raise ImportError"), TESTS[module], 3600):
+            sys.exit(f"the tests of {module} do not notice that it is gone")
         start = time.monotonic()
         if is_noticed(original, TESTS[module], 3600):
             sys.exit(f"the tests of {module} fail without a mutation")

@@ -10,10 +10,13 @@ import pytest
 import inkdask
 from inkdask import identity, records, storage
 from inkdask.errors import InkdaskError
-from inkdask.identity import Origin, Provenance, Recipe, Said, differences
+from inkdask.identity import FORMAT, Label, Origin, Provenance, Recipe, Said, differences
 from tests.jobs import ORIGIN, PROVENANCE, RECIPE, SAID
 
-VALUES = [RECIPE, ORIGIN, SAID, PROVENANCE, replace(PROVENANCE, export=("inkdask", "export"))]
+LABEL = Label(FORMAT, 1, RECIPE, ORIGIN, SAID)
+VALUES = [
+    RECIPE, ORIGIN, SAID, LABEL, PROVENANCE, replace(PROVENANCE, export=("inkdask", "export")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
@@ -35,6 +38,22 @@ def test_damaged_value_is_refused(value, how):
         told[name] = {"no": "such"}
     with pytest.raises(InkdaskError, match=rf"^p\.zarr does not say .*{name}"):
         type(value).from_json(told, "p.zarr")
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("tile", 1, 10_000_000), ("corner", (0, 0), (10_000_000,) * 2), ("layers", (0,), (0,) * 9)],
+)
+def test_numbers_of_a_recipe_have_bounds(name, least, most):
+    def beyond(value, step):
+        return tuple(it + step for it in value) if isinstance(value, tuple) else value + step
+
+    for value in (least, most):
+        told = replace(RECIPE, **{name: value}).to_json()
+        assert getattr(Recipe.from_json(told, "p.zarr"), name) == value
+    for value in (beyond(least, -1), beyond(most, 10_000_001)):
+        with pytest.raises(InkdaskError, match=name):
+            Recipe.from_json(RECIPE.to_json() | {name: value}, "p.zarr")
 
 
 @pytest.mark.parametrize("told", [None, [], "text", 3, {"recipe": 3}])
@@ -67,8 +86,9 @@ def test_differences_are_said_in_words():
     assert differences(SAID, {"layers": (0, 3), "mask_path": "m.png"}) == (
         "mask_path is not set there and m.png here"
     )
-    long = differences(RECIPE, replace(RECIPE, model="m" * 100))
-    assert len(long) < 80
+    for model, said in ((f"{'a' * 20}{'z' * 20}",) * 2, (f"{'a' * 18}---{'z' * 20}", None)):
+        short = said or f"{'a' * 18}...{'z' * 18}"
+        assert differences(RECIPE, replace(RECIPE, model=model)).endswith(f"and {short} here")
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
@@ -80,7 +100,7 @@ def test_values_are_frozen(value):
 
 def test_name_of_a_grid_lasts():
     """Another digest of the same recipe, or another format, lets no job resume from its grid."""
-    assert identity.FORMAT == 5
+    assert FORMAT == 5
     assert identity.digest({"a": 1, "b": [2.0, None]}) == identity.digest(
         {"b": [2.0, None], "a": 1}
     )
