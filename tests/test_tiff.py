@@ -82,6 +82,19 @@ def test_layers_of_every_layout_read_as_by_tifffile(home, codec, layout, dtype):
         )
 
 
+@pytest.mark.parametrize(
+    ("layout", "codec", "words"),
+    [
+        ("one-strip", None, "one strip, uncompressed"),
+        ("16-rows", "lzw", "16-row strips, LZW"),
+        ("tiles", "zlib", "256 x 256 tiles, DEFLATE"),
+    ],
+)
+def test_image_says_how_it_is_cut(tmp_path, layout, codec, words):
+    data = encode(random_volume(SHAPE)[0], compression=codec, **LAYOUTS[layout])
+    assert open_image(data, tmp_path).layout.words == f"TIFF, {words}"
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """One image in several layouts: a list of (TiffImage, uint8 pixels)."""
