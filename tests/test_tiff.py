@@ -59,6 +59,8 @@ def open_image(data, tmp_path, name="image.tif"):
     ("home", "codec", "layout", "dtype"),
     [
         *itertools.product(["local"], CODECS, LAYOUTS, ["|u1", "<u2", ">u2"]),
+        ("local", "lzma", "16-rows", "<u2"),
+        ("local", 32946, "16-rows", "<u2"),  # deflate, as written before Adobe
         ("s3", None, "one-strip", "<u2"),
         ("s3", "lzw", "16-rows", ">u2"),
         ("s3", "zlib", "tiles", "|u1"),
