@@ -18,6 +18,8 @@ from tests.files import SHAPE, random_volume
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which processes of tests inherit
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as by nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
