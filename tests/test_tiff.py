@@ -89,11 +89,12 @@ def test_layers_of_every_layout_read_as_by_tifffile(home, codec, layout, dtype):
     [
         ("one-strip", None, "one strip, uncompressed"),
         ("16-rows", "lzw", "16-row strips, LZW"),
-        ("tiles", "zlib", "256 x 256 tiles, DEFLATE"),
+        ("tiles", "zlib", "256 x 128 tiles, DEFLATE"),
     ],
 )
 def test_image_says_how_it_is_cut(tmp_path, layout, codec, words):
-    data = encode(random_volume(SHAPE)[0], compression=codec, **LAYOUTS[layout])
+    how = LAYOUTS[layout] if layout != "tiles" else {"tile": (128, 256)}
+    data = encode(random_volume(SHAPE)[0], compression=codec, **how)
     assert open_image(data, tmp_path).layout.words == f"TIFF, {words}"
 
 
@@ -211,6 +212,25 @@ def test_tiff_of_several_pages_decodes_to_the_first(tmp_path):
     np.testing.assert_array_equal(image.decode(), pages[0] >> 8)
 
 
+@pytest.mark.parametrize("how", [{}, {"truncate": True}, {"imagej": True}])
+def test_images_of_a_stack_are_found_by_one_page_or_more(tmp_path, how):
+    pages, path = random_volume((5, 100, 120)), tmp_path / "stack.tif"
+    tifffile.imwrite(path, pages, photometric="minisblack", **how)
+    images = tiff_header.read_stack(str(path), path.stat().st_size)
+    assert len(images) == len(pages)
+    for image, page in zip(images, pages, strict=True):
+        np.testing.assert_array_equal(image.decode(), page >> 8)
+
+
+@pytest.mark.parametrize(("cut_bytes", "rows"), [(1 << 20, 16), (5 * 333 * 2, 4), (10, 1)])
+def test_pieces_of_uncompressed_rows_are_chosen(tmp_path, monkeypatch, cut_bytes, rows):
+    monkeypatch.setattr(tiff_header, "CUT_BYTES", cut_bytes)
+    pixels = random_volume(SHAPE)[0]
+    image = open_image(encode(pixels, rowsperstrip=1), tmp_path)
+    assert image.layout.piece == (rows, 333)
+    np.testing.assert_array_equal(image.decode(), pixels >> 8)
+
+
 @pytest.mark.parametrize(
     ("tag", "value", "says"),
     [
@@ -277,6 +297,7 @@ def with_tag(data, tag, value, kind=None):
         ({"tile": (16, 16), "compression": "jpeg"}, 322, 2**31, None, "is corrupt: its pixels are"),
         ({"photometric": "rgb"}, 284, 0, None, "has PlanarConfiguration 0"),
         ({"photometric": "rgb"}, 284, 2, None, "is corrupt: it lists 1 of 3 pieces"),
+        ({"rowsperstrip": 16}, 278, 8, None, "is corrupt: it lists 4 of 8 pieces"),
         ({"compression": "zlib", "predictor": True}, 259, 1, None, "has predictor"),
         ({}, 277, 0, None, "is corrupt: it is cut into"),
         ({}, 257, 2**32 - 1, 9, "has no pixels"),
