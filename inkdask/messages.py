@@ -48,10 +48,12 @@ class Printable(logging.Formatter):
 
 
 def is_for_everybody(record: logging.LogRecord) -> bool:
-    """Keep our own messages and warnings; distributed logs every connection."""
+    """Keep our own messages and warnings; distributed logs every connection, and tracebacks."""
     if record.name.startswith("huggingface_hub"):  # has a handler of its own
         return False
-    return record.name.startswith("inkdask") or record.levelno >= logging.WARNING
+    if record.name.startswith("inkdask"):
+        return True
+    return record.levelno >= logging.WARNING and not record.exc_info
 
 
 class Command(click.Command):

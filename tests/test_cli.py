@@ -100,12 +100,14 @@ def test_info_of_masked_segment_says_that_fewer_tiles_run(segment, capsys):
 
 
 def test_log_shows_own_messages_and_warnings_once():
-    def shown(name, level):
-        return messages.is_for_everybody(logging.LogRecord(name, level, "", 0, "", None, None))
+    def shown(name, level, error=None):
+        return messages.is_for_everybody(logging.LogRecord(name, level, "", 0, "", None, error))
 
     assert shown("inkdask.store", logging.INFO)
     assert shown("distributed.worker", logging.WARNING)
     assert not shown("distributed.worker", logging.INFO)
+    assert not shown("distributed.client", logging.ERROR, (OSError, OSError(), None))
+    assert shown("inkdask.background", logging.ERROR, (OSError, OSError(), None))
     assert not shown("huggingface_hub.file_download", logging.WARNING)
 
 

@@ -238,9 +238,12 @@ def run(options: dict[str, Any]) -> None:
     import logging
 
     import inkdask
+    from inkdask import messages
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("inkdask").setLevel(logging.INFO)
+    for name in ("distributed", "distributed.client"):  # as where distributed comes after `show`
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    messages.show()
     try:
         print(inkdask.run(model=network, **options))
     except InkdaskError as error:
