@@ -138,10 +138,23 @@ def written_by_pillow(pixels):
     return file.getvalue()
 
 
+def with_strips_in_another_order(pixels):
+    """A TIFF whose last strip lies first in the file; all strips have one size."""
+    rows = 29
+    strips = pixels.reshape(-1, rows, pixels.shape[1])
+    data = encode(strips[::-1].reshape(pixels.shape), rowsperstrip=rows)
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
+        tag, offsets = tif.pages.first.tags["StripOffsets"], tif.pages.first.dataoffsets
+    turned = struct.pack(f"<{len(offsets)}I", *offsets[::-1])
+    assert struct.pack(f"<{len(offsets)}I", *offsets) in data
+    return data[: tag.valueoffset] + turned + data[tag.valueoffset + len(turned) :]
+
+
 @pytest.mark.parametrize(
     "write",
     [
         written_by_pillow,
+        with_strips_in_another_order,
         lambda pixels: encode(pixels, bigtiff=True, rowsperstrip=16),
         lambda pixels: encode(pixels, bigtiff=True, byteorder=">", tile=(64, 64)),
         lambda pixels: encode(pixels, compression="lzw", rowsperstrip=1),
@@ -210,6 +223,43 @@ def test_tiff_of_several_pages_decodes_to_the_first(tmp_path):
     image = open_image(file.getvalue(), tmp_path)
     assert image.oddity == "several pages, of which the first is read"
     np.testing.assert_array_equal(image.decode(), pages[0] >> 8)
+
+
+def test_pages_of_other_shapes_are_no_stack(tmp_path):
+    page, path = random_volume((1, 100, 120))[0], tmp_path / "pages.tif"
+    with tifffile.TiffWriter(path) as writer:
+        writer.write(page, photometric="minisblack", metadata=None)
+        writer.write(page[:50], photometric="minisblack", metadata=None)
+    (image,) = tiff_header.read_stack(str(path), path.stat().st_size)
+    assert image.oddity == "several pages, of which the first is read"
+    np.testing.assert_array_equal(image.decode(), page >> 8)
+
+
+def test_images_in_other_files_are_not_read(tmp_path):
+    """Of a set in OME-TIFF each file is what it holds."""
+    pages = random_volume((2, 100, 120))
+    planes = "".join(
+        f'<TiffData FirstZ="{z}"><UUID FileName="{z}.ome.tif">urn:uuid:{z}</UUID></TiffData>'
+        for z in range(2)
+    )
+    description = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:0">'
+        '<Image ID="Image:0"><Pixels DimensionOrder="XYZCT" ID="Pixels:0" SizeC="1" SizeT="1" '
+        f'SizeX="120" SizeY="100" SizeZ="2" Type="uint16"><Channel ID="Channel:0:0"/>{planes}'
+        "</Pixels></Image></OME>"
+    )
+    for number, page in enumerate(pages):
+        data = encode(page, description=description, metadata=None)
+        (tmp_path / f"{number}.ome.tif").write_bytes(data)
+    file = tmp_path / "0.ome.tif"
+    (image,) = tiff_header.read_stack(str(file), file.stat().st_size)
+    np.testing.assert_array_equal(image.decode(), pages[0] >> 8)
+
+
+def test_header_is_read_by_one_request(tmp_path):
+    before = storage.counters().requests
+    open_image(encode(random_volume(SHAPE)[0], rowsperstrip=16), tmp_path)
+    assert storage.counters().requests == before + 1
 
 
 @pytest.mark.parametrize("how", [{}, {"truncate": True}, {"imagej": True}])
@@ -299,6 +349,7 @@ def with_tag(data, tag, value, kind=None):
         ({"photometric": "rgb"}, 284, 2, None, "is corrupt: it lists 1 of 3 pieces"),
         ({"rowsperstrip": 16}, 278, 8, None, "is corrupt: it lists 4 of 8 pieces"),
         ({"compression": "zlib", "predictor": True}, 259, 1, None, "has predictor"),
+        ({"compression": "zlib", "predictor": True}, 259, 32773, None, "has predictor"),
         ({}, 277, 0, None, "is corrupt: it is cut into"),
         ({}, 257, 2**32 - 1, 9, "has no pixels"),
         ({"compression": "jpeg"}, 262, 2, None, "cannot be read as a TIFF: colours of one sample"),
