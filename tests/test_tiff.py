@@ -171,6 +171,12 @@ def test_tiff_of_unusual_structure_is_decoded(tmp_path, write):
     assert not image.oddity
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1)])
+def test_image_of_one_row_or_column_is_decoded(tmp_path, shape):
+    pixels = random_volume((1, *shape))[0]
+    np.testing.assert_array_equal(open_image(encode(pixels), tmp_path).decode(), pixels >> 8)
+
+
 def test_tiff_of_jpeg_pieces_is_decoded(tmp_path):
     pixels = random_volume(SHAPE, "|u1")[0]
     for layout in ({"tile": (64, 64)}, {"rowsperstrip": 16}):
@@ -262,9 +268,12 @@ def test_header_is_read_by_one_request(tmp_path):
     assert storage.counters().requests == before + 1
 
 
-@pytest.mark.parametrize("how", [{}, {"truncate": True}, {"imagej": True}])
-def test_images_of_a_stack_are_found_by_one_page_or_more(tmp_path, how):
-    pages, path = random_volume((5, 100, 120)), tmp_path / "stack.tif"
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize(
+    "how", [{}, {"truncate": True}, {"imagej": True}, {"compression": "zlib", "rowsperstrip": 16}]
+)
+def test_images_of_a_stack_are_found_by_one_page_or_more(tmp_path, count, how):
+    pages, path = random_volume((count, 100, 120)), tmp_path / "stack.tif"
     tifffile.imwrite(path, pages, photometric="minisblack", **how)
     images = tiff_header.read_stack(str(path), path.stat().st_size)
     assert len(images) == len(pages)

@@ -217,12 +217,6 @@ class _RangeFile(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
     def read(self, size: int = -1, /) -> bytes:
         start = min(self._position, self._size)
         self._visits[start] += 1
