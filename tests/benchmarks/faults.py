@@ -184,8 +184,8 @@ def fill_disk(rig: Rig, rng: random.Random) -> Ended:
 
 def restart_scheduler(rig: Rig, rng: random.Random) -> Ended:
     """Kill the scheduler, with all it knows; another comes, sometimes after clients left."""
-    rig.absent_until = time.monotonic() + (rng.uniform(5, 15) if rng.random() < 0.15 else 0)
     os.kill(rig.scheduler.pid, signal.SIGKILL)
+    rig.absent_until = time.monotonic() + (rng.uniform(5, 15) if rng.random() < 0.15 else 0)
     return (lambda: None), 0
 
 
@@ -265,7 +265,10 @@ class Campaign:
         for name in faults:
             if self.wait(job, log, job.rng.uniform(0.1, 0.9)):
                 return True  # before all faults came
-            end, seconds = FAULTS[name](self.rig, job.rng)
+            try:
+                end, seconds = FAULTS[name](self.rig, job.rng)
+            except ProcessLookupError:  # whom it would strike is dead already
+                continue
             struck = self.rig.proxy.injected if name in OF_S3 else lambda: {"": 1}
             self.wait(job, log, seconds, struck)
             happened = struck()
