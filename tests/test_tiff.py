@@ -276,7 +276,7 @@ def test_images_of_a_stack_are_found_by_one_page_or_more(tmp_path, count, how):
     pages, path = random_volume((count, 100, 120)), tmp_path / "stack.tif"
     tifffile.imwrite(path, pages, photometric="minisblack", **how)
     images = tiff_header.read_stack(str(path), path.stat().st_size)
-    assert len(images) == len(pages)
+    assert [image.page for image in images] == list(range(1, count + 1))
     for image, page in zip(images, pages, strict=True):
         np.testing.assert_array_equal(image.decode(), page >> 8)
 
@@ -287,6 +287,7 @@ def test_pieces_of_uncompressed_rows_are_chosen(tmp_path, monkeypatch, cut_bytes
     pixels = random_volume(SHAPE)[0]
     image = open_image(encode(pixels, rowsperstrip=1), tmp_path)
     assert image.layout.piece == (rows, 333)
+    assert image.page == 0  # the only one
     np.testing.assert_array_equal(image.decode(), pixels >> 8)
 
 
