@@ -566,6 +566,7 @@ def _warn_of_unread() -> None:
             _warn_of(name, meant)
 
 
+@cache
 def _meant(name: str) -> str | None:
     """Return the variable of ours that another one was probably to be; None for ordinary ones.
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import cache
 
 import numpy as np
 import pytest
@@ -25,12 +26,19 @@ DEPTH, HEIGHT, WIDTH = 60, 400, 520
 MIDDLE, OFF_SHEET = "17:43", "34:60"
 
 
+@cache
+def noise(depth, width):
+    """Noise of a scan, float32 (z, y, x)."""
+    values = np.random.default_rng(5).standard_normal((depth, HEIGHT, width), np.float32)
+    return np.multiply(values, 20, out=values)
+
+
 def volume(at=29.5, depth=DEPTH, width=WIDTH):
     """Make uint16 (z, y, x) of noise, with a sheet that is brightest at a layer; None: no sheet."""
-    noise = np.random.default_rng(5).normal(0, 20, (depth, HEIGHT, width))
     light = np.full(depth, 120.0) if at is None else np.arange(depth) - at
     light = light if at is None else 60 + 100 * np.exp(-((light / 4) ** 2))
-    return (np.clip(light[:, None, None] + noise, 1, 255) * 256).astype(np.uint16)
+    light = light[:, None, None].astype(np.float32)
+    return (np.clip(light + noise(depth, width), 1, 255) * 256).astype(np.uint16)
 
 
 def write(folder, layers, kind="tiles"):
@@ -39,7 +47,7 @@ def write(folder, layers, kind="tiles"):
         zarr.create_array(str(folder), data=layers, chunks=(len(layers), 64, 64))
     else:
         layout = {"tile": (64, 64)} if kind == "tiles" else {"rowsperstrip": 16}
-        write_layers(folder / "layers", layers, compression="lzw", **layout)
+        write_layers(folder / "layers", layers, compression="zstd", **layout)
     return folder
 
 
@@ -98,7 +106,7 @@ def test_layers_without_a_sheet_are_told(tmp_path, capsys):
     place = write(tmp_path / "flat", volume(at=None))
     (it,) = told(capsys, place).values()
     assert it["kind"] == "flat"
-    assert 0 < it["figures"]["relief"] < 0.01
+    assert 0 < it["figures"]["relief"] < 0.03
     # 60 layers of 2.4 um can lie inside of one sheet, 60 of 7.91 um cannot.
     few = ("--direction", "forward", "--pixel-resolution-um")
     assert told(capsys, place, *few, "2.4") == {}

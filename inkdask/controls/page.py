@@ -197,7 +197,7 @@ def _encoded(rgb: NDArray[np.uint8]) -> str:
     file = io.BytesIO()
     small = Image.fromarray(np.ascontiguousarray(rgb))
     small.thumbnail((1600, 1600), Image.Resampling.LANCZOS)
-    small.quantize(64).save(file, "PNG", optimize=True)
+    small.quantize(64).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -89,7 +89,7 @@ def run(out: Path, height: int = 640, width: int = 1664) -> DemoResult:
         ("Prediction", result.auc, _on_papyrus(ink, papyrus)),
         ("Truth", None, _on_papyrus(truth * np.uint8(255), papyrus)),
     ]
-    side_by_side(panels).save(result.side_by_side, optimize=True, pnginfo=synthetic.NOTE)
+    side_by_side(panels).save(result.side_by_side, pnginfo=synthetic.NOTE)
     return result
 
 

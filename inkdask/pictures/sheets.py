@@ -156,7 +156,7 @@ class Sheet:
         info = PngInfo()
         for keyword, value in note.items():
             info.add_itxt(keyword, value)
-        self.image.save(path, "PNG", dpi=(DPI, DPI), pnginfo=info, optimize=True)
+        self.image.save(path, "PNG", dpi=(DPI, DPI), pnginfo=info)
 
 
 def wrapped(words: str, points: float, width: float) -> list[str]:
