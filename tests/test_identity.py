@@ -42,7 +42,11 @@ def test_damaged_value_is_refused(value, how):
 
 @pytest.mark.parametrize(
     ("name", "least", "most"),
-    [("tile", 1, 10_000_000), ("corner", (0, 0), (10_000_000,) * 2), ("layers", (0,), (0,) * 9)],
+    [
+        ("tile", 1, 10_000_000),
+        ("corner", (0, 0), (10_000_000,) * 2),
+        ("layers", (0,), (10_000_000,)),
+    ],
 )
 def test_numbers_of_a_recipe_have_bounds(name, least, most):
     def beyond(value, step):
@@ -51,7 +55,7 @@ def test_numbers_of_a_recipe_have_bounds(name, least, most):
     for value in (least, most):
         told = replace(RECIPE, **{name: value}).to_json()
         assert getattr(Recipe.from_json(told, "p.zarr"), name) == value
-    for value in (beyond(least, -1), beyond(most, 10_000_001)):
+    for value in (beyond(least, -1), beyond(most, 1)):
         with pytest.raises(InkdaskError, match=name):
             Recipe.from_json(RECIPE.to_json() | {name: value}, "p.zarr")
 
