@@ -171,6 +171,22 @@ def test_tiff_of_unusual_structure_is_decoded(tmp_path, write):
     assert not image.oddity
 
 
+def test_piece_of_no_bytes_between_others_hides_none_of_them(tmp_path):
+    rows = np.arange(1, SHAPE[1] + 1, dtype=np.uint16)[:, None] << 7
+    pixels = rows.repeat(SHAPE[2], axis=1)  # which LZW makes so small that one request has several
+    data = bytearray(encode(pixels, compression="lzw", rowsperstrip=29))
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
+        tag = tif.pages.first.tags["StripByteCounts"]
+        size = tag.valuebytecount // tag.count
+    data[tag.valueoffset + 2 * size : tag.valueoffset + 3 * size] = bytes(size)  # of the third
+    path = tmp_path / "layers"
+    path.mkdir()
+    (path / "00.tif").write_bytes(data)
+    expected = (pixels >> 8).astype(np.uint8)
+    expected[58:87] = 0
+    np.testing.assert_array_equal(open_segment(tmp_path).volume.compute()[0], expected)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1)])
 def test_image_of_one_row_or_column_is_decoded(tmp_path, shape):
     pixels = random_volume((1, *shape))[0]
