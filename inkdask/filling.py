@@ -82,9 +82,11 @@ def fill(work: Sequence[Work], summary: Summary) -> None:
     work = [each for each in work if each.missing.any()]
     if not work:
         return
-    networks = {each.plan.network for each in work}
-    for network in networks:
-        check_weights(network)
+    networks: list[Network] = []  # no set, because a callable need not have a hash
+    for network in (each.plan.network for each in work):
+        if network not in networks:
+            check_weights(network)
+            networks.append(network)
     # Row, column and number of the work: chunks of one place follow each other.
     places = sorted(
         (row, column, number)

@@ -72,7 +72,8 @@ def ink_of(job: Job) -> str:
     papyrus = int(job.grid.valid()[job.region.slices].sum().compute())
     share = 100 * counted[128:].sum() / max(papyrus, 1)
     strongest = np.flatnonzero(counted).max(initial=0) / 255
-    return f"{share:.2g} % of the papyrus above 0.5, highest {strongest:.2f}"
+    percent = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
+    return f"{percent} % of the papyrus above 0.5, highest {strongest:.2f}"
 
 
 def check_complete(job: Job, num_parts: int) -> None:

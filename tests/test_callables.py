@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import inkdask
 from inkdask.errors import InkdaskError
 from inkdask.models import registry
 from inkdask.plan import Plan
 from inkdask.settings import Settings
+from tests.files import write_layers
 
 
 def quarter(x: Tensor) -> Tensor:
@@ -33,6 +36,23 @@ class Half(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * x.amax(dim=2)[:, :, ::2, ::2]
+
+
+@dataclass
+class Times:
+    """A callable without a hash, as each dataclass that may change is."""
+
+    factor: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.factor * x.mean(dim=2)[:, :, ::16, ::16]
+
+
+@pytest.mark.usefixtures("own_environment")
+def test_callable_without_a_hash_runs_a_job(tmp_path: Path, capsys: Any) -> None:
+    write_layers(tmp_path / "seg" / "layers", np.full((3, 70, 80), 200, np.uint8))
+    assert Path(inkdask.run(tmp_path / "seg", model=Times(3.0))).exists()
+    assert "100 % of the papyrus above 0.5" in capsys.readouterr().err
 
 
 def test_function_is_tried_on_one_tile() -> None:

@@ -172,9 +172,10 @@ def test_tiff_of_unusual_structure_is_decoded(tmp_path, write):
 
 
 def test_piece_of_no_bytes_between_others_hides_none_of_them(tmp_path):
-    rows = np.arange(1, SHAPE[1] + 1, dtype=np.uint16)[:, None] << 7
-    pixels = rows.repeat(SHAPE[2], axis=1)  # which LZW makes so small that one request has several
-    data = bytearray(encode(pixels, compression="lzw", rowsperstrip=29))
+    strips = np.arange(1, 11, dtype=np.uint16)[:, None] << 11
+    pixels = strips.repeat(29, axis=0).repeat(SHAPE[2], axis=1)
+    # So small that one request has several pieces.
+    data = bytearray(encode(pixels, compression="zlib", rowsperstrip=29))
     with tifffile.TiffFile(io.BytesIO(data)) as tif:
         tag = tif.pages.first.tags["StripByteCounts"]
         size = tag.valuebytecount // tag.count
