@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import inkdask
 from inkdask import cli
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.parts import estimate
-from inkdask.plan import Plan
+from inkdask.plan import Plan, average_layers
 from inkdask.settings import Settings
 from tests.files import ome, write_layers, write_segment
 from tests.oracle import depth_slope, papyrus
@@ -62,6 +64,18 @@ def test_log_states_the_layers_that_are_read(tmp_path, caplog, kind, options, sa
         inkdask.run(tmp_path / "seg", **options)
     [line] = [line for line in caplog.messages if "tiles of" in line]
     assert says in line
+
+
+@given(
+    factor=st.integers(1, 9),
+    values=st.lists(st.integers(0, 255), min_size=9, max_size=9),
+)
+def test_mean_of_layers_is_the_nearest_value(factor, values):
+    values = np.array(values[:factor], np.uint8)
+    mean = values.astype(int).mean()
+    # As villa's tool rounds means of four, which numpy does too.
+    nearest = np.rint(mean) if factor == 4 else np.floor(mean + 0.5)
+    assert average_layers(values[:, None, None], factor).tolist() == [[[nearest]]]
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -139,6 +153,32 @@ def test_channel_mismatch_of_a_whole_segment_names_the_variable(tmp_path):
     for source in (tmp_path / "seg", inkdask.open_segment(tmp_path / "seg"), papyrus((6, 70, 90))):
         with pytest.raises(InkdaskError, match=r"^Channel mismatch: .*26.*MODEL_IN_CHANS"):
             inkdask.predict(source, model="demo")
+
+
+def test_plan_says_where_its_volume_comes_from(tmp_path):
+    pixels = papyrus((4, 70, 90))
+    write_layers(tmp_path / "seg" / "layers", pixels)
+    for source, name in ((str(tmp_path / "seg"),) * 2, (pixels, "array")):
+        plan = Plan.of(source, Settings.of(model=depth_slope))
+        assert str(plan).startswith(f"{name}: 90 x 70 pixels (x, y); 4 layers (0:4); no mask; ")
+
+
+def test_array_of_uint16_is_read_by_its_high_bytes():
+    pixels = papyrus((3, 70, 90)).astype(np.uint16) << 8 | 0x7F
+    plan = Plan.of(pixels, Settings.of(model=depth_slope))
+    assert np.array_equal(plan.volume.compute(), pixels >> 8)
+
+
+def test_mask_of_the_segment_goes_with_its_prepared_layers(tmp_path):
+    write_layers(tmp_path / "seg" / "layers", papyrus((4, 70, 90)))
+    prepared = inkdask.prepare(tmp_path / "seg", output_path=tmp_path / "elsewhere")
+    for name in ("seg_mask.png", "other.png"):
+        Image.new("L", (90, 70), 255).save(tmp_path / "seg" / name)
+    options = {"model": depth_slope, "surface_volume_zarr": prepared}
+    for mask_path in (None, str(tmp_path / "seg" / "other.png")):
+        settings = Settings.of(mask_path=mask_path, **options)
+        plan = Plan.of(str(tmp_path / "seg"), settings)
+        assert plan.segment.mask_uri == (mask_path or str(tmp_path / "seg" / "seg_mask.png"))
 
 
 def test_log_names_the_mask(tmp_path, caplog, monkeypatch):

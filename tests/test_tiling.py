@@ -47,6 +47,13 @@ def test_halo_holds_the_tiles_of_its_chunk(axis):
 
 
 @given(axes())
+def test_chunk_reads_up_to_the_end_of_its_last_tile(axis):
+    for i, edge in enumerate(axis.edges[:-1].tolist()):
+        end = int(edge + axis.local_origins(i)[-1] + axis.tile)
+        assert axis.reading(i) == slice(edge, min(end, axis.length))
+
+
+@given(axes())
 def test_depth_holds_all_tiles_that_reach_a_chunk(axis):
     for i in range(len(axis.chunks)):
         start, stop = axis.edges[i], axis.edges[i + 1]
