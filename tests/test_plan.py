@@ -1,5 +1,7 @@
 """Test plans: the layers, masks and levels that a job reads and logs."""
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 import zarr
@@ -161,6 +163,12 @@ def test_plan_says_where_its_volume_comes_from(tmp_path):
     for source, name in ((str(tmp_path / "seg"),) * 2, (pixels, "array")):
         plan = Plan.of(source, Settings.of(model=depth_slope))
         assert str(plan).startswith(f"{name}: 90 x 70 pixels (x, y); 4 layers (0:4); no mask; ")
+
+
+def test_plan_is_frozen():
+    plan = Plan.of(papyrus((3, 70, 90)), Settings.of(model=depth_slope))
+    with pytest.raises(FrozenInstanceError):
+        plan.layers = (1,)
 
 
 def test_array_of_uint16_is_read_by_its_high_bytes():

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import FrozenInstanceError, fields
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_layers_of_every_layout_read_as_by_tifffile(home, codec, layout, dtype):
 def test_image_says_how_it_is_cut(tmp_path, layout, codec, words):
     how = LAYOUTS[layout] if layout != "tiles" else {"tile": (128, 256)}
     data = encode(random_volume(SHAPE)[0], compression=codec, **how)
-    assert open_image(data, tmp_path).layout.words == f"TIFF, {words}"
+    assert open_image(data, tmp_path).words == f"TIFF, {words}"
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +295,7 @@ def test_images_of_a_stack_are_found_by_one_page_or_more(tmp_path, count, how):
     tifffile.imwrite(path, pages, photometric="minisblack", **how)
     images = tiff_header.read_stack(str(path), path.stat().st_size)
     assert [image.page for image in images] == list(range(1, count + 1))
+    assert all(image.words == f"{image.layout.words}, pages of a stack" for image in images)
     for image, page in zip(images, pages, strict=True):
         np.testing.assert_array_equal(image.decode(), page >> 8)
 
@@ -474,6 +476,12 @@ def test_decoding_damaged_images_does_not_crash():
     counts = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
     assert set(counts) == set(damage.KINDS)
     assert all(int(refused) > 50 for _, refused in counts.values())
+
+
+@pytest.mark.parametrize("kind", [tiff.Layout, tiff.TiffImage, tiff.TiffBlock, tiff._Run])
+def test_values_that_tasks_share_are_frozen(kind):
+    with pytest.raises(FrozenInstanceError):
+        setattr(object.__new__(kind), fields(kind)[0].name, None)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Integer maths of tiles and chunks: tiles once, pixels covered, overlaps long enough."""
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from inkdask.errors import SettingsError
 from inkdask.tiling import Axis, Tiling
+
+TILING = Tiling.of((512, 640), tile=64, stride=16, chunk=256)
 
 
 @st.composite
@@ -125,11 +129,10 @@ def test_tiles_of_a_chunk_are_in_one_pass_each(axis):
 
 
 def test_tiling_of_known_image_has_known_grid():
-    tiling = Tiling.of((512, 640), tile=64, stride=16, chunk=256)
-    assert tiling.grid_shape == (29, 37)
-    assert tiling.tiles == 1073
-    assert tiling.chunks == ((256, 256), (256, 256, 128))
-    assert tiling.grid_chunks == ((16, 13), (16, 16, 5))
+    assert TILING.grid_shape == (29, 37)
+    assert TILING.tiles == 1073
+    assert TILING.chunks == ((256, 256), (256, 256, 128))
+    assert TILING.grid_chunks == ((16, 13), (16, 16, 5))
 
 
 @pytest.mark.parametrize("stride", [1, 64])
@@ -137,6 +140,13 @@ def test_tiling_takes_any_stride_up_to_the_tile(stride):
     tiling = Tiling.of((512, 640), tile=64, stride=stride, chunk=256)
     assert tiling.stride == stride
     assert {tiling: 1}[Tiling.of((512, 640), tile=64, stride=stride, chunk=256)]  # as a key
+
+
+@pytest.mark.parametrize(("value", "name"), [(Axis(9, 4, 2, 8), "tile"), (TILING, "y")])
+def test_places_are_frozen(value, name):
+    """Because chunks that are stored were cut by them."""
+    with pytest.raises(FrozenInstanceError):
+        setattr(value, name, None)
 
 
 @pytest.mark.parametrize("stride", [0, 65])
