@@ -13,7 +13,7 @@ import inkdask
 from inkdask import cli
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.parts import estimate
-from inkdask.plan import Plan, average_layers
+from inkdask.plan import Plan, average_layers, span
 from inkdask.settings import Settings
 from tests.files import ome, write_layers, write_segment
 from tests.oracle import depth_slope, papyrus
@@ -163,6 +163,36 @@ def test_plan_says_where_its_volume_comes_from(tmp_path):
     for source, name in ((str(tmp_path / "seg"),) * 2, (pixels, "array")):
         plan = Plan.of(source, Settings.of(model=depth_slope))
         assert str(plan).startswith(f"{name}: 90 x 70 pixels (x, y); 4 layers (0:4); no mask; ")
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [([4], "4:5"), ([3, 4], "3:5"), ([4, 3], "3:5 in reverse"), ([9, 8, 7], "7:10 in reverse")],
+)
+def test_span_names_first_layer_end_and_direction(layers, words):
+    assert span(layers) == words
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_cut_is_one_block_of_volume_and_mask(tmp_path, mask, factor):
+    pixels, papyrus_there = papyrus((4, 170, 190)), np.zeros((170, 190), bool)
+    papyrus_there[20:90, 30:120] = True
+    write_layers(tmp_path / "seg" / "layers", pixels, tile=(64, 64))
+    if mask:
+        Image.fromarray(papyrus_there).save(tmp_path / "seg" / "seg_mask.png")
+    settings = Settings.of(model=depth_slope, z_downsample_mean_factor=factor)
+    for source in (str(tmp_path / "seg"), pixels):
+        plan = Plan.of(source, settings)
+        volume, cut_mask = plan.cut(slice(5, 100), slice(7, 150))
+        assert volume.numblocks == (1, 1, 1)
+        expected = plan.volume.compute()[:, 5:100, 7:150]
+        assert np.array_equal(volume.compute(), expected)
+        if mask and source is not pixels:
+            assert cut_mask.numblocks == (1, 1)
+            assert np.array_equal(cut_mask.compute(), papyrus_there[5:100, 7:150])
+        else:
+            assert cut_mask is None
 
 
 def test_plan_is_frozen():
