@@ -2,6 +2,7 @@
 
 from dataclasses import FrozenInstanceError
 
+import dask.array as da
 import numpy as np
 import pytest
 import zarr
@@ -13,7 +14,7 @@ import inkdask
 from inkdask import cli
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.parts import estimate
-from inkdask.plan import Plan, average_layers, span
+from inkdask.plan import Plan, average_layers, count, span
 from inkdask.settings import Settings
 from tests.files import ome, write_layers, write_segment
 from tests.oracle import depth_slope, papyrus
@@ -163,6 +164,11 @@ def test_plan_says_where_its_volume_comes_from(tmp_path):
     for source, name in ((str(tmp_path / "seg"),) * 2, (pixels, "array")):
         plan = Plan.of(source, Settings.of(model=depth_slope))
         assert str(plan).startswith(f"{name}: 90 x 70 pixels (x, y); 4 layers (0:4); no mask; ")
+        assert str(plan).endswith("px at stride 16; model depth_slope")
+        mirrored = Plan.of(source, Settings.of(model=depth_slope, tta="mirror"))
+        assert str(mirrored) == f"{plan}, four passes for mirror images"
+        assert plan.region.xyxy == (0, 0, 90, 70)
+        assert plan.roi_xyxy is None
 
 
 @pytest.mark.parametrize(
@@ -171,6 +177,7 @@ def test_plan_says_where_its_volume_comes_from(tmp_path):
 )
 def test_span_names_first_layer_end_and_direction(layers, words):
     assert span(layers) == words
+    assert count(layers) == f"{len(layers)} layer{'' if len(layers) == 1 else 's'}"
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -199,6 +206,14 @@ def test_plan_is_frozen():
     plan = Plan.of(papyrus((3, 70, 90)), Settings.of(model=depth_slope))
     with pytest.raises(FrozenInstanceError):
         plan.layers = (1,)
+
+
+def test_array_cut_between_layers_is_averaged_across_the_cut():
+    pixels = papyrus((6, 70, 90))
+    lazy = da.from_array(pixels, chunks=(1, 40, 50))
+    options = {"model": depth_slope, "z_downsample_mean_factor": 2}
+    plans = [Plan.of(it, Settings.of(**options)) for it in (lazy, pixels)]
+    assert np.array_equal(*(plan.volume.compute() for plan in plans))
 
 
 def test_array_of_uint16_is_read_by_its_high_bytes():
