@@ -90,6 +90,17 @@ def as_typed(sentence: str, words: Sequence[str]) -> str:
     return re.sub(rf"(?<![\w/])({'|'.join(flags)})\b(=(?=\S))?", named, sentence)
 
 
+def answer(text: object) -> None:
+    """Print a result on standard output, which may be full."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # click ends as programs before `head` do
+        raise
+    except OSError as error:
+        sys.stdout = None  # else Python would try again at its end  # type: ignore[assignment]
+        raise InkdaskError(f"Standard output cannot be written: {error.strerror}.") from error
+
+
 def _fail(sentence: str, code: int) -> None:
     say(f"inkdask: {printable(sentence)}")
     sys.exit(code)
@@ -121,7 +132,7 @@ def run(**given: Any) -> None:
     """
     from inkdask.workflow import run
 
-    print(run(**_complete(given)))
+    answer(run(**_complete(given)))
 
 
 @inkdask_.command()
@@ -138,7 +149,7 @@ def check(as_json: bool, **given: Any) -> None:
 
     options = _complete(given)
     if not as_json:
-        print(check(**options))
+        answer(check(**options))
         return
     jobs, found = examine(**options)
     told = {
@@ -146,7 +157,7 @@ def check(as_json: bool, **given: Any) -> None:
         "job": str(jobs[0].plan),
         "warnings": [asdict(it) for it in found],
     }
-    print(json.dumps(told, indent=1))
+    answer(json.dumps(told, indent=1))
 
 
 @inkdask_.command()
@@ -166,7 +177,7 @@ def reduce(**given: Any) -> None:
     """
     from inkdask.workflow import run
 
-    print(run(step="reduce", **_given(given)))
+    answer(run(step="reduce", **_given(given)))
 
 
 @inkdask_.command()
@@ -183,7 +194,7 @@ def prepare(**given: Any) -> None:
     """
     from inkdask.workflow import prepare
 
-    print(prepare(**_given(given)))
+    answer(prepare(**_given(given)))
 
 
 @inkdask_.command()
@@ -195,7 +206,7 @@ def demo(out: Path) -> None:
     """Make a synthetic segment, run the real job on it, and show the letters it finds."""
     from inkdask import demo
 
-    print(demo.run(out))
+    answer(demo.run(out))
 
 
 @inkdask_.command()
@@ -240,7 +251,7 @@ def export(prediction: str, to: tuple[str, ...], **given: Any) -> None:
     from inkdask.pictures.exporting import export
 
     for uri in export(prediction, to, **_given(given)):
-        print(uri)
+        answer(uri)
 
 
 @inkdask_.command()
@@ -274,8 +285,8 @@ def sweep(s3_path: str, model: tuple[str, ...], **given: Any) -> None:
     for name in ("offsets", "strides"):
         given[name] = _numbers(given[name], name)
     result = sweep(s3_path, **_given(given | {"model": [*model] or None}))
-    print(result)
-    print(result.sheet)
+    answer(result)
+    answer(result.sheet)
 
 
 def _numbers(text: str | None, name: str) -> list[int] | None:
@@ -309,7 +320,7 @@ def evidence(prediction: str, **given: Any) -> None:
     from inkdask.controls.evidencing import evidence
 
     for uri in evidence(prediction, **_given(given)):
-        print(uri)
+        answer(uri)
 
 
 @inkdask_.command()
@@ -328,7 +339,7 @@ def info(path: str, **given: Any) -> None:
     """
     from inkdask.information import describe
 
-    print(columns(describe(path, **_given(given))))
+    answer(columns(describe(path, **_given(given))))
 
 
 @inkdask_.command()
@@ -338,7 +349,7 @@ def models(as_json: bool) -> None:
     from inkdask.models.registry import known
 
     if as_json:
-        print(json.dumps([asdict(spec) for spec in known().values()], indent=1))
+        answer(json.dumps([asdict(spec) for spec in known().values()], indent=1))
         return
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for spec in known().values():

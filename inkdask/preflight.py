@@ -28,6 +28,7 @@ from inkdask.progress import amount
 from inkdask.provenance import absolute
 from inkdask.reading.volume import Source
 from inkdask.segment import Segment, identify, name_of
+from inkdask.settings import Settings
 from inkdask.storage import outputs
 from inkdask.store import GridStore
 from inkdask.tiling import Tiling
@@ -49,22 +50,23 @@ class Need:
     size: float
 
 
-def check_places(job: Job, result_file: str, num_parts: int, overwrite: bool) -> None:
+def check_places(job: Job, settings: Settings) -> None:
     """Check that a job, or one part of it, can write its outputs and has disk space for them."""
     variable = "ZARR_OUTPUT_DIR" if job.folder else "GRID"
-    places = [("OUTPUT_PATH", f"{job.target}.png"), ("RESULT_FILE", result_file)]
+    places = [("OUTPUT_PATH", f"{job.target}.png"), ("RESULT_FILE", settings.result_file)]
+    places += [("REPORT", settings.report)] if settings.report else []
     places += [(variable, storage.join(job.grid.uri, "zarr.json"))]
     places += [(variable, storage.join(job.folder, records.FOLDER, "a"))] if job.folder else []
     for setting, file in places:
         with outputs.moved_by(setting):
             outputs.check_writable(file)
     missing = 1.0
-    if not overwrite and GridStore.label(job.grid.uri):
+    if not settings.overwrite and GridStore.label(job.grid.uri):
         with suppress(InkdaskError):  # another part is creating it, or `run` reports the error
             missing = float(np.mean(~job.grid.chunks_done()))
-    size = missing * grid_bytes(job.grid.tiling, job.grid.k) / num_parts
+    size = missing * grid_bytes(job.grid.tiling, job.grid.k) / settings.num_parts
     needs = [Need("tile grid", variable, job.grid.uri, size)]
-    if num_parts == 1:
+    if settings.num_parts == 1:
         needs += _picture(job.region, job.target)
     check_disks([*needs, *_scratch(job.plan.segment if job.plan else None)])
 

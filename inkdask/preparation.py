@@ -21,6 +21,7 @@ from inkdask.errors import InkdaskError
 from inkdask.failures import fallible, read_or_fail
 from inkdask.identity import digest
 from inkdask.inference import over_chunks
+from inkdask.job import shortened
 from inkdask.plan import average
 from inkdask.preflight import check_room_to_prepare
 from inkdask.progress import Meter, size
@@ -61,7 +62,8 @@ class Preparation:
         tags = isotropic.tags(whole, segment, factor)
         first, last = min(segment.layers), max(segment.layers)
         means = f"-means-of-{factor}" if factor > 1 else ""
-        name = f"{segment.name}-{first:02d}-{last + 1:02d}{means}-{segment.identity}.volume.zarr"
+        kept = f"{first:02d}-{last + 1:02d}{means}"
+        name = f"{shortened(segment.name)}-{kept}-{segment.identity}.volume.zarr"
         uri = storage.absolute(uri or storage.join(settings.zarr_output_dir, name))
         with outputs.moved_by("SURFACE_VOLUME_ZARR"):
             outputs.check_writable(storage.join(uri, "zarr.json"))
@@ -73,7 +75,8 @@ class Preparation:
             return
         check_room_to_prepare(self.segment, self.uri, self.is_compressed)
         restarted.append(self.uri)
-        outputs.remove(self.uri)
+        with outputs.moved_by("SURFACE_VOLUME_ZARR"):  # which may not be removed
+            outputs.remove(self.uri)
         depth, height, width = self.segment.shape
         depth //= self.averaged
         with storage.explained(self.uri):

@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -30,12 +31,19 @@ def say(text: str) -> None:
     """Print a message on standard error: above a bar, and on a terminal wrapped between words."""
     console = _shown[-1].console if _shown else Console(stderr=True)
     if not console.is_terminal:
-        print(text, file=sys.stderr, flush=True)
+        write(text)
         return
     wrapper = textwrap.TextWrapper(console.width)
     wrapper.break_long_words = wrapper.break_on_hyphens = False  # so that paths stay whole
     lines = map(wrapper.fill, text.split("\n"))
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+def write(lines: str) -> None:
+    """Print lines on standard error as they are; one that is closed or full stops no job."""
+    if sys.stderr is not None:  # else print would take standard output
+        with suppress(OSError, ValueError):
+            print(lines, file=sys.stderr, flush=True)
 
 
 class Meter:
@@ -142,11 +150,9 @@ class Meter:
 
     def _say(self) -> None:
         self._said, self._has_said = time.monotonic(), True
-        print(
+        write(
             f"{self.phase}: {self.done:,} of {self.total:,} {self.unit} "
-            f"({100 * self.done / max(self.total, 1):.0f} %), {self.time}",
-            file=sys.stderr,
-            flush=True,
+            f"({100 * self.done / max(self.total, 1):.0f} %), {self.time}"
         )
 
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from inkdask.box import Box
 from inkdask.errors import InkdaskError
+from inkdask.reading.images import Image, decoded_bytes
 from inkdask.reading.layers import find_layers, list_names
 from inkdask.reading.tiff import TiffImage
 from inkdask.reading.tiff_header import read_stack
-from inkdask.reading.volume import Source, TiffStack
+from inkdask.reading.volume import DecodedStack, Source, TiffStack
 from inkdask.reading.zarr_volume import ZarrSource
 from inkdask.segment import Segment, read_header
 from inkdask.storage.parallel import for_each
@@ -23,6 +24,7 @@ from inkdask.view.sampling import evenly, pieces_in, span_of
 PIECES, COLUMNS = 16, 3  # at most
 LAYERS = 13, 9, 5  # of a column: as many as the budget allows
 BYTES = 16 << 20  # at most: of pieces, and of columns
+WHOLE = 256 << 20  # bytes of the largest layer that is decoded for its values
 FULL = 0.98  # share of the fullest piece from which a piece counts as full
 
 
@@ -70,8 +72,8 @@ def sample(segment: Segment, share: float = 1 / 40) -> Samples:
     """
     source, box = segment.source, segment.box or Box.at((0, 0), segment.shape[1:])
     found, middle = Samples(), len(segment.layers) // 2
-    if not source.can_be_sampled:
-        return found
+    if isinstance(source, DecodedStack):
+        return _of_whole(source.images[middle], box)
     if isinstance(source, ZarrSource):  # a chunk of a shard can be read alone
         source = replace(source, unit=source.inner)
     with suppress(InkdaskError):  # A job names what it cannot read.
@@ -88,6 +90,15 @@ def sample(segment: Segment, share: float = 1 / 40) -> Samples:
                 columns = [full[n] for n in evenly(range(len(full)), count)]
                 return replace(found, columns=_read(through, columns, np.uint8), numbers=numbers)
     return found
+
+
+def _of_whole(image: Image, box: Box) -> Samples:
+    """Decode a layer that cannot be read in parts, where it is small and has values to judge."""
+    if image.dtype.itemsize == 1 or decoded_bytes(image) > WHOLE:
+        return Samples()
+    with suppress(InkdaskError):
+        return Samples([image.decode(image.dtype)[None, *box.slices]])
+    return Samples()
 
 
 def _boxes(layer: Source, box: Box, budget: float) -> list[Box]:

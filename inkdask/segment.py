@@ -192,6 +192,8 @@ def open_segment(
     listing = list_names(uri)
     name = name_of(uri)
     mask_uri = os.fspath(mask) if mask else find_mask(uri, listing)
+    if mask_uri and mask_uri != NO_MASK:
+        mask_uri = storage.absolute(mask_uri)
     if (chosen_uri := choose_volume(uri, listing, volume, root)) != uri:
         uri, listing = chosen_uri, list_names(chosen_uri)
     if {*ZARR_FILES} & {entry.name for entry in listing}:
@@ -245,7 +247,7 @@ def _open_array(
 ) -> tuple[Source, tuple[int, ...], tuple[int, ...], np.dtype[Any], str]:
     """Open a zarr array, and choose of all its layers."""
     with storage.decoded(uri):
-        source = open_zarr(uri, level, layers[1] - layers[0] if layers else count or 0)
+        source = open_zarr(uri, level, range(*layers) if layers else range(count or 0))
     numbers = source.numbers
     if source.oddity:
         log.warning("%s has %s", source.name, source.oddity)
@@ -338,7 +340,7 @@ def find_mask(uri: str, listing: Sequence[storage.Entry] | None = None) -> str |
 
 def open_labels(uri: str, shape: tuple[int, ...]) -> da.Array:
     """Open a picture of a segment's size, lazily: dask bool (y, x), True where it is not 0."""
-    source = _open_mask(uri, shape, "picture of labels", "")
+    source = _open_mask(storage.absolute(uri), shape, "picture of labels", "")
     return lazy(source, source.identity, is_mask=True)
 
 

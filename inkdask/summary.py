@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from inkdask import engine, storage
 from inkdask.memory import peak_memory
-from inkdask.progress import amount, clock, columns
+from inkdask.progress import amount, clock, columns, write
 from inkdask.store import ChunkReport, process_name
 from inkdask.tiling import Tiling
 
@@ -129,7 +128,7 @@ class Summary:
             "memory": f"{amount(self.peak_memory)} at most in one process",
             "grid": grid,
         } | ({"ink": ink} if ink else {})
-        print(columns(rows), file=sys.stderr, flush=True)
+        write(columns(rows))
         if self.empty and not (self.ran or self.resumed or self.failed):
             log.warning("No tile has data: are these the right layers, and is the mask right?")
 

@@ -278,7 +278,7 @@ def settle(settings: Settings) -> Job:
     check_replaced(job)
     check_pixels(plan, settings.pixel_resolution_um)
     job.grid.check_place(job.recipe)
-    check_places(job, settings.result_file, settings.num_parts, settings.overwrite)
+    check_places(job, settings)
     return job
 
 

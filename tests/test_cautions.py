@@ -286,7 +286,7 @@ def test_pages_of_a_stack_are_sampled(tmp_path):
     assert max(found.profile, key=found.profile.get) == 20
 
 
-def test_pictures_are_not_decoded_for_samples(tmp_path):
+def test_pictures_of_uint8_are_not_decoded_for_samples(tmp_path):
     from PIL import Image
 
     (tmp_path / "png").mkdir()

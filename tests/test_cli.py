@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import dask.array as da
 import dask.cli
@@ -208,3 +209,29 @@ def test_messages_name_what_was_typed(monkeypatch, words, variables, says):
     assert cli.as_typed(told, words) == says
     if "--model" in words:
         assert cli.as_typed("give NUM_PARTS=4", words) == "give --num-parts 4"
+
+
+@pytest.mark.parametrize("stream", ["full", "closed", "none"])
+def test_job_ends_well_without_standard_error(segment, tmp_path, monkeypatch, capsys, stream):
+    """A console may be gone, and a disk that takes the messages may be full."""
+    result, error = tmp_path / "result", Path("/dev/full").open("w")  # noqa: SIM115
+    if stream == "closed":
+        error = Path("/dev/null").open("w")  # noqa: SIM115
+        error.close()
+    monkeypatch.setattr(sys, "stderr", None if stream == "none" else error)
+    words = ["--model", "demo", "--model-in-chans", "3", "--result-file", str(result)]
+    cli.main(["run", str(segment), *words])
+    assert capsys.readouterr().out == f"{result.read_text()}\n"
+
+
+def test_full_standard_output_is_said_after_the_job(segment, tmp_path, monkeypatch, capsys):
+    result = tmp_path / "result"
+    monkeypatch.setattr(sys, "stdout", Path("/dev/full").open("w"))  # noqa: SIM115
+    words = ["--model", "demo", "--model-in-chans", "3", "--result-file", str(result)]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["run", str(segment), *words])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.endswith(
+        "inkdask: Standard output cannot be written: No space left on device.\n"
+    )
+    assert result.exists()

@@ -19,12 +19,14 @@ import pytest
 import torch
 from dask.sizeof import sizeof
 from distributed import Client, LocalCluster
+from PIL import Image
 
 import inkdask
 from inkdask import cli, engine, failures, storage, workflow
 from inkdask.clusters import connection, report
 from inkdask.errors import InkdaskError, UnavailableError
 from inkdask.models import hardware
+from inkdask.segment import open_labels
 from inkdask.settings import Settings
 from tests.conftest import free_port, start_server
 from tests.files import read_picture, write_layers
@@ -273,7 +275,7 @@ def test_run_refuses_scheduler_and_workers_with_another_inkdask(segment, start_d
     assert not places(tmp_path)
 
 
-def test_connect_accepts_scheduler_without_workers_and_the_same_version():
+def test_connect_accepts_scheduler_without_workers_and_says_so(caplog):
     from distributed import LocalCluster
 
     options = {"processes": False, "protocol": "tcp://", "dashboard_address": None}
@@ -282,6 +284,9 @@ def test_connect_accepts_scheduler_without_workers_and_the_same_version():
             settings = Settings.of(cluster=cluster.scheduler_address)
             with connection.connect(settings) as client:
                 assert len(client.scheduler_info()["workers"]) == count
+                waits = f"The scheduler at {cluster.scheduler_address} has no workers: the job"
+                assert (waits in caplog.text) == (not count)
+            caplog.clear()
 
 
 def elsewhere(tmp_path):
@@ -426,8 +431,10 @@ def test_report_is_written_to_s3(segment, s3):
 
 def test_run_refuses_unwritable_report_before_the_work(segment, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InkdaskError, match=r"report\.html cannot be written"):
-        inkdask.run(segment, model=broken, report=str(tmp_path / "file" / "report.html"))
+    report = str(tmp_path / "file" / "report.html")
+    for work in (inkdask.check, inkdask.run):
+        with pytest.raises(InkdaskError, match=r"report\.html cannot be written: .* set REPORT to"):
+            work(segment, model=broken, report=report)
 
 
 SECRETS = {
@@ -641,7 +648,7 @@ def test_script_without_main_guard_runs_on_local_workers(segment, tmp_path):
 
 
 @pytest.mark.slow
-def test_relative_paths_mean_those_of_the_client(segment, tmp_path, monkeypatch):
+def test_relative_paths_mean_those_of_the_client(segment, volume, tmp_path, monkeypatch):
     """Workers may have been started in another folder."""
     from distributed import Client, LocalCluster
 
@@ -652,9 +659,16 @@ def test_relative_paths_mean_those_of_the_client(segment, tmp_path, monkeypatch)
     ):
         (tmp_path / "elsewhere").mkdir()
         client.run(os.chdir, str(tmp_path / "elsewhere"))
-        inkdask.run(
+        for folder, value in (("", 255), ("elsewhere", 0)):
+            Image.new("L", volume.shape[:0:-1], value).save(tmp_path / folder / "mask.png")
+        uri = inkdask.run(
             "segment", model=depth_slope, tile=64, stride=32, zarr_output_dir="grids",
-            output_path="out", result_file="result",
+            output_path="out", result_file="result", mask_path="mask.png",
         )  # fmt: skip
+        assert read_picture(uri).any()  # the client's mask has papyrus
+        prediction = os.path.relpath(uri.replace(".png", ".zarr"), tmp_path)
+        inkdask.export(prediction, ["copy.zarr"])
+        assert open_labels("mask.png", volume.shape[1:]).all().compute()
     assert list((tmp_path / "grids").glob("*.zarr"))
-    assert not list((tmp_path / "elsewhere").iterdir())
+    assert (tmp_path / "copy.zarr").is_dir()
+    assert [it.name for it in (tmp_path / "elsewhere").iterdir()] == ["mask.png"]

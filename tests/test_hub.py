@@ -381,6 +381,8 @@ def test_parse_reports_what_is_no_file_of_a_repo(file: str) -> None:
         ("https://huggingface.co/ink/big", "ink/big"),
         ("https://huggingface.co/ink/big/", "ink/big"),
         ("https://hf.co/ink/big?library=torch#use", "ink/big"),
+        ("http://huggingface.co/ink/big", "ink/big"),
+        ("https://www.huggingface.co/ink/big/tree/v2", "ink/big@v2"),
         ("https://huggingface.co/ink/big/a/b.ckpt", "ink/big/a/b.ckpt"),  # as sentences name it
         ("https://huggingface.co/ink/big/tree/v2", "ink/big@v2"),
         ("https://huggingface.co/ink/big/blob/main/a/b.ckpt", "ink/big/a/b.ckpt@main"),

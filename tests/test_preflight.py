@@ -176,11 +176,16 @@ def write_values(folder, bits, kind="tif"):
     if kind == "zarr":
         zarr.create_array(str(folder), data=layers, chunks=(6, 64, 64))
         return folder
+    if kind == "png":
+        (folder / "layers").mkdir(parents=True)
+        for number, layer in enumerate(layers):
+            Image.fromarray(layer).save(folder / "layers" / f"{number:02d}.png")
+        return folder
     write_layers(folder / "layers", layers, rowsperstrip=16)
     return folder
 
 
-@pytest.mark.parametrize("kind", ["tif", "zarr"])
+@pytest.mark.parametrize("kind", ["tif", "zarr", "png"])
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])
 def test_values_of_few_bits_in_uint16_are_told(tmp_path, caplog, capsys, kind, bits):
     place = write_values(tmp_path / "seg", bits, kind)

@@ -311,6 +311,25 @@ def test_writable_place_is_checked_without_a_trace(home):
     assert storage.list_folder(home) == []
 
 
+def test_place_below_a_link_to_nothing_is_reported(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for place in ("link/a.png", "link/b/a.png"):
+        with pytest.raises(InkdaskError, match=rf"{place} cannot be written: .*/link is not a"):
+            outputs.check_writable(str(tmp_path / place))
+    outputs.check_writable(str(tmp_path / "link"))  # which a file would replace
+
+
+@pytest.mark.parametrize("length", [240, 245, 255, 256])
+def test_name_is_refused_where_its_unfinished_file_has_a_name_too_long(tmp_path, length):
+    place = str(tmp_path / ("n" * length))
+    if length == 240:
+        outputs.check_writable(place)
+        storage.write_bytes(place, b"ink")
+        return
+    with pytest.raises(InkdaskError, match="File name too long"):
+        outputs.check_writable(place)
+
+
 def test_closed_place_is_reported(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(0)

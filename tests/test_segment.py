@@ -289,6 +289,24 @@ def test_picture_named_by_the_id_is_no_endless_gap(tmp_path, pixels):
     assert open_segment(tmp_path, (0, 6)).layers == tuple(range(6))
 
 
+@pytest.mark.parametrize("folder", ["layers", "surface_volume", "x.tifs"])
+def test_id_of_layers_may_have_underscores(tmp_path, pixels, folder):
+    write_layers(tmp_path / folder, pixels)
+    for file in (tmp_path / folder).iterdir():
+        file.rename(file.with_name(f"PHerc_Paris4_{file.name}"))
+    place = tmp_path / folder if folder == "x.tifs" else tmp_path
+    assert_reads(open_segment(place), pixels >> 8)
+    (tmp_path / folder / "Other_00.tif").write_bytes(encode(pixels[0]))
+    with pytest.raises(InkdaskError, match="No layers found"):
+        open_segment(place)
+
+
+def test_pictures_in_a_segment_are_no_layers(tmp_path):
+    Image.new("L", (30, 20)).save(tmp_path / "prediction_demo_00_26.png")
+    with pytest.raises(InkdaskError, match="No layers found"):
+        open_segment(tmp_path)
+
+
 def test_gap_in_the_range_is_named(tmp_path, pixels):
     write_layers(tmp_path, pixels)
     (tmp_path / "03.tif").unlink()
@@ -374,14 +392,15 @@ def test_jpeg_of_twelve_bits_is_refused(tmp_path, pixels):
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_jpeg_that_is_turned_is_refused(tmp_path, pixels, orientation):
+@pytest.mark.parametrize("name", ["00.jpg", "00.png"])
+def test_picture_that_is_turned_is_refused(tmp_path, pixels, name, orientation):
     exif = Image.Exif()
     exif[274] = orientation
-    Image.fromarray((pixels[0] >> 8).astype(np.uint8)).save(tmp_path / "00.jpg", exif=exif)
+    Image.fromarray((pixels[0] >> 8).astype(np.uint8)).save(tmp_path / name, exif=exif)
     if orientation == 1:
         assert open_segment(tmp_path).shape == (1, *SHAPE[1:])
         return
-    with pytest.raises(InkdaskError, match=r"00\.jpg has Orientation 6, .*: save it upright"):
+    with pytest.raises(InkdaskError, match=rf"{name} has Orientation 6, .*: save it upright"):
         open_segment(tmp_path)
 
 
@@ -615,8 +634,8 @@ def test_description_reads_little_of_a_segment(tmp_path, options, layout):
     assert empty == pytest.approx(0.2, abs=0.1)
 
 
-def test_description_of_pictures_reads_nothing(tmp_path, pixels):
-    for number, layer in enumerate(pixels):
+def test_description_of_pictures_of_uint8_reads_nothing(tmp_path, pixels):
+    for number, layer in enumerate((pixels >> 8).astype(np.uint8)):
         (tmp_path / f"{number:02d}.png").write_bytes(imagecodecs.png_encode(layer))
     segment = open_segment(str(tmp_path))
     before = storage.counters()

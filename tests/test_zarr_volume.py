@@ -167,6 +167,8 @@ def test_axes_in_any_order_are_read_by_their_names(tmp_path, order):
         ((26, 90, 10), {}, 10, "last, of 10"),
         ((26, 90, 10), {"count": 26}, 26, "first, of 26"),
         ((26, 90, 10), {"layers": (0, 20)}, 20, "first, of 26"),
+        ((65, 90, 20), {"layers": (30, 48)}, 18, "first, of 65"),
+        ((65, 90, 18), {"layers": (30, 48)}, 18, "last, of 18"),  # as the reference tool writes
         ((90, 30, 40), {}, 40, "last, of 40"),
         ((26, 90, 300), {}, 26, ""),
         ((300, 30, 20), {}, 20, ""),

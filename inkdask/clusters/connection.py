@@ -36,12 +36,12 @@ def connect(settings: Settings) -> Iterator[Client | None]:
     if address == "threads":
         with engine.reaching(client := engine.current_client()):
             if client is not None:
-                check_versions(client)
+                check_workers(client)
             yield None
         return
     with script_left_out(), start(address, settings) as client, engine.reaching(client):
         log.info("Dashboard of the cluster: %s", client.dashboard_link)
-        check_versions(client)
+        check_workers(client)
         yield client
 
 
@@ -72,8 +72,10 @@ def start(address: str, settings: Settings) -> AbstractContextManager[Client]:
     return kubernetes(settings) if address == "kubernetes" else existing(address)
 
 
-def check_versions(client: Client) -> None:
+def check_workers(client: Client) -> None:
     """Refuse a scheduler or a worker that cannot import this version of inkdask.
+
+    Where there is no worker yet, say that the job waits for one.
 
     Each process is asked what it imports, because `Client.get_versions` reads the metadata of
     installed packages, which another copy on the path may precede. The question is a call of
@@ -85,7 +87,8 @@ def check_versions(client: Client) -> None:
         answer = client.run_on_scheduler(eval, question)
     except Exception as error:
         answer = error
-    answers = {f"the scheduler at {client.scheduler_info(n_workers=0)['address']}": answer}
+    scheduler = f"scheduler at {client.scheduler_info(n_workers=0)['address']}"
+    answers = {f"the {scheduler}": answer}
     workers = client.run(eval, question, on_error="return")
     answers |= {f"the worker at {address}": answer for address, answer in workers.items()}
 
@@ -108,6 +111,8 @@ def check_versions(client: Client) -> None:
             f"This process has inkdask {ours}, but {there}: install inkdask {ours} there, and "
             "start the cluster again."
         )
+    if not workers:
+        log.warning("The %s has no workers: the job waits for one", scheduler)
 
 
 @contextmanager

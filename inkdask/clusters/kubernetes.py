@@ -7,7 +7,6 @@ job ends. Should this process be killed, the operator removes the cluster after 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -22,6 +21,7 @@ from rich.text import Text
 from inkdask import storage
 from inkdask.clusters.pods import API, IDLE_TIMEOUT, Pods
 from inkdask.errors import SettingsError, UnavailableError
+from inkdask.progress import write
 from inkdask.settings import Settings, env_name
 from inkdask.specs import NO_MASK
 
@@ -239,7 +239,7 @@ def _news() -> Iterator[Callable[[str], None]]:
             if console.is_terminal:
                 line.update(Text(sentence))
             elif sentence != last:
-                print(sentence, file=sys.stderr, flush=True)
+                write(sentence)
             last = sentence
 
         yield tell

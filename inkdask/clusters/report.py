@@ -30,7 +30,8 @@ def report(uri: str | None) -> Iterator[None]:
     if uri is None:
         yield
         return
-    outputs.check_writable(uri)
+    with outputs.moved_by("REPORT"):
+        outputs.check_writable(uri)
     with Scratch() as scratch:
         page = scratch / "report.html"
         try:

@@ -26,6 +26,7 @@ MOST_LISTED = 20  # weights files in a sentence
 PACKAGE = "package://"  # package://NAME/FILE is a file inside an installed Python package
 
 _REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:[/:]([^@]+))?(?:@(.+))?")
+_HUB = r"hf://|https?://(www\.)?(huggingface\.co|hf\.co)/"
 # A page of the Hub, or the rest of hf://: the repo, a revision in one of two places, and a file.
 _PAGE = re.compile(
     r"([\w.-]+/[\w.-]+)(?:@([^/?#]+))?(?:/(?:blob|raw|resolve|tree)/([^/?#]+))?/?([^?#]*)([?#].*)?"
@@ -34,11 +35,11 @@ _PAGE = re.compile(
 
 def address(model: str) -> str:
     """Return ``owner/name/FILE@REVISION`` for its URL on the Hub; any other model as it is."""
-    for start in (f"{constants.ENDPOINT}/", "https://huggingface.co/", "https://hf.co/", "hf://"):
-        if model.startswith(start) and (page := _PAGE.fullmatch(model.removeprefix(start))):
+    for start in (re.escape(f"{constants.ENDPOINT}/"), _HUB):
+        if (at := re.match(start, model)) and (page := _PAGE.fullmatch(model[at.end() :])):
             repo, revision, branch, file, _ = (unquote(part or "") for part in page.groups())
-            at = revision or branch
-            return repo + (file and f"/{file}") + (at and f"@{at}")
+            version = revision or branch
+            return repo + (file and f"/{file}") + (version and f"@{version}")
     return model
 
 

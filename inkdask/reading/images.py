@@ -54,7 +54,7 @@ class Image(Protocol):
     def channels(self) -> int: ...  # noqa: D102
     @property
     def page(self) -> int: ...  # noqa: D102
-    def decode(self) -> np.ndarray: ...  # noqa: D102
+    def decode(self, dtype: Any = np.uint8) -> np.ndarray: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class ImageFile:
         """Human-readable layout."""
         return "PNG" if self.uri.lower().endswith("png") else "JPEG"
 
-    def decode(self) -> np.ndarray:
-        """Read the first channel of the whole picture, uint8 (y, x)."""
+    def decode(self, dtype: Any = np.uint8) -> np.ndarray:
+        """Read the first channel of the whole picture (y, x): high bytes, or values as stored."""
         try:
             data = storage.read_bytes(self.uri, self.etag)
             pixels = imagecodecs.imread(data, codec=["png", "jpeg", "tiff"])
@@ -115,9 +115,9 @@ class ImageFile:
             return np.asarray(opaque.any(axis=2)).view(np.uint8)
         if pixels.ndim == 3:
             pixels = pixels[:, :, 0]
-        if pixels.dtype == np.uint16:
+        if pixels.dtype.itemsize > np.dtype(dtype).itemsize:
             pixels = pixels >> 8
-        return pixels.astype(np.uint8, copy=False)
+        return pixels.astype(dtype, copy=False)
 
 
 def read_header(uri: str, size: int, etag: str = "") -> ImageFile:
@@ -134,9 +134,9 @@ def read_header(uri: str, size: int, etag: str = "") -> ImageFile:
 
 
 def _parse(uri: str, head: bytes) -> ImageFile:
-    colours = 0
+    colours, is_png = 0, head[12:16] == b"IHDR"
     try:
-        if head[12:16] == b"IHDR":
+        if is_png:
             width, height, bits, colours = struct.unpack(">IIBB", head[16:26])
             channels = {0: 1, 4: 2, 2: 3, PALETTE: 3, 6: 4}[colours]
         else:
@@ -149,7 +149,7 @@ def _parse(uri: str, head: bytes) -> ImageFile:
         raise InkdaskError(f"{uri} has {bits}-bit values: save it as uint8, or as a PNG of uint16.")
     exif = PIL.Image.Exif()
     with suppress(Exception):  # Damaged Exif data do not concern the pixels.
-        exif.load(head.partition(b"Exif\0\0")[2])
+        exif.load(head.partition(b"eXIf" if is_png else b"Exif\0\0")[2])
     if exif.get(274, 1) != 1:
         raise InkdaskError(f"{uri} has Orientation {exif[274]}, and only 1 can be read: {PLAIN}.")
     dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)

@@ -11,6 +11,8 @@ from inkdask import storage
 from inkdask.errors import InkdaskError
 
 _LAYER = re.compile(r"([^_]+_)?(\d+)\.(tiff?|png|(jpe?g))", re.IGNORECASE)  # 00.tif, ID_00.tif
+# In a folder of layers an ID may have "_". Pictures in a segment may end in a number, too.
+_OF_LAYERS = re.compile(_LAYER.pattern.replace("[^_]+", ".+"), re.IGNORECASE)
 FOLDERS = ("layers", "surface_volume")
 VOLUMES = "surface-volumes"  # folder of several in the open bucket
 
@@ -83,7 +85,9 @@ def find_layers(uri: str, listing: Sequence[storage.Entry]) -> tuple[str, list[L
     folder = storage.join(uri, inner[0]) if inner else uri.rstrip("/")
     entries = list_names(folder) if inner else listing
     places = [(storage.join(folder, entry.name), entry) for entry in entries if not entry.is_folder]
-    found = [(m, place) for place in places if (m := _LAYER.fullmatch(place[1].name))]
+    is_of_layers = bool(inner) or uri.rstrip("/").endswith((*FOLDERS, ".tifs"))
+    pattern = _OF_LAYERS if is_of_layers else _LAYER
+    found = [(m, place) for place in places if (m := pattern.fullmatch(place[1].name))]
     # Names without an ID come first; files of several IDs are no layers of one segment. JPEGs
     # beside another file of the same layer are previews.
     ids = {match[1] for match, _ in found}

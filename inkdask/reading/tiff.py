@@ -155,10 +155,10 @@ class TiffImage:
         """Interleaved values of a pixel, of which the first is kept."""
         return self.layout.samples
 
-    def decode(self) -> np.ndarray:
-        """Read the whole image as uint8 (y, x)."""
+    def decode(self, dtype: Any = np.uint8) -> np.ndarray:
+        """Read the whole image, ``dtype`` (y, x): high bytes, or values as stored."""
         height, width = self.shape
-        return TiffBlock.of([self], slice(0, height), slice(0, width)).read()[0]
+        return TiffBlock.of([self], slice(0, height), slice(0, width)).read(dtype)[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -173,16 +173,16 @@ class ZarrBlock:
         return np.ascontiguousarray(pixels, dtype)
 
 
-def open_zarr(uri: str, level: str = "0", wanted: int = 0) -> ZarrSource:
+def open_zarr(uri: str, level: str = "0", wanted: range = range(0)) -> ZarrSource:
     """Describe the array at ``uri``, or the level ``level`` of an OME-Zarr group.
 
-    Axes without names are guessed such that there are ``wanted`` layers.
+    Axes without names are guessed such that there are the ``wanted`` layers.
     """
     with storage.decoded(uri):  # because attributes may hold anything
         return _open(uri, level, wanted)
 
 
-def _open(uri: str, level: str, wanted: int) -> ZarrSource:
+def _open(uri: str, level: str, wanted: range) -> ZarrSource:
     node: Any = storage.zarr_node(uri)
     names: Any = None
     name, path, index, attributes = uri, "", 0, node.attrs.asdict()
@@ -198,6 +198,8 @@ def _open(uri: str, level: str, wanted: int) -> ZarrSource:
     if node.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise InkdaskError(f"{name} is no array of uint8 or uint16, but {node.dtype}.")
     names = names or getattr(node.metadata, "dimension_names", None)
+    kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
+    wanted = range(len(kept)) if kept else wanted
     axes, oddity = _axes(shape, names or node.attrs.get("_ARRAY_DIMENSIONS") or (), wanted)
     depth, height, width = (shape[axis] for axis in axes)
     check_size(name, (depth, height, width))
@@ -205,7 +207,6 @@ def _open(uri: str, level: str, wanted: int) -> ZarrSource:
     if depth * math.prod(pieces) // pieces[axes[0]] > WHOLE_BYTES:
         pieces = node.chunks[-3:]
     said = str(attributes.get("format") or "")
-    kept: Any = node.attrs.get(LAYERS_ATTRIBUTE)
     numbers = [*(kept or range(depth))]
     is_counted = all(type(number) is int and number >= 0 for number in numbers)
     if len(numbers) != depth or not is_counted or numbers != sorted({*numbers}):
@@ -267,7 +268,7 @@ def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, int, tuple[str
     return level, levels.index(level), tuple(axes) or None
 
 
-def _axes(shape: Sequence[int], names: Any, wanted: int) -> tuple[tuple[int, int, int], str]:
+def _axes(shape: Sequence[int], names: Any, wanted: range) -> tuple[tuple[int, int, int], str]:
     """Find the axes of layers, rows and columns by their names, or guess, and say what in words."""
     places, oddity = {str(name).lower(): axis for axis, name in enumerate(names[-3:])}, ""
     depth = next((places[name] for name in _DEPTHS if name in places), None)
@@ -277,7 +278,8 @@ def _axes(shape: Sequence[int], names: Any, wanted: int) -> tuple[tuple[int, int
     if depth is None:  # the first axis; the last of arrays (y, x, z)
         first, last = shape[0], shape[2]
         depth, other = (2, 0) if 3 * last < 2 * first else (0, 2)
-        if shape[depth] < wanted <= shape[other] <= MOST_LAYERS:
+        # Arrays of the reference tool hold the wanted layers alone, without their numbers.
+        if len(wanted) != shape[depth] < wanted.stop <= shape[other] <= MOST_LAYERS:
             depth = other
         if max(first, last) <= MOST_LAYERS:
             place = "last" if depth else "first"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from inkdask.storage.files import decoded, explained, open_array
+from inkdask.storage.files import absolute, decoded, explained, open_array
 
 if TYPE_CHECKING:
     from zarr import Array
@@ -19,7 +19,8 @@ class StoredArray:
     """
 
     def __init__(self, uri: str, array: Array[Any], remedy: str = "") -> None:
-        self.uri, self._version, self._remedy = uri, repr(array.metadata), remedy
+        # Absolute, because workers may run in another folder.
+        self.uri, self._version, self._remedy = absolute(uri), repr(array.metadata), remedy
         self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
         self.chunks = array.chunks
 

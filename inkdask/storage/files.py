@@ -244,12 +244,17 @@ def writing(uri: str) -> Iterator[Path]:
             return
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
-        part = final.with_name(f".{final.name}.{uuid4().hex[:8]}.part")
+        part = part_of(final)
         try:
             yield part
             part.replace(final)
         finally:
             part.unlink(missing_ok=True)
+
+
+def part_of(final: Path) -> Path:
+    """Return the file that is written before it replaces ``final``."""
+    return final.with_name(f".{final.name}.{uuid4().hex[:8]}.part")
 
 
 def zarr_store(uri: str, read_only: bool = False) -> Store:
@@ -301,7 +306,9 @@ def open_array(uri: str, version: str = "") -> Array[Any]:
     """Open a zarr array to read and write; each process opens each ``version`` of it once."""
     import zarr
 
-    return zarr.open_array(zarr_store(uri), mode="r+")
+    with suppress(FileNotFoundError):  # zarr's own cannot be unpickled, so no worker may raise it
+        return zarr.open_array(zarr_store(uri), mode="r+")
+    raise FileNotFoundError(uri)
 
 
 def explain(error: BaseException, uri: str) -> InkdaskError:

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
+from inkdask.storage.files import part_of
 from inkdask.storage.parallel import for_each
 
 log = logging.getLogger("inkdask")
@@ -54,12 +55,14 @@ def check_writable(uri: str) -> None:
             return
         if path.is_dir():
             raise InkdaskError(f"{uri} cannot be written: it is a folder.")
-        while folder == path or not folder.exists():
+        with suppress(FileNotFoundError, NotADirectoryError):
+            part_of(path).lstat()  # a name may be too long
+        while folder == path or not os.path.lexists(folder):
             folder = folder.parent
-        owners = {0, folder.stat().st_uid, path.stat().st_uid if path.exists() else os.geteuid()}
-        is_shared = folder.stat().st_mode & stat.S_ISVTX  # as /tmp: only owners replace files
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         raise InkdaskError(f"{uri} cannot be written: {folder} is not a writable folder.")
+    owners = {0, folder.stat().st_uid, path.stat().st_uid if path.exists() else os.geteuid()}
+    is_shared = folder.stat().st_mode & stat.S_ISVTX  # as /tmp: only owners replace files
     if is_shared and os.geteuid() not in owners:
         raise InkdaskError(f"{uri} cannot be written: it is another user's.")
 

@@ -74,7 +74,14 @@ class S3FileSystem(s3fs.S3FileSystem):
     async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
         async def call() -> Any:
             count(requests=1)
-            return await super(S3FileSystem, self)._call_s3(method, *args, **kwargs)
+            ask = super(S3FileSystem, self)._call_s3
+            try:
+                return await ask(method, *args, **kwargs)
+            except OSError as error:
+                if method == "head_object" and _code(error) in ("400", "403"):
+                    # Its answer to HEAD has no room for the reason.
+                    await ask("get_object", *args, **kwargs, Range="bytes=0-0")
+                raise
 
         return await persist(call, method, kwargs)
 
