@@ -192,8 +192,6 @@ def open_segment(
     listing = list_names(uri)
     name = name_of(uri)
     mask_uri = os.fspath(mask) if mask else find_mask(uri, listing)
-    if mask_uri and mask_uri != NO_MASK:
-        mask_uri = storage.absolute(mask_uri)
     if (chosen_uri := choose_volume(uri, listing, volume, root)) != uri:
         uri, listing = chosen_uri, list_names(chosen_uri)
     if {*ZARR_FILES} & {entry.name for entry in listing}:
@@ -208,8 +206,9 @@ def open_segment(
         level=level, found=found, pixel_um=pixel_um_of(uri, source, root),
     )  # fmt: skip
     if mask_uri and mask_uri != NO_MASK:
-        mask_source = _open_mask(mask_uri, source.shape[1:])
-        segment = replace(segment, mask_source=mask_source, mask_identity=mask_source.identity)
+        it = _open_mask(mask_uri, source.shape[1:])
+        place = it.images[0].uri
+        segment = replace(segment, mask_uri=place, mask_source=it, mask_identity=it.identity)
     log.debug("%s: layers %s are read, in this order", uri, " ".join(map(str, numbers)))
     return segment
 
@@ -340,7 +339,7 @@ def find_mask(uri: str, listing: Sequence[storage.Entry] | None = None) -> str |
 
 def open_labels(uri: str, shape: tuple[int, ...]) -> da.Array:
     """Open a picture of a segment's size, lazily: dask bool (y, x), True where it is not 0."""
-    source = _open_mask(storage.absolute(uri), shape, "picture of labels", "")
+    source = _open_mask(uri, shape, "picture of labels", "")
     return lazy(source, source.identity, is_mask=True)
 
 
@@ -350,6 +349,7 @@ def _open_mask(
     what: str = "mask",
     advice: str = "; MASK_PATH=none reads them without a mask",
 ) -> DecodedStack:
+    uri = storage.absolute(uri)  # because workers may run in another folder
     file = LayerFile(0, uri, storage.entry(uri))
     it = read_header(file)
     image = images.ImageFile(uri, it.shape, it.dtype, it.channels, is_mask=True, etag=it.etag)

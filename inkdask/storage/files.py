@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
@@ -25,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from inkdask.errors import DamagedError, InkdaskError, UnavailableError, reason
 from inkdask.storage.counting import count
 from inkdask.storage.parallel import for_each
-from inkdask.storage.scratch import Scratch
+from inkdask.storage.scratch import Scratch, part_of
 
 if TYPE_CHECKING:
     from zarr import Array, Group
@@ -252,11 +251,6 @@ def writing(uri: str) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def part_of(final: Path) -> Path:
-    """Return the file that is written before it replaces ``final``."""
-    return final.with_name(f".{final.name}.{uuid4().hex[:8]}.part")
-
-
 def zarr_store(uri: str, read_only: bool = False) -> Store:
     """Return the zarr store at ``uri``; its reads are counted, and retried over a network."""
     from inkdask.storage.zarr_stores import LocalStore, RemoteStore, S3Store
@@ -346,10 +340,8 @@ def explained(uri: str) -> Iterator[None]:
     """Raise failures of storage inside the block as the `InkdaskError` of `explain`."""
     try:
         yield
-    except InkdaskError:
-        raise
     except Exception as error:
-        if not _is_of_storage(error):
+        if isinstance(error, InkdaskError) or not _is_of_storage(error):
             raise
         raise explain(error, uri) from error
 

@@ -17,8 +17,8 @@ from uuid import uuid4
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
-from inkdask.storage.files import part_of
 from inkdask.storage.parallel import for_each
+from inkdask.storage.scratch import part_of
 
 log = logging.getLogger("inkdask")
 

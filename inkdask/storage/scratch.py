@@ -1,6 +1,6 @@
-"""Temporary folders that the next job removes where their own process was killed.
+"""Temporary files; and temporary folders, which the next job removes if their process was killed.
 
-Each has a lock, which the system releases when the process ends, however it ends.
+Each folder has a lock, which the system releases when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 PREFIX, NEW = "inkdask-tmp-", "inkdask-new-"  # with and without its lock
 
@@ -58,3 +59,8 @@ def sweep() -> None:
                 shutil.rmtree(path)
             finally:
                 os.close(lock)
+
+
+def part_of(final: Path) -> Path:
+    """Return the file that is written before it takes the place of ``final``."""
+    return final.with_name(f".{final.name}.{uuid4().hex[:8]}.part")
