@@ -12,7 +12,6 @@ from dataclasses import replace
 import dask.array as da
 import numpy as np
 
-from inkdask import storage
 from inkdask.blending import blend, spread
 from inkdask.coarse import so_far
 from inkdask.errors import InkdaskError
@@ -22,7 +21,7 @@ from inkdask.job import Job
 from inkdask.parts import assign
 from inkdask.pictures import exporting
 from inkdask.pictures.picture import is_picture, open_picture
-from inkdask.pictures.pyramid import HISTOGRAM, to_uint8, write_pyramid
+from inkdask.pictures.pyramid import to_uint8, write_pyramid
 from inkdask.preflight import check_room_for_picture
 from inkdask.specs import BlendMode
 from inkdask.storage import outputs
@@ -34,15 +33,16 @@ SPREAD = "_spread"  # ends the name of a picture of the spread of opinions
 MOST_SPREAD = 0.5  # half of the opinions are 0 and half are 1
 
 
-def picture(job: Job, num_parts: int) -> str:
-    """Blend a stored grid, write the picture, and return its URI."""
+def picture(job: Job, num_parts: int) -> tuple[str, str]:
+    """Blend a stored grid and write the picture; return its URI, and how much ink it shows."""
     with outputs.moved_by("OUTPUT_PATH"):
         outputs.check_writable(f"{job.target}.png")
     check_room_for_picture(job.region, job.target)
     check_complete(job, num_parts)
     tell_of_replaced(f"{job.target}.zarr", job.provenance)
     grid = job.grid
-    write(job, job.target, blend(grid.grid(), grid.valid(), grid.tiling, *window_of(job)))
+    ink = blend(grid.grid(), grid.valid(), grid.tiling, *window_of(job))
+    shown = ink_of(job, write(job, job.target, ink))
     if job.rendering.spread:
         mode, sigma, _ = window_of(job)
         opinions = spread(grid.grid(), grid.valid(), grid.tiling, mode, sigma)
@@ -50,7 +50,7 @@ def picture(job: Job, num_parts: int) -> str:
     for ending in (".png", ".zarr"):
         outputs.discard(job.target + PREVIEW + ending)
     job.grid.remove_earlier()
-    return f"{job.target}.png"
+    return f"{job.target}.png", shown
 
 
 def preview(job: Job) -> str:
@@ -66,9 +66,9 @@ def window_of(job: Job) -> tuple[BlendMode, float, Family]:
     return job.rendering.blend_mode, job.rendering.gaussian_sigma, family
 
 
-def ink_of(job: Job) -> str:
+def ink_of(job: Job, histogram: list[int]) -> str:
     """Say how much ink the picture of a job shows: ``0.02 % of the papyrus above 0.5, ...``."""
-    counted = np.array(storage.zarr_node(f"{job.target}.zarr").attrs[HISTOGRAM])
+    counted = np.array(histogram)
     papyrus = int(job.grid.valid()[job.region.slices].sum().compute())
     share = 100 * counted[128:].sum() / max(papyrus, 1)
     strongest = np.flatnonzero(counted).max(initial=0) / 255
@@ -121,8 +121,11 @@ def tell_of_replaced(uri: str, made_of: Provenance) -> None:
             log.info("%s is replaced: its %s", uri, differing)
 
 
-def write(job: Job, target: str, values: da.Array, shows: Shows = "ink") -> None:
-    """Write values in [0, 1] as ``<target>.png`` and ``.zarr``, each whole or not at all."""
+def write(job: Job, target: str, values: da.Array, shows: Shows = "ink") -> list[int]:
+    """Write values in [0, 1] as ``<target>.png`` and ``.zarr``, each whole or not at all.
+
+    Returns how many pixels have each grey value.
+    """
     region, how = job.region, job.rendering
     told = replace(job.provenance, shows=shows)
     grey = da.map_blocks(to_uint8, values[region.slices], dtype=np.uint8)
@@ -131,4 +134,4 @@ def write(job: Job, target: str, values: da.Array, shows: Shows = "ink") -> None
     def draw(place: str) -> None:
         exporting.write(open_picture(place), f"{target}.png", how.look)
 
-    write_pyramid(grey, f"{target}.zarr", told, how.pixel_um, corner, draw)
+    return write_pyramid(grey, f"{target}.zarr", told, how.pixel_um, corner, draw)

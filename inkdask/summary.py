@@ -106,7 +106,7 @@ class Summary:
         """Largest peak memory of a process of the job, in bytes."""
         return max([peak_memory(), *(r.peak_memory for r in self._processes.values())])
 
-    def say(self, grid: str, ink: str | None = None) -> None:
+    def say(self, grid: str, ink: str = "") -> None:
         """Print the account on standard error: with the grid's place, and what came out."""
         read, seconds = self.read, time.monotonic() - self.began
         tiles = f"{self.ran:,} run, {self.empty:,} skipped as empty"

@@ -31,7 +31,7 @@ from inkdask.preflight import (
 )
 from inkdask.preparation import Preparation
 from inkdask.reading.layers import list_names
-from inkdask.reduction import ink_of, picture, preview
+from inkdask.reduction import picture, preview
 from inkdask.samples import sample
 from inkdask.segment import open_segment
 from inkdask.settings import Settings, with_parameters
@@ -133,19 +133,19 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
         for job in jobs:
             job.create()
         shares = [share(job, settings) for job in jobs]
-        uri = compute(shares, summary, settings)
-        jobs = [job for job, _ in shares]
-        ink = "; ".join(map(ink_of, jobs)) if is_whole else None
-        summary.say("; ".join(job.grid.uri for job in jobs), ink)
+        uri, ink = compute(shares, summary, settings)
+        summary.say("; ".join(job.grid.uri for job, _ in shares), ink)
     if is_whole:
         storage.write_bytes(settings.result_file, os.fsencode(uri))  # last of all
     return uri
 
 
-def compute(shares: Sequence[tuple[Job, np.ndarray]], summary: Summary, settings: Settings) -> str:
+def compute(
+    shares: Sequence[tuple[Job, np.ndarray]], summary: Summary, settings: Settings
+) -> tuple[str, str]:
     """Fill the grids of jobs of one tiling pass by pass; make their pictures where they are whole.
 
-    Returns the URIs of the pictures, or of the grids, each in a line.
+    Returns the URIs of the pictures, or of the grids, each in a line; and the ink of the pictures.
     """
     jobs, is_whole = [job for job, _ in shares], settings.num_parts == 1
     passes = jobs[0].grid.tiling.passes
@@ -158,7 +158,10 @@ def compute(shares: Sequence[tuple[Job, np.ndarray]], summary: Summary, settings
                 log.info("pass %d of %d: %s", last + 1, passes, preview(job))
     for job in jobs:
         job.check_unchanged()
-    return "\n".join(picture(job, num_parts=1) if is_whole else job.grid.uri for job in jobs)
+    if not is_whole:
+        return "\n".join(job.grid.uri for job in jobs), ""
+    uris, inks = zip(*(picture(job, num_parts=1) for job in jobs), strict=True)
+    return "\n".join(uris), "; ".join(inks)
 
 
 @with_parameters
@@ -185,7 +188,9 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
     for job in jobs:
         check_replaced(job)
     with connect(settings), report(settings.report):
-        uri = "\n".join(picture(job, settings.num_parts) for job in jobs)
+        uris, inks = zip(*(picture(job, settings.num_parts) for job in jobs), strict=True)
+        log.info("ink: %s", "; ".join(inks))
+    uri = "\n".join(uris)
     storage.write_bytes(settings.result_file, os.fsencode(uri))
     return uri
 

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 import inkdask
-from inkdask import cli, preparation, store, workflow
+from inkdask import cli, preparation, reduction, store, workflow
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import differences
 from inkdask.job import output_stem
@@ -466,6 +466,26 @@ def test_reduce_names_at_most_three_jobs(segment, tmp_path):
         inkdask.run(segment, model=network, stride=stride, roi_xyxy=(0, 0, 70, 70))
     with pytest.raises(InkdaskError, match="stride is .* there and 8 .*; and 1 that differ more;"):
         inkdask.run(segment, model=network, stride=8, step="reduce")
+
+
+def test_picture_that_another_job_replaces_at_once_is_success(
+    segment, tmp_path, monkeypatch, capsys
+):
+    """Between two moves of the other job there is no picture."""
+    real = reduction.write_pyramid
+
+    def write_pyramid(picture, uri, *others):
+        counted = real(picture, uri, *others)
+        shutil.rmtree(uri)
+        return counted
+
+    monkeypatch.setattr(reduction, "write_pyramid", write_pyramid)
+    result = tmp_path / "result"
+    uri = inkdask.run(segment, model=depth_slope, tile=64, stride=32, result_file=str(result))
+    assert result.read_text() == uri
+    papyrus = np.count_nonzero(inkdask.open_segment(segment).volume.max(0).compute())
+    share = f"{100 * np.count_nonzero(read_picture(uri) > 127) / papyrus:.2g}"
+    assert f"{share} % of the papyrus above 0.5" in capsys.readouterr().err
 
 
 def test_run_logs_that_it_replaces_another_picture(segment, caplog):

@@ -32,7 +32,6 @@ from inkdask.storage.dask_arrays import StoredArray
 SMALLEST = 512  # pixels: longer side of the coarsest level, at most
 CHUNK = 1024  # pixels: side of the blocks that are halved in levels that are not stored
 ORIGIN = "inkdask"  # attribute of the provenance
-HISTOGRAM = "histogram"  # attribute: how many pixels of level 0 have each value
 
 
 def write_pyramid(
@@ -42,10 +41,10 @@ def write_pyramid(
     pixel_um: float | None = None,
     corner: tuple[int, int] = (0, 0),
     draw: Callable[[str], None] = lambda _: None,
-) -> None:
+) -> list[int]:
     """Write a picture as an OME-Zarr pyramid: whole or not at all.
 
-    Where S3 lets nothing be removed, it is written in its place: no picture before its last object.
+    Returns how many pixels of the picture have each value, 0 to 255. Where S3 lets nothing be removed, it is written in its place: no picture before its last object.
 
     Parameters
     ----------
@@ -73,14 +72,14 @@ def write_pyramid(
         try:
             steps, counts = list(_writes(picture, place)), list[np.ndarray]()
 
-            def tell(counted: np.ndarray) -> None:
-                counts.append(counted)
+            def tell(some: np.ndarray) -> None:
+                counts.append(some)
                 meter.add(1)
 
             with Meter("picture", sum(map(len, steps)), "chunks") as meter:
                 for step in steps:  # each level is made of the stored one before
                     engine.compute_each(step, tell).check()
-            attributes[HISTOGRAM] = np.sum(counts[: len(steps[0])], axis=0).ravel().tolist()
+            counted: list[int] = np.sum(counts[: len(steps[0])], axis=0).ravel().tolist()
         except InkdaskError:
             _check_there(place)
             raise
@@ -94,6 +93,7 @@ def write_pyramid(
         if place != uri:
             _discard(place)
         raise
+    return counted
 
 
 def to_uint8(ink: np.ndarray) -> np.ndarray:
