@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from inkdask import catalogue, isotropic
 from inkdask.box import Box, cut_region
 from inkdask.engine import has_gpus
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.failures import fallible, read_or_fail
 from inkdask.families import Family, family_of
 from inkdask.identity import Region
@@ -26,6 +27,8 @@ from inkdask.specs import NO_MASK, Network
 from inkdask.tiling import CHUNK, GPU_CHUNK, Tiling
 
 log = logging.getLogger("inkdask")
+
+MOST_CHUNKS = 200_000  # of a Dask program, made in a minute
 
 Given: TypeAlias = "Segment | da.Array | np.ndarray | str | os.PathLike[str]"
 
@@ -105,6 +108,8 @@ class Plan:
         chunk = settings.chunk_size or (GPU_CHUNK if has_gpus(workers) else CHUNK)
         whole = Tiling.of(opened.shape[1:], network.tile, stride, chunk)
         reach, region = _reach(whole, settings.roi_xyxy)
+        tiling = Tiling.of(reach.shape, network.tile, stride, chunk)
+        _check_chunks(tiling)
         if isinstance(opened, Segment):  # reads less than slices of its volume would
             inside = opened.take(kept).crop(*reach.slices)
             volume, mask = inside.lazy(read_or_fail)
@@ -122,7 +127,7 @@ class Plan:
             is_reversed=settings.is_reversed,
             volume=average(volume, factor),
             mask=mask,
-            tiling=Tiling.of(reach.shape, network.tile, stride, chunk),
+            tiling=tiling,
             corner=corner,
             region=region,
             roi_xyxy=(
@@ -292,6 +297,14 @@ def _check_layers(
             span([number for number in given if number not in kept]),
             len(given),
             factor,
+        )
+
+
+def _check_chunks(tiling: Tiling) -> None:
+    if (chunks := math.prod(tiling.block_shape)) > MOST_CHUNKS:
+        raise SettingsError(
+            f"CHUNK_SIZE makes {chunks:,} chunks of {tiling.y.step} x {tiling.x.step} pixels, and "
+            f"at most {MOST_CHUNKS:,} can be run: choose a larger one."
         )
 
 

@@ -352,6 +352,8 @@ def _open_mask(
     uri = storage.absolute(uri)  # because workers may run in another folder
     file = LayerFile(0, uri, storage.entry(uri))
     it = read_header(file)
+    if "pages" in it.oddity:
+        raise InkdaskError(f"The {what} {uri} has several pages: save one picture as one page.")
     image = images.ImageFile(uri, it.shape, it.dtype, it.channels, is_mask=True, etag=it.etag)
     if image.shape != shape:
         raise InkdaskError(

@@ -406,7 +406,9 @@ def test_page_of_a_known_model_has_its_shape(monkeypatch: pytest.MonkeyPatch) ->
     assert (model.key, model.layers) == ("scrollprize/resnet50_3um_01122024", 18)
 
 
-@pytest.mark.parametrize("model", ["/no/such.pt", "./no", "~/no", "no.ckpt", "no/such.bin"])
+@pytest.mark.parametrize(
+    "model", ["/no/such.pt", "./no", "~/no", "~no-user/x", "no.ckpt", "no/such.bin"]
+)
 def test_parse_reports_a_missing_file(model: str) -> None:
     with pytest.raises(InkdaskError, match=r"do not exist\.$"):
         hub.parse(model)

@@ -202,6 +202,14 @@ def test_cut_is_one_block_of_volume_and_mask(tmp_path, mask, factor):
             assert cut_mask is None
 
 
+def test_millions_of_chunks_are_refused():
+    volume = da.zeros((3, 40_000, 40_000), dtype=np.uint8, chunks=(3, 1024, 1024))
+    options = {"model": depth_slope, "tile": 32, "chunk_size": 1}
+    with pytest.raises(SettingsError, match="^CHUNK_SIZE makes 390,625 chunks of 64 x 64 pixels"):
+        Plan.of(volume, Settings.of(**options))
+    assert Plan.of(volume, Settings.of(**options, roi_xyxy=(0, 0, 90, 90))).tiling.tiles
+
+
 def test_plan_is_frozen():
     plan = Plan.of(papyrus((3, 70, 90)), Settings.of(model=depth_slope))
     with pytest.raises(FrozenInstanceError):

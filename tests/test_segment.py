@@ -582,6 +582,15 @@ def test_mask_of_any_tiff_counts_every_colour_and_no_alpha(tmp_path, pixels, mas
     np.testing.assert_array_equal(segment.mask.compute(), mask)
 
 
+def test_mask_of_several_pages_is_refused(tmp_path, pixels, mask):
+    """Each page may be one colour, and the first alone would be read."""
+    write_layers(tmp_path / "layers", pixels)
+    pages = np.stack([np.zeros_like(mask, np.uint8), mask.astype(np.uint8)])
+    tifffile.imwrite(tmp_path / "m.tif", pages, photometric="minisblack")
+    with pytest.raises(InkdaskError, match=r"The mask .*m\.tif has several pages"):
+        open_segment(tmp_path, mask=tmp_path / "m.tif")
+
+
 @pytest.mark.parametrize("folder", ["surface_volume", "layers"])
 def test_mask_beside_the_layers_is_that_of_the_segment(home, pixels, mask, folder):
     uri = storage.join(home, "fragment")

@@ -329,6 +329,15 @@ def test_truncated_file_is_reported(
         weights.read(path)
 
 
+def test_weights_in_a_folder_that_is_not_utf8_are_named(state: State, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    save_file(state, tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").rename(folder / "x.safetensors")
+    with pytest.raises(InkdaskError, match="cannot be opened: its name is not UTF-8"):
+        weights.read(folder / "x.safetensors")
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -337,7 +346,8 @@ def test_truncated_file_is_reported(
         (b"\x80\x02}q\x00.", "is cut off or damaged, or no checkpoint at all"),
         (b"PK\x05\x06" + bytes(18), "is cut off or damaged, or no checkpoint at all"),
         (struct.pack("<Q", 2) + b"{}", "holds no weights"),
-        (struct.pack("<Q", 2**62) + b"{}", "no whole safetensors file"),
+        (struct.pack("<Q", 100) + b"{}", "no whole safetensors file"),
+        (struct.pack("<Q", 2**62) + b"{}", "has a header of 4,611,686,018,427,387,904 bytes, and"),
     ],
 )
 def test_file_that_is_no_checkpoint_is_reported(

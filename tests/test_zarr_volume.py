@@ -151,7 +151,9 @@ def test_axes_in_any_order_are_read_by_their_names(tmp_path, order):
     create(tmp_path / "2.zarr", stored, chunks=sizes, zarr_format=2, attributes=named)
     group = zarr.create_group(str(tmp_path / "ome.zarr"), attributes=ome("0.5", order))
     group.create_array("0", data=stored, chunks=sizes)
-    for name in ("3.zarr", "2.zarr", "ome.zarr"):
+    old = zarr.create_group(str(tmp_path / "old.zarr"), zarr_format=2, attributes=ome("0.4", order))
+    old.create_array("0", data=stored, chunks=sizes)
+    for name in ("3.zarr", "2.zarr", "ome.zarr", "ome.zarr/0", "old.zarr", "old.zarr/0"):
         segment = open_segment(str(tmp_path / name), (3, 9))
         assert segment.source.unit == (8, 16)
         assert_reads(segment, data[3:9] >> 8)
@@ -183,6 +185,32 @@ def test_axis_of_layers_without_a_name_is_guessed_and_told(
     assert segment.shape == (layers, *plane)
     told = f"x.zarr has axes without names: the {says}, is taken for the layers"
     assert [told in message for message in caplog.messages] == [True] * bool(says)
+
+
+def test_level_named_itself_has_the_pixels_of_its_group(tmp_path):
+    levels = [
+        {
+            "path": str(n),
+            "coordinateTransformations": [{"type": "scale", "scale": [2.4 * 2**n] * 3}],
+        }
+        for n in range(2)
+    ]
+    axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"]
+    image = {"version": "0.4", "axes": axes, "datasets": levels}
+    uri = str(tmp_path / "x.zarr")
+    group = zarr.create_group(uri, zarr_format=2, attributes={"multiscales": [image]})
+    for n in range(2):
+        group.create_array(str(n), data=random_volume((26, 90, 300), "|u1"), chunks=(26, 64, 64))
+    assert open_segment(uri, level="1").pixel_um == open_segment(f"{uri}/1").pixel_um == 4.8
+
+
+def test_volume_of_millions_of_blocks_is_refused(tmp_path):
+    uri = str(tmp_path / "x.zarr")
+    array = zarr.create_array(uri, shape=(10**6, 10**5, 10**5), chunks=(16,) * 3, dtype="u1")
+    array[:16, :16, :16] = 1
+    with pytest.raises(InkdaskError, match=r"x\.zarr is read in [\d,]{10,} blocks, and at most"):
+        open_segment(uri).volume  # noqa: B018
+    assert open_segment(uri, (0, 26)).crop(slice(0, 100), slice(0, 100)).volume.shape
 
 
 def test_rows_are_not_taken_for_layers_that_are_missing(tmp_path):

@@ -17,6 +17,7 @@ from inkdask.models.unpickle import ODD, Inert, tensors_only
 
 # Keys under which Lightning and other trainers store the weights; averaged ones come first.
 _NESTS = ("ema_model", "state_dict", "model_state_dict")
+MOST_HEADER = 8 << 20  # bytes of a safetensors header; 80 describe a tensor
 _FACTS = ("architecture_family", "sampling_um", "config")  # keys beside the weights
 
 
@@ -56,6 +57,10 @@ def read(path: Path) -> Checkpoint:
     if head.startswith(b"version https://git-lfs"):
         raise InkdaskError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull.")
     if path.suffix == ".safetensors" or head[8:9] == b"{":
+        if (size := int.from_bytes(head[:8], "little")) > MOST_HEADER:
+            raise InkdaskError(
+                f"{path} has a header of {size:,} bytes, and at most {MOST_HEADER:,} are read."
+            )
         checkpoint = _read_safetensors(path)
     elif head.startswith((b"PK", b"\x80")):
         checkpoint = _read_torch(path)
@@ -68,9 +73,12 @@ def read(path: Path) -> Checkpoint:
 
 def _read_safetensors(path: Path) -> Checkpoint:
     try:
+        str(path).encode()
         with safe_open(path, framework="pt") as file:
             facts = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except UnicodeEncodeError as error:
+        raise InkdaskError(f"{path} cannot be opened: its name is not UTF-8.") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise InkdaskError(f"{path} is cut off or damaged: no whole safetensors file.") from error
     return Checkpoint(path, tensors, facts)

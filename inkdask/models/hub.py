@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -58,7 +59,9 @@ def parse(model: str) -> dict[str, Any] | None:
     """
     if "://" in model and not model.startswith("file://"):
         return {"weights": model}
-    path = Path(model.removeprefix("file://")).expanduser()
+    path = Path(model.removeprefix("file://"))
+    with suppress(RuntimeError):  # ~name, and there is no such user
+        path = path.expanduser()
     with storage.explained(str(path)):
         if model and path.exists():
             return {"weights": str(path.absolute())}

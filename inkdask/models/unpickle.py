@@ -52,7 +52,7 @@ _HARMFUL_NAMES = {
     "urllib": {"urlopen", "urlretrieve"},
 }
 
-MOST_READS = 4_000_000  # from one pickle, in some seconds; a tensor takes 51
+MOST_READS = 1_000_000  # from one pickle, in some seconds; a tensor takes 51
 MOST_TABLE = 2**24  # bytes of the table of a zip file; a storage takes 56
 MOST_PARTS = 64  # axes of a tensor, arguments of a call
 

@@ -42,9 +42,9 @@ def write_pyramid(
     corner: tuple[int, int] = (0, 0),
     draw: Callable[[str], None] = lambda _: None,
 ) -> list[int]:
-    """Write a picture as an OME-Zarr pyramid: whole or not at all.
+    """Write a picture as an OME-Zarr pyramid, whole or not at all; return its histogram.
 
-    Returns how many pixels of the picture have each value, 0 to 255. Where S3 lets nothing be removed, it is written in its place: no picture before its last object.
+    Where S3 lets nothing be removed, it is written in its place: no picture before its last object.
 
     Parameters
     ----------

@@ -28,7 +28,8 @@ from inkdask.reading.tiff import TiffBlock, TiffImage
 BLOCK_BYTES = 32 << 20
 WHOLE_BYTES = 64 << 20  # limit of a piece that is read whole because cutting it costs more
 BLOCK_SIDE = 1024  # pixels: upper bound of a block's height, about that of a chunk
-LARGEST, LONGEST = 10**11, 1 << 20  # pixels of a layer, and of a side: 100,000 blocks in a graph
+LARGEST, LONGEST = 10**11, 1 << 20  # pixels of a layer, and of a side
+MOST_BLOCKS = 500_000  # of a graph, made in some seconds
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class MaskBlock:
 
 class Source(Protocol):
     """Files of a volume."""
+
+    @property
+    def name(self) -> str:
+        """URI of the array, or of the first file."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -126,7 +131,11 @@ class _Files:
     made_of: MadeOf | None = None
 
     def __post_init__(self: Any) -> None:
-        check_size(self.images[0].uri, self.shape)
+        check_size(self.name, self.shape)
+
+    @property
+    def name(self: Any) -> str:
+        return str(self.images[0].uri)
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,6 +300,11 @@ def lazy(
     rows, columns = (box or Box.at((0, 0), source.shape[1:])).slices
     step = block_step(source.shape, source.unit)
     bands, blocks = _cut(rows, step[0]), _cut(columns, step[1])
+    if (count := len(bands) * len(blocks)) > MOST_BLOCKS:
+        raise InkdaskError(
+            f"{source.name} is read in {count:,} blocks, and at most {MOST_BLOCKS:,} can be: name "
+            "fewer layers, a coarser level or a part (ROI_XYXY)."
+        )
     name = f"read-{tokenize(identity, type(source).__name__, source.shape, rows, columns, read)}"
     graph: dict[Any, Any] = {}
     for (i, band), (j, span) in itertools.product(enumerate(bands), enumerate(blocks)):

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -190,6 +191,9 @@ def _open(uri: str, level: str, wanted: range) -> ZarrSource:
         path, index, names = _level(node, uri, level)
         name = storage.join(uri, path)
         node = storage.zarr_array(name)
+    elif LAYERS_ATTRIBUTE not in node.attrs and (group := _group_of(uri)) is not None:
+        attributes = group.attrs.asdict() | attributes
+        _, index, names = _level(group, uri, uri.rstrip("/").rpartition("/")[2])
     if node.attrs.get(FINISHED_ATTRIBUTE) is False:
         raise InkdaskError(f"{name} is not finished: run inkdask prepare again, and it resumes.")
     shape = node.shape[-3:]
@@ -239,6 +243,16 @@ def _open(uri: str, level: str, wanted: range) -> ZarrSource:
     )
 
 
+def _group_of(uri: str) -> zarr.Group | None:
+    """Return the OME-Zarr group above an array that is one of its levels, else None."""
+    folder, _, name = uri.rstrip("/").rpartition("/")
+    with suppress(InkdaskError):  # there is none, or it cannot be read
+        group = storage.zarr_node(folder)
+        if isinstance(group, zarr.Group) and name in _levels(group):
+            return group
+    return None
+
+
 def _made_of(kept: Any) -> MadeOf | None:
     if not isinstance(kept, dict) or not {"uri", "identity", "layers"} <= kept.keys():
         return None
@@ -251,15 +265,24 @@ def _occupied(kept: Any) -> Occupied | None:
     return Occupied(int(kept["side"]), tuple(tuple(map(float, row)) for row in kept["share"]))
 
 
+def _images(group: zarr.Group) -> Any:
+    """Return the images of an OME-Zarr group; nothing of another group."""
+    attributes: Any = group.attrs.asdict()
+    return (attributes.get("ome") or attributes).get("multiscales")
+
+
+def _levels(group: zarr.Group) -> list[str]:
+    """Return the paths of the levels of an OME-Zarr group, from the finest."""
+    return [dataset["path"] for dataset in (_images(group) or [{"datasets": ()}])[0]["datasets"]]
+
+
 def _level(group: zarr.Group, uri: str, level: str) -> tuple[str, int, tuple[str, ...] | None]:
     """Return the path of a level of an OME-Zarr group, its position, and the names of the axes."""
-    attributes: Any = group.attrs.asdict()
-    images = (attributes.get("ome") or attributes).get("multiscales")
+    images, levels = _images(group), _levels(group)
     if not images:
         if storage.find_entries(storage.join(uri, level), (".zarray", ".zgroup", "zarr.json")):
             return level, int(level) if level.isdecimal() else 0, None
         raise InkdaskError(f"{uri} is a zarr group without an array {level!r}.")
-    levels = [dataset["path"] for dataset in images[0]["datasets"]]
     if level not in levels and level.isdecimal() and int(level) < len(levels):
         level = levels[int(level)]  # The finest comes first, whatever its name.
     if level not in levels:
