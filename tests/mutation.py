@@ -153,9 +153,12 @@ def is_noticed(mutant: Mutant, tests: list[str], seconds: float) -> bool:
 def run_tests(tests: list[str]) -> int:
     """Return the exit status of pytest, which stops at the first failure."""
     import pytest
-    from hypothesis import settings
+    from hypothesis import Phase, settings
 
-    settings.register_profile("mutation", derandomize=True, database=None, deadline=None)
+    phases = [Phase.explicit, Phase.generate]  # no time for a smaller example
+    settings.register_profile(
+        "mutation", derandomize=True, database=None, deadline=None, phases=phases
+    )
     settings.load_profile("mutation")
     files = [str(ROOT / "tests" / name) for name in tests]
     # In this process, because others do not have the mutant.
