@@ -1,6 +1,6 @@
 """Test plans: the layers, masks and levels that a job reads and logs."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import dask.array as da
 import numpy as np
@@ -119,8 +119,9 @@ def test_middle_layers_are_read_however_the_segment_is_given(tmp_path):
         options = {"model": "demo", "model_in_chans": 13 if factor == 2 else None}
         settings = Settings.of(z_downsample_mean_factor=factor, **options)
         plans = [Plan.of(it, settings) for it in (str(tmp_path / "seg"), segment, pixels)]
-        for plan in plans[:2]:
-            assert "; 26 of 31 layers, the middle (12:38)" in str(plan)
+        for plan, opened in zip(plans, [(12, 38), (10, 41), (2, 28)], strict=True):
+            assert plan is plans[2] or "; 26 of 31 layers, the middle (12:38)" in str(plan)
+            assert plan.opened == opened
         first, *others = [plan.volume.compute() for plan in plans]
         assert len(first) == 26 // factor
         assert middle is None or np.array_equal(first, middle)
@@ -169,6 +170,11 @@ def test_plan_says_where_its_volume_comes_from(tmp_path):
         assert str(mirrored) == f"{plan}, four passes for mirror images"
         assert plan.region.xyxy == (0, 0, 90, 70)
         assert plan.roi_xyxy is None
+        assert plan.name == ("array" if source is pixels else "seg")
+        assert plan.source == (None if source is pixels else source)
+    segment = inkdask.open_segment(tmp_path / "seg")
+    plan = Plan.of(segment, Settings.of(model=depth_slope))
+    assert (plan.source, plan.name, plan.mask_path) == (segment.uri, "seg", None)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +246,23 @@ def test_mask_of_the_segment_goes_with_its_prepared_layers(tmp_path):
         settings = Settings.of(mask_path=mask_path, **options)
         plan = Plan.of(str(tmp_path / "seg"), settings)
         assert plan.segment.mask_uri == (mask_path or str(tmp_path / "seg" / "seg_mask.png"))
+        assert plan.mask_path == mask_path
+
+
+def test_mask_holds_for_every_family(tmp_path):
+    write_layers(tmp_path / "seg" / "layers", papyrus((4, 70, 90)))
+    Image.new("L", (90, 70), 255).save(tmp_path / "seg" / "seg_mask.png")
+    for mask_path in (None, "none"):
+        settings = Settings.of(model=depth_slope, mask_path=mask_path)
+        plan = Plan.of(str(tmp_path / "seg"), settings)
+        model = replace(plan.network.model, architecture="ink_hybrid_3d2d")
+        plan = replace(plan, network=replace(plan.network, model=model))
+        assert plan.family.is_masked == (mask_path is None)
+
+
+def test_dask_array_is_not_computed():
+    volume = da.zeros((3, 70, 90), dtype=np.uint8).map_blocks(lambda _: 1 / 0, dtype=np.uint8)
+    assert Plan.of(volume, Settings.of(model=depth_slope)).volume.shape == (3, 70, 90)
 
 
 def test_log_names_the_mask(tmp_path, caplog, monkeypatch):
@@ -345,11 +368,17 @@ def test_estimate_of_work_respects_the_mask(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "gpus", "side"),
-    [({}, True, 2048), ({}, False, 1024), ({"chunk_size": 512}, True, 512)],
+    [
+        ({}, ["threads"], 2048),
+        ({}, [], 1024),
+        ({"scheduler_address": "tcp://gpus:8786"}, ["tcp://gpus:8786"], 2048),
+        ({"cluster": "local"}, ["cuda"], 1024),
+        ({"chunk_size": 512}, ["threads"], 512),
+    ],
 )
 def test_chunks_are_larger_where_workers_have_gpus(tmp_path, monkeypatch, options, gpus, side):
     write_segment(tmp_path / "seg", np.ones((3, 70, 90), np.uint8))
     monkeypatch.delenv("CHUNK_SIZE", raising=False)
-    monkeypatch.setattr(inkdask.plan, "has_gpus", lambda workers: gpus)
+    monkeypatch.setattr(inkdask.plan, "has_gpus", gpus.__contains__)
     settings = Settings.of(model=depth_slope, tile=64, stride=16, **options)
     assert Plan.of(str(tmp_path / "seg"), settings).tiling.y.chunk == side
