@@ -391,6 +391,17 @@ def test_tags_without_sense_are_refused(tmp_path, options, tag, value, kind, mes
         open_image(with_tag(data, tag, value, kind), tmp_path, "odd.tif")
 
 
+@pytest.mark.parametrize(
+    ("tag", "value", "says"),
+    [(256, 48, "64 x 64 pixels where 48 x 64 belong"), (257, 32, "64 x 64 .* where 64 x 32")],
+)
+def test_jpeg_of_another_size_than_its_piece_is_refused(tmp_path, tag, value, says):
+    data = encode(random_volume((1, 64, 64), "|u1")[0], compression="jpeg")
+    image = open_image(with_tag(data, tag, value), tmp_path)
+    with pytest.raises(InkdaskError, match=rf"image\.tif is corrupt at row 0, .*: {says}"):
+        image.decode()
+
+
 def test_empty_tile_takes_no_memory_of_its_own(tmp_path):
     """Its sides are what the file says, and need not be those of the image."""
     data = with_tag(encode(np.zeros((64, 64), np.uint8), tile=(64, 64)), 323, 1 << 20)
