@@ -23,6 +23,7 @@ from inkdask.blending import (
     blend,
     blend_chunk,
     spread,
+    strips_of,
     taper,
     upsampling,
     warm_up,
@@ -135,6 +136,36 @@ def test_upsampling_equals_that_of_torch(tile, k):
         torch.from_numpy(values)[None], size=tile, mode="linear", align_corners=False
     )[0].numpy()  # (k, tile)
     np.testing.assert_allclose(upsampling(tile, k), expected.T, atol=1e-12)
+
+
+@pytest.mark.parametrize("pixels", [40, 600])
+@pytest.mark.parametrize(("k", "margin"), [(1, 0), (3, 0), (3, 5), (4, 11)])
+@pytest.mark.parametrize(("window", "sigma"), [("hann", 0.0), ("gaussian", 0.0), ("gaussian", 2.0)])
+def test_strips_are_the_window_and_the_interpolation(pixels, k, margin, window, sigma):
+    """With a margin both reach beyond the tile, as for tiles of a coarse pass."""
+    tile, origins = 12, (0, 9, 28, *range(30, pixels - 12, 10))
+    wide = tile + 2 * margin
+    w = weights(wide, window, sigma * wide / tile, None).diagonal() ** 0.5
+    middles = (np.arange(k) + 0.5) * tile / k - 0.5
+    u = [np.interp(np.arange(-margin, tile + margin), middles, value) for value in np.eye(k)]
+    B, W = (
+        np.zeros((pixels + 2 * wide, len(origins), k)),
+        np.zeros((pixels + 2 * wide, len(origins))),
+    )
+    for number, origin in enumerate(origins):
+        place = slice(wide + origin - margin, wide + origin - margin + wide)
+        W[place, number], B[place, number] = w, w[:, None] * np.transpose(u)
+    B, W = B[wide:-wide], W[wide:-wide]
+    ends = []
+    for strip in strips_of(origins, pixels, tile, k, window, sigma, margin):
+        ends += [strip.pixels.start, strip.pixels.stop]
+        there = slice(k * strip.tiles.start, k * strip.tiles.stop)
+        np.testing.assert_allclose(strip.w, W[strip.pixels, strip.tiles], atol=1e-12)
+        flat = B[strip.pixels].reshape(len(strip.w), -1)
+        np.testing.assert_allclose(strip.B, flat[:, there], atol=1e-12)
+        assert np.count_nonzero(flat) == np.count_nonzero(flat[:, there])  # no tile is left out
+        assert strip.w.any(0)[[0, -1]].all()  # and none is there for nothing
+    assert ends == sorted([0, *2 * [*range(256, pixels, 256)], pixels])
 
 
 class OnGpu(np.ndarray):

@@ -203,6 +203,15 @@ def test_tiff_of_jpeg_pieces_is_decoded(tmp_path):
         np.testing.assert_array_equal(open_image(data, tmp_path).decode(), expected)
 
 
+@pytest.mark.parametrize("layout", [{"tile": (64, 64)}, {"rowsperstrip": 16}])
+def test_tiff_of_colour_jpeg_decodes_to_its_first_channel(tmp_path, layout):
+    pixels = np.stack([*random_volume((3, 100, 120), "|u1")], axis=-1)
+    data = encode(pixels, compression="jpeg", photometric="rgb", **layout)
+    expected = tifffile.imread(io.BytesIO(data))
+    assert len(np.unique(expected.reshape(-1, 3).mean(0).round())) > 1
+    np.testing.assert_array_equal(open_image(data, tmp_path).decode(), expected[..., 0])
+
+
 def test_pieces_of_no_bytes_decode_to_zero(tmp_path):
     pixels = random_volume((1, 128, 128))[0]
     pixels[:64, 64:] = 0

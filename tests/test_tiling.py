@@ -149,7 +149,7 @@ def test_places_are_frozen(value, name):
         setattr(value, name, None)
 
 
-@pytest.mark.parametrize("stride", [0, 65])
-def test_tiling_refuses_stride_above_tile(stride):
+@pytest.mark.parametrize("stride", [-1, 0, 65])
+def test_tiling_refuses_stride_below_one_or_above_tile(stride):
     with pytest.raises(SettingsError, match="STRIDE"):
         Tiling.of((512, 640), tile=64, stride=stride, chunk=256)
