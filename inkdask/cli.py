@@ -277,8 +277,9 @@ def sweep(s3_path: str, model: tuple[str, ...], **given: Any) -> None:
     """Run variants of a region side by side: depth, direction, model and stride.
 
     Each column of voxels is read once for all of them. Writes a contact sheet, sweep.png, and
-    sweep.json, and says which run it suggests, or that nothing stands out. Without --direction, it
-    runs both; without --roi-xyxy, a few windows that are full of papyrus.
+    sweep.json (sweep_SEGMENT.* in a shared folder), and says which run it suggests, or that nothing
+    stands out. Without --direction, it runs both; without --roi-xyxy, a few windows that are full
+    of papyrus.
     """
     from inkdask.controls.sweeps import sweep
 

@@ -212,3 +212,18 @@ def test_picture_says_depth_direction_and_size_of_its_window(segment, capsys):
     assert "4 (6:10 in reverse), +2 from the middle" in said
     assert "64 px at stride 32 (506.2 um)" in said
     assert digest in said
+
+
+def test_pages_of_two_segments_in_one_folder_are_both_kept(segment, tmp_path):
+    other = str(tmp_path / "other")
+    write_layers(f"{other}/layers", papyrus((LAYERS, HEIGHT, WIDTH), seed=1, holes=False))
+    options = {"model": network, "output_path": tmp_path / "out"}
+    first, second = (inkdask.evidence(predicted(it), **options) for it in (segment, other))
+    names = [f"prediction_{name}_network_04_08_evidence" for name in ("segment", "other")]
+    assert [Path(uri).name for uri in first] == [f"{names[0]}.png", f"{names[0]}.html"]
+    assert [Path(uri).name for uri in second] == [f"{names[1]}.png", f"{names[1]}.html"]
+    assert segment in Path(first[1]).read_text()
+    # A picture that has the segment's name has it once.
+    shared = predicted(segment, output_path=tmp_path / "pictures")
+    again = inkdask.evidence(shared, **options)
+    assert again == first

@@ -18,7 +18,7 @@ from inkdask.controls.scores import Reading, agreement, contrast, reproduced
 from inkdask.controls.variants import fill_together, job_of
 from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance, Region, digest
-from inkdask.job import Job, changed_input
+from inkdask.job import Job, changed_input, place_of, shortened
 from inkdask.pictures.overlay import laid_over, open_ground
 from inkdask.pictures.picture import Picture, note, open_picture
 from inkdask.plan import Plan, span
@@ -71,7 +71,8 @@ def evidence(
     settings.export_devices()
     part = picture.crop(settings.roi_xyxy or _part_to_show(picture))
     region = part.box.xyxy
-    stem = _stem(uri, settings.output_path, None if part.shape == picture.shape else region)
+    shown_part = None if part.shape == picture.shape else region
+    stem = _stem(uri, str(told.origin.source), settings.output_path, shown_part)
     with outputs.moved_by("OUTPUT_PATH"):
         outputs.check_writable(f"{stem}.png")
     base = {n: getattr(settings, n) for n in settings.model_fields_set} | {"roi_xyxy": region}
@@ -229,10 +230,13 @@ def _part_to_show(picture: Picture) -> Region:
     return left + x, top + y, left + x + wide, top + y + tall
 
 
-def _stem(uri: str, folder: str | None, region: Region | None) -> str:
-    """Return where the page goes, without an ending."""
-    name = uri.rsplit("/", 1)[-1].removesuffix(".zarr")
-    place = folder or (uri.rsplit("/", 1)[0] if "/" in uri else ".")
+def _stem(uri: str, source: str, folder: str | None, region: Region | None) -> str:
+    """Return where the page goes, without an ending: as `inkdask.job.output_stem` for pictures."""
+    beside, name = (uri if "/" in uri else f"./{uri}").removesuffix(".zarr").rsplit("/", 1)
+    place, segment = place_of(folder, source) if folder else (beside, "")
+    words = name.removeprefix("prediction_")
+    if segment and not words.startswith(f"{segment}_"):
+        name = name.removesuffix(words) + shortened(f"{segment}_{words}")
     part = "_{}-{}-{}-{}".format(*region) if region else ""
     return storage.join(place, f"{name}_evidence{part}")
 
