@@ -16,6 +16,7 @@ from inkdask.clusters import connect
 from inkdask.controls.page import Control, Page, write_page
 from inkdask.controls.scores import Reading, agreement, contrast, reproduced
 from inkdask.controls.variants import fill_together, job_of
+from inkdask.environment import environment_kept
 from inkdask.errors import InkdaskError
 from inkdask.identity import Provenance, Region, digest
 from inkdask.job import Job, changed_input, place_of, shortened
@@ -38,6 +39,7 @@ class _Way(NamedTuple):
     job: Job | None
 
 
+@environment_kept()
 def evidence(
     prediction: str | os.PathLike[str],
     *,

@@ -22,6 +22,7 @@ from inkdask.controls.table import Sweep, Variant
 from inkdask.controls.variants import fill_together, job_of
 from inkdask.controls.windows import full_windows
 from inkdask.demo.job import auc
+from inkdask.environment import environment_kept
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Region
 from inkdask.job import is_variant, sweep_stem
@@ -44,6 +45,7 @@ ALIKE = 2 / 255  # root mean square distance at which two strides show the same
 
 
 @with_parameters
+@environment_kept()
 def sweep(
     s3_path: str | os.PathLike[str],
     model: Any = None,
