@@ -15,7 +15,7 @@ from inkdask.controls import evidencing
 from inkdask.controls.page import EXPLAINED
 from inkdask.controls.scores import reproduced
 from inkdask.demo import synthetic
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.pictures.picture import open_picture
 from tests.files import grids, write_layers
 from tests.jobs import network
@@ -177,6 +177,10 @@ def test_evidence_refuses_what_it_cannot_compare(segment, tmp_path):
     prediction = predicted(segment, spread=True)
     with pytest.raises(InkdaskError, match="was made by a Python function"):
         inkdask.evidence(prediction)
+    for stride in (0, -16, 5000):
+        sentence = rf"^SECOND_STRIDE: input should be [^\n]*, but is {stride}\.$"
+        with pytest.raises(SettingsError, match=sentence):
+            inkdask.evidence(prediction, model=network, second_stride=stride)
     with pytest.raises(InkdaskError, match="has other weights now"):
         inkdask.evidence(prediction, model=paints)
     spread = prediction.replace(".zarr", "_spread.zarr")
@@ -214,10 +218,10 @@ def test_picture_says_depth_direction_and_size_of_its_window(segment, capsys):
     assert digest in said
 
 
-def test_pages_of_two_segments_in_one_folder_are_both_kept(segment, tmp_path):
+def test_pages_of_two_segments_in_one_folder_are_both_kept(segment, tmp_path, pages):
     other = str(tmp_path / "other")
     write_layers(f"{other}/layers", papyrus((LAYERS, HEIGHT, WIDTH), seed=1, holes=False))
-    options = {"model": network, "output_path": tmp_path / "out"}
+    options = {"model": network, "output_path": tmp_path / "out", "second_model": " "}
     first, second = (inkdask.evidence(predicted(it), **options) for it in (segment, other))
     names = [f"prediction_{name}_network_04_08_evidence" for name in ("segment", "other")]
     assert [Path(uri).name for uri in first] == [f"{names[0]}.png", f"{names[0]}.html"]
@@ -227,3 +231,5 @@ def test_pages_of_two_segments_in_one_folder_are_both_kept(segment, tmp_path):
     shared = predicted(segment, output_path=tmp_path / "pictures")
     again = inkdask.evidence(shared, **options)
     assert again == first
+    assert {len(page.controls) for page in pages} == {3}  # a blank second model is none
+    assert not any("--second-model" in page.command for page in pages)

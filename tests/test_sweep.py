@@ -202,6 +202,15 @@ def test_offset_beyond_the_layers_is_refused_and_defaults_are_left_out(segment):
         sweep(segment, direction="sideways")
 
 
+def test_blank_options_of_a_sweep_are_not_given(segment, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match="^S3_PATH is not set"):
+        sweep(" ")
+    monkeypatch.setenv("S3_PATH", segment)
+    result = sweep("", offsets=[0], direction="forward", labels=" ")
+    assert (result.segment, result.variants[0].auc) == (segment, None)
+
+
 def test_labels_of_another_size_are_named(segment, tmp_path):
     Image.new("L", (10, 10)).save(tmp_path / "labels.png")
     with pytest.raises(InkdaskError, match=r"The picture of labels .*labels\.png has 10 x 10"):

@@ -31,7 +31,7 @@ from inkdask.plan import Plan
 from inkdask.progress import size
 from inkdask.provenance import absolute
 from inkdask.segment import Segment, home_of, open_labels, open_segment
-from inkdask.settings import Settings, with_parameters
+from inkdask.settings import Settings, is_blank, with_parameters
 from inkdask.specs import NO_MASK
 from inkdask.storage import outputs
 from inkdask.summary import Cost
@@ -93,7 +93,8 @@ def sweep(
     targets = [f"{stem}.png", f"{stem}.json"]
     with outputs.moved_by("OUTPUT_PATH"):
         outputs.check_writable(targets[0])
-    truth = None if labels is None else open_labels(os.fspath(labels), whole.shape[1:])
+    drawn = "" if labels is None else os.fspath(labels)
+    truth = None if is_blank(drawn) else open_labels(drawn, whole.shape[1:])
     windows = _windows(settings, whole)
     ways = _ways(given, settings, models, offsets, strides, whole)
     with connect(settings):
