@@ -196,7 +196,7 @@ class Job:
     def _sweeps(self) -> tuple[str, ...]:
         """Digest of the sweep beside the picture, where this job is among its variants."""
         place = sweep_stem(self.target.rpartition("/")[0] or "/", str(self.origin.source))
-        with suppress(InkdaskError, ValueError, LookupError, TypeError):
+        with suppress(InkdaskError, ValueError, LookupError, TypeError, RecursionError):
             told = json.loads(storage.read_bytes(f"{place}.json"))
             if is_variant(told, self.recipe, self.origin):
                 return (str(told["digest"]),)

@@ -1,6 +1,7 @@
 """Test pages of evidence: controls, their numbers, and what the page says."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -233,3 +234,15 @@ def test_pages_of_two_segments_in_one_folder_are_both_kept(segment, tmp_path, pa
     assert again == first
     assert {len(page.controls) for page in pages} == {3}  # a blank second model is none
     assert not any("--second-model" in page.command for page in pages)
+
+
+def test_page_of_a_path_that_is_not_utf_8_is_written(tmp_path):
+    folder = tmp_path / os.fsdecode(b"seg\xff <b>")
+    write_layers(folder / "layers", papyrus((4, 150, 150), holes=False))
+    prediction = predicted(str(folder), layers=(0, 4))
+    png, html = inkdask.evidence(prediction, model=network)
+    with Image.open(png) as image:
+        assert json.loads(image.text["inkdask-evidence"])["segment"] == str(folder)
+    said = Path(html).read_text(encoding="utf-8")
+    assert f"<dd>{tmp_path}/seg\\udcff &lt;b&gt;</dd>" in said
+    assert Path(inkdask.sweep(str(folder), network, offsets=[0], strides=[64]).table).exists()
