@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from inkdask import storage
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.reading.pixel_size import halvings
 
 OPEN_DATA = "https://vesuvius-challenge-open-data.s3.us-east-1.amazonaws.com"
@@ -67,6 +67,8 @@ def is_id(path: str) -> bool:
 
 def locate(path: str, root: str | None = None) -> str:
     """Return the folder of the segment that an id of the catalogue names; other paths unchanged."""
+    if not path.strip():  # would be the current folder
+        raise SettingsError("The path is empty: name a segment, a picture or a tile grid.")
     if not is_id(path):
         return path
     sample, _, words = path.partition("/")

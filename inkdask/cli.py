@@ -18,11 +18,13 @@ from rich.console import Console
 
 import inkdask
 from inkdask import messages
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.options import settings_options
 from inkdask.progress import columns, printable, say
-from inkdask.settings import Settings, parameters
+from inkdask.settings import Settings, is_blank, parameters
 from inkdask.specs import normalisation
+
+DEMO = "inkdask-demo"  # folder of the demo
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
@@ -199,14 +201,16 @@ def prepare(**given: Any) -> None:
 
 @inkdask_.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("inkdask-demo"), show_default=True,
+    "--out", type=click.Path(), default=DEMO, show_default=True,
     help="Folder for the segment and the pictures.",
 )  # fmt: skip
-def demo(out: Path) -> None:
+def demo(out: str) -> None:
     """Make a synthetic segment, run the real job on it, and show the letters it finds."""
     from inkdask import demo
 
-    answer(demo.run(out))
+    if "://" in out:
+        raise SettingsError(f"The demo cannot write to {out}: --out is a local path, not a URI.")
+    answer(demo.run(Path(DEMO if is_blank(out) else out)))
 
 
 @inkdask_.command()
@@ -277,8 +281,9 @@ def sweep(s3_path: str, model: tuple[str, ...], **given: Any) -> None:
     """Run variants of a region side by side: depth, direction, model and stride.
 
     Each column of voxels is read once for all of them. Writes a contact sheet, sweep.png, and
-    sweep.json, and says which run it suggests, or that nothing stands out. Without --direction, it
-    runs both; without --roi-xyxy, a few windows that are full of papyrus.
+    sweep.json (sweep_SEGMENT.* in a shared folder), and says which run it suggests, or that nothing
+    stands out. Without --direction, it runs both; without --roi-xyxy, a few windows that are full
+    of papyrus.
     """
     from inkdask.controls.sweeps import sweep
 

@@ -28,7 +28,6 @@ from inkdask.store import GridStore
 
 log = logging.getLogger("inkdask")
 
-SWEEP = "sweep.json"  # what a sweep says of itself, beside the pictures
 LONGEST = 128  # bytes of one name in a file name, because endings follow, and 255 are the most
 
 
@@ -196,9 +195,9 @@ class Job:
     @property
     def _sweeps(self) -> tuple[str, ...]:
         """Digest of the sweep beside the picture, where this job is among its variants."""
-        place = storage.join(self.target.rpartition("/")[0] or ".", SWEEP)
-        with suppress(InkdaskError, ValueError, LookupError, TypeError):
-            told = json.loads(storage.read_bytes(place))
+        place = sweep_stem(self.target.rpartition("/")[0] or "/", str(self.origin.source))
+        with suppress(InkdaskError, ValueError, LookupError, TypeError, RecursionError):
+            told = json.loads(storage.read_bytes(f"{place}.json"))
             if is_variant(told, self.recipe, self.origin):
                 return (str(told["digest"]),)
         return ()
@@ -269,21 +268,37 @@ def _way(settings: Settings) -> str:
 def output_stem(folder: str | None, origin: Origin, model: str, way: str = "") -> str:
     """Where the outputs go, without their endings: ``.../prediction_<MODEL>_<START>_<END>``.
 
-    Where no folder on the way is the segment's own, its name comes before that of the model.
+    In a folder that other segments may share, the segment's name comes before that of the model.
     """
-    source, name = str(origin.source), _name_of(model, origin.weights_from or "")
-    beside = "." if _is_for_readers(source) else storage.join(source, "predictions")
-    folder = folder or beside
-    if storage.is_local(folder):  # the reader of the result file may be in another folder
-        folder = str(Path(storage.filesystem(folder)[1]).absolute())
-    segment = name_of(source)
-    if segment not in folder.split("/") and not is_below(folder, source):
+    name = _name_of(model, origin.weights_from or "")
+    folder, segment = place_of(folder, str(origin.source))
+    if segment:
         name = shortened(f"{segment}_{name}")
     start, end = origin.layer_range
     name = f"prediction_{name}_{start:02d}_{end:02d}{way}"
     if roi := origin.roi_xyxy:  # a part must not take the place of the whole
         name += "_{}-{}-{}-{}".format(*roi)
     return storage.join(folder, name)
+
+
+def sweep_stem(folder: str | None, source: str) -> str:
+    """Where table and contact sheet of a sweep go, without their endings."""
+    folder, segment = place_of(folder, source)
+    return storage.join(folder, f"sweep_{shortened(segment)}" if segment else "sweep")
+
+
+def place_of(folder: str | None, source: str) -> tuple[str, str]:
+    """Return the folder for a segment's outputs, and the segment's name for names of files there.
+
+    The name is empty where a folder on the way is the segment's own.
+    """
+    beside = "." if _is_for_readers(source) else storage.join(source, "predictions")
+    folder = folder or beside
+    if storage.is_local(folder):  # the reader of the result file may be in another folder
+        folder = str(Path(storage.filesystem(folder)[1]).absolute())
+    segment = name_of(source)
+    is_own = segment in folder.split("/") or is_below(folder, source)
+    return folder, "" if is_own else segment
 
 
 def is_below(uri: str, folder: str) -> bool:

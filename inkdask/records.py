@@ -55,6 +55,6 @@ def _read_all(folder: str) -> list[tuple[Said, str]]:
         try:
             record = json.loads(text)
             jobs.append((Said.from_json(record["said"], uri), str(record["grid"])))
-        except (InkdaskError, ValueError, KeyError, TypeError) as error:
+        except (InkdaskError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("The record %s is passed over: %s", uri, error)
     return jobs

@@ -72,6 +72,14 @@ def _in_order(start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
+def is_blank(value: Any) -> bool:
+    """Whether a value is text without a word, which counts as not given."""
+    return isinstance(value, str) and not value.strip()
+
+
+# URIs without a bucket or host, also as `Path` writes them: s3:/bucket.
+_NAMELESS = re.compile(r"(s3a?|https?):(/?$|/(?!/[^/]))|[\w+.-]+://+$")
+
 # Upper bounds; a larger value is a mistake.
 MOST_LAYERS, MOST_WORKERS = 100_000, 10_000
 
@@ -87,7 +95,6 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         case_sensitive=False,
-        env_ignore_empty=True,  # an Argo parameter left empty is a parameter not given
         extra="forbid",
         frozen=True,
         populate_by_name=True,
@@ -373,12 +380,12 @@ class Settings(BaseSettings):
         ``layers=(0, 26)`` or ``"0:26"`` sets start_layer and end_layer. A wrong value is a
         SettingsError that names its variable.
         """
-        # An empty value is one that was not given, as in the environment; but empty
+        # A blank value is one that was not given, as in the environment; but empty
         # CUDA_VISIBLE_DEVICES hide all GPUs.
         given = {
             name: value
             for name, value in given.items()
-            if name == "cuda_visible_devices" or not (isinstance(value, str) and value == "")
+            if name == "cuda_visible_devices" or not is_blank(value)
         }
         if given.get("cluster") is not None:  # wins over an address of the environment
             given.setdefault("scheduler_address", None)
@@ -501,9 +508,14 @@ class Settings(BaseSettings):
     )  # fmt: skip
     @classmethod
     def _as_text(cls, value: Any) -> Any:
-        """Turn paths into text without a slash at the end."""
+        """Turn paths into text without a slash at the end; refuse a URI that names no bucket."""
         text = os.fspath(value) if isinstance(value, os.PathLike) else value
-        return (text.rstrip("/") or "/") if isinstance(text, str) else text
+        if not isinstance(text, str):
+            return text
+        if found := _NAMELESS.match(text):  # as of an empty variable; would be a local folder `s3:`
+            what = "bucket" if found[0].startswith("s3") else "place"
+            raise ValueError(f"must name a {what} after {found[0].partition(':')[0]}://")
+        return text.rstrip("/") or "/"
 
     @classmethod
     def settings_customise_sources(
@@ -514,11 +526,17 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read given values, then the environment; no ``.env`` files and no secrets' files."""
+        """Read given values, then the environment; no ``.env`` files and no secrets' files.
+
+        A blank variable is one that was not given, because an Argo parameter may be left empty.
+        """
         read = {*_VARIABLES, "DASK_SCHEDULER_ADDRESS"}  # not TILE, though it is a field's name
         if isinstance(env_settings, EnvSettingsSource):
-            there = env_settings.env_vars.items()
-            env_settings.env_vars = {name: value for name, value in there if name.upper() in read}
+            env_settings.env_vars = {
+                name: value
+                for name, value in env_settings.env_vars.items()
+                if name.upper() in read and not is_blank(value)
+            }
         return init_settings, env_settings
 
 

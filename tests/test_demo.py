@@ -1,11 +1,14 @@
 """The demo: its network, its AUC, its picture, and the whole job."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 
+from inkdask import cli
 from inkdask.demo import job as demo
 from inkdask.errors import InkdaskError
 from inkdask.models import hub, registry, weights
@@ -110,3 +113,28 @@ def test_demo_reports_unwritable_folder(tmp_path):
         InkdaskError, match=r"^The demo cannot write to .*file/demo: Not a directory\.$"
     ):
         demo.run(tmp_path / "file" / "demo", 128, 256)
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ([], "inkdask-demo"),
+        (["--out", ""], "inkdask-demo"),
+        (["--out", " "], "inkdask-demo"),
+        (["--out", "a b"], "a b"),
+    ],
+)
+def test_demo_without_a_folder_writes_to_its_own(monkeypatch, words, folder):
+    places = []
+    monkeypatch.setattr("inkdask.demo.run", places.append)
+    cli.main(["demo", *words])
+    assert places == [Path(folder)]
+
+
+def test_demo_refuses_a_uri(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--out", "s3://bucket/demo"])
+    said = "inkdask: The demo cannot write to s3://bucket/demo: --out is a local path, not a URI.\n"
+    assert capsys.readouterr().err == said
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Test pages of evidence: controls, their numbers, and what the page says."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from inkdask.controls import evidencing
 from inkdask.controls.page import EXPLAINED
 from inkdask.controls.scores import reproduced
 from inkdask.demo import synthetic
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.pictures.picture import open_picture
 from tests.files import grids, write_layers
 from tests.jobs import network
@@ -177,6 +178,10 @@ def test_evidence_refuses_what_it_cannot_compare(segment, tmp_path):
     prediction = predicted(segment, spread=True)
     with pytest.raises(InkdaskError, match="was made by a Python function"):
         inkdask.evidence(prediction)
+    for stride in (0, -16, 5000):
+        sentence = rf"^SECOND_STRIDE: input should be [^\n]*, but is {stride}\.$"
+        with pytest.raises(SettingsError, match=sentence):
+            inkdask.evidence(prediction, model=network, second_stride=stride)
     with pytest.raises(InkdaskError, match="has other weights now"):
         inkdask.evidence(prediction, model=paints)
     spread = prediction.replace(".zarr", "_spread.zarr")
@@ -212,3 +217,32 @@ def test_picture_says_depth_direction_and_size_of_its_window(segment, capsys):
     assert "4 (6:10 in reverse), +2 from the middle" in said
     assert "64 px at stride 32 (506.2 um)" in said
     assert digest in said
+
+
+def test_pages_of_two_segments_in_one_folder_are_both_kept(segment, tmp_path, pages):
+    other = str(tmp_path / "other")
+    write_layers(f"{other}/layers", papyrus((LAYERS, HEIGHT, WIDTH), seed=1, holes=False))
+    options = {"model": network, "output_path": tmp_path / "out", "second_model": " "}
+    first, second = (inkdask.evidence(predicted(it), **options) for it in (segment, other))
+    names = [f"prediction_{name}_network_04_08_evidence" for name in ("segment", "other")]
+    assert [Path(uri).name for uri in first] == [f"{names[0]}.png", f"{names[0]}.html"]
+    assert [Path(uri).name for uri in second] == [f"{names[1]}.png", f"{names[1]}.html"]
+    assert segment in Path(first[1]).read_text()
+    # A picture that has the segment's name has it once.
+    shared = predicted(segment, output_path=tmp_path / "pictures")
+    again = inkdask.evidence(shared, **options)
+    assert again == first
+    assert {len(page.controls) for page in pages} == {3}  # a blank second model is none
+    assert not any("--second-model" in page.command for page in pages)
+
+
+def test_page_of_a_path_that_is_not_utf_8_is_written(tmp_path):
+    folder = tmp_path / os.fsdecode(b"seg\xff <b>")
+    write_layers(folder / "layers", papyrus((4, 150, 150), holes=False))
+    prediction = predicted(str(folder), layers=(0, 4))
+    png, html = inkdask.evidence(prediction, model=network)
+    with Image.open(png) as image:
+        assert json.loads(image.text["inkdask-evidence"])["segment"] == str(folder)
+    said = Path(html).read_text(encoding="utf-8")
+    assert f"<dd>{tmp_path}/seg\\udcff &lt;b&gt;</dd>" in said
+    assert Path(inkdask.sweep(str(folder), network, offsets=[0], strides=[64]).table).exists()

@@ -153,7 +153,12 @@ def test_region_is_found_as_itself_or_in_the_whole(tmp_path):
     assert records.find(folder, {"roi_xyxy": None}, FIRST) == "whole"
 
 
-@pytest.mark.parametrize("text", [b"", b"no json", b"[]", b"{}", b'{"said": {}, "grid": "x"}'])
+NESTED = b"[" * 200_000 + b"]" * 200_000  # deeper than the parser follows
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"no json", b"[]", b"{}", b'{"said": {}, "grid": "x"}', NESTED], ids=range(6)
+)
 def test_damaged_record_blocks_no_other(tmp_path, text, caplog):
     folder = str(tmp_path)
     records.keep(folder, SAID, "grid-a")

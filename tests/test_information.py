@@ -8,6 +8,7 @@ import pytest
 
 import inkdask
 from inkdask import cli, environment, paces, storage
+from inkdask.errors import SettingsError
 from inkdask.information import describe
 from inkdask.models import registry
 from tests.files import random_volume, write_layers
@@ -129,3 +130,15 @@ def test_models_say_what_they_suit(capsys):
     shown = capsys.readouterr().out
     assert shown.count("    suits segments of ") == len(registry.known())
     assert "suits segments of 26 layers and more; trained on synthetic ink" in shown
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+@pytest.mark.parametrize("words", [["info"], ["evidence"], ["export", "--to", "a.png"]])
+def test_empty_path_is_refused(segment, monkeypatch, capsys, words, blank):
+    monkeypatch.chdir(segment)
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*words, blank])
+    assert caught.value.code == 2
+    assert re.fullmatch(r"inkdask: The path is empty: name [^\n]*\.\n", capsys.readouterr().err)
+    with pytest.raises(SettingsError, match="The path is empty"):
+        inkdask.predict(blank, model="demo")

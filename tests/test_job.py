@@ -13,6 +13,7 @@ import inkdask
 from inkdask.errors import InkdaskError
 from inkdask.job import Job, changed_input, output_stem
 from inkdask.models.registry import known
+from inkdask.pictures.picture import open_picture
 from inkdask.plan import Plan
 from inkdask.settings import Settings
 from tests.files import write_segment
@@ -206,3 +207,12 @@ def test_parts_without_work_say_so_and_succeed(segment, caplog):
     caplog.clear()
     inkdask.run(segment, model=depth_slope, num_parts=1)
     assert not [line for line in caplog.messages if "NUM_PARTS" in line]
+
+
+@pytest.mark.parametrize("text", ['{"variants": 3', "[]", "{}", "[" * 200_000 + "]" * 200_000])
+def test_damaged_sweep_beside_the_picture_stops_no_job(segment, text):
+    folder = segment / "predictions"
+    folder.mkdir()
+    (folder / "sweep.json").write_text(text)
+    uri = inkdask.run(segment, model=depth_slope, stride=64)
+    assert open_picture(uri.replace(".png", ".zarr")).provenance.sweeps == ()

@@ -22,6 +22,7 @@ from inkdask.demo import synthetic
 from inkdask.job import changed_input
 from inkdask.models.registry import known
 from inkdask.pictures import exporting
+from inkdask.pictures.reading import read_facts
 from inkdask.plan import Plan
 from inkdask.provenance import OF_GRIDS, OF_PICTURES, origin_of, recipe_of, without_secrets
 from inkdask.settings import Settings
@@ -215,6 +216,13 @@ def write_png(path, provenance):
     words = PngInfo()
     words.add_itxt("inkdask", json.dumps(provenance.to_json()))
     Image.new("L", (431, 300)).save(path, pnginfo=words)
+
+
+def test_nested_words_of_another_program_are_no_provenance(tmp_path):
+    words = PngInfo()
+    words.add_itxt("inkdask", "[" * 200_000 + "]" * 200_000)
+    Image.new("L", (43, 30)).save(tmp_path / "p.png", pnginfo=words)
+    assert read_facts(str(tmp_path / "p.png")).provenance is None
 
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path, capsys):

@@ -249,8 +249,43 @@ def test_completer_of_jupyter_offers_parameters(
 @pytest.mark.parametrize(
     "name", ["output_path", "zarr_output_dir", "s3_path", "mask_path", "layers"]
 )
-def test_empty_value_is_one_that_was_not_given(name):
-    assert Settings.of(**{name: ""}) == Settings.of()
+@pytest.mark.parametrize("blank", ["", " ", "\t\n"])
+def test_blank_value_is_one_that_was_not_given(monkeypatch, name, blank):
+    assert Settings.of(**{name: blank}) == Settings.of()
+    monkeypatch.setenv(env_name(name) if name != "layers" else "START_LAYER", blank)
+    assert Settings.of().model_fields_set == set()
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("s3://", "bucket after s3"), ("s3:///", "bucket after s3"),
+        ("s3:///predictions", "bucket after s3"), (Path("s3://bucket/x"), "bucket after s3"),
+        ("s3:", "bucket after s3"), ("https://", "place after https"),
+        ("https:///x", "place after https"), ("file://", "place after file"),
+        ("gs://", "place after gs"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["output_path", "zarr_output_dir", "result_file", "s3_path"])
+def test_uri_that_names_no_bucket_is_refused(monkeypatch, name, value, what):
+    sentence = rf"^{env_name(name)}: must name a {what}://, but is .*\.$"
+    with pytest.raises(SettingsError, match=sentence):
+        Settings.of(**{name: value})
+    monkeypatch.setenv(env_name(name), str(value))
+    with pytest.raises(SettingsError, match=sentence):
+        Settings.of()
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("file:///x/", "file:///x"), ("s3://b/", "s3://b"), ("s3://b//x", "s3://b//x"),
+        ("https://host/x/", "https://host/x"), ("/", "/"), ("s3:x", "s3:x"), (Path("/x"), "/x"),
+        (Path("a/s3:"), "a/s3:"),
+    ],
+)  # fmt: skip
+def test_place_is_read_without_a_slash_at_its_end(value, read):
+    assert Settings.of(output_path=value).output_path == read
 
 
 @pytest.mark.parametrize(

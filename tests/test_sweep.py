@@ -202,6 +202,15 @@ def test_offset_beyond_the_layers_is_refused_and_defaults_are_left_out(segment):
         sweep(segment, direction="sideways")
 
 
+def test_blank_options_of_a_sweep_are_not_given(segment, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match="^S3_PATH is not set"):
+        sweep(" ")
+    monkeypatch.setenv("S3_PATH", segment)
+    result = sweep("", offsets=[0], direction="forward", labels=" ")
+    assert (result.segment, result.variants[0].auc) == (segment, None)
+
+
 def test_labels_of_another_size_are_named(segment, tmp_path):
     Image.new("L", (10, 10)).save(tmp_path / "labels.png")
     with pytest.raises(InkdaskError, match=r"The picture of labels .*labels\.png has 10 x 10"):
@@ -233,3 +242,29 @@ def test_sweep_without_region_says_its_windows(segment, capsys, caplog):
     beyond = sweep(segment, roi_xyxy=(0, 0, 4000, 4000), offsets=[0], direction="forward")
     assert beyond.windows == result.windows
     assert "reaches beyond the segment, which has 300 x 230 pixels (x, y)" in caplog.text
+
+
+def test_sweeps_of_two_segments_in_one_folder_are_both_kept(segment, tmp_path):
+    write_segment(tmp_path / "other", papyrus((LAYERS, HEIGHT, WIDTH), seed=1, holes=False))
+    shared = tmp_path / "out"
+    options = {"offsets": [0], "direction": "forward", "output_path": shared}
+    one, two = (sweep(str(tmp_path / name), **options) for name in ("segment", "other"))
+    names = ["sweep_segment.png", "sweep_segment.json", "sweep_other.png", "sweep_other.json"]
+    assert [one.sheet, one.table, two.sheet, two.table] == [str(shared / name) for name in names]
+    for result in (one, two):
+        told = json.loads(Path(result.table).read_text())
+        assert (told["segment"], told["sheet"]) == (result.segment, result.sheet)
+    made = {"model": network, "layers": (4, 8), "output_path": shared}
+    for result in (one, two):  # a picture beside both names its own
+        picture = inkdask.run(result.segment, **made).removesuffix(".png") + ".zarr"
+        told = json.loads(Path(result.table).read_text())["digest"]
+        assert open_picture(picture).provenance.sweeps == (told,)
+    own = sweep(segment, **options | {"output_path": tmp_path / "results/segment/ink"})
+    assert Path(own.sheet).name == "sweep.png"
+
+
+def test_sweep_of_a_folder_of_layers_is_beside_the_pictures_of_its_segment(segment):
+    result = sweep(f"{segment}/layers", offsets=[0], direction="forward")
+    assert result.sheet == f"{segment}/predictions/sweep.png"
+    picture = inkdask.run(f"{segment}/layers", model=network, layers=(4, 8))
+    assert Path(picture).parent == Path(result.sheet).parent

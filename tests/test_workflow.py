@@ -170,9 +170,11 @@ def test_environment_is_afterwards_as_it_was(segment, monkeypatch, cluster):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     settings = {"model": depth_slope, "hf_token": "hf_job", "cluster": cluster, "max_workers": 1}
     before = dict(os.environ)
-    for function in (inkdask.run, inkdask.check, inkdask.predict, inkdask.reduce):
+    for function in (inkdask.run, inkdask.check, inkdask.predict, inkdask.reduce, inkdask.sweep):
         function(segment, **settings)
         assert os.environ == before
+    inkdask.evidence(next((segment / "predictions").glob("*.zarr")), **settings)
+    assert os.environ == before
     with pytest.raises(InkdaskError):
         inkdask.run(segment, **settings | {"layers": (0, 99)})
     assert os.environ == before

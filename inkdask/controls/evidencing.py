@@ -16,14 +16,15 @@ from inkdask.clusters import connect
 from inkdask.controls.page import Control, Page, write_page
 from inkdask.controls.scores import Reading, agreement, contrast, reproduced
 from inkdask.controls.variants import fill_together, job_of
-from inkdask.errors import InkdaskError
+from inkdask.environment import environment_kept
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Provenance, Region, digest
-from inkdask.job import Job, changed_input
+from inkdask.job import Job, changed_input, place_of, shortened
 from inkdask.pictures.overlay import laid_over, open_ground
 from inkdask.pictures.picture import Picture, note, open_picture
 from inkdask.plan import Plan, span
 from inkdask.provenance import absolute
-from inkdask.settings import Settings
+from inkdask.settings import Settings, is_blank
 from inkdask.storage import outputs
 from inkdask.store import GridStore
 
@@ -38,6 +39,7 @@ class _Way(NamedTuple):
     job: Job | None
 
 
+@environment_kept()
 def evidence(
     prediction: str | os.PathLike[str],
     *,
@@ -69,9 +71,10 @@ def evidence(
     told = _origin(picture)
     settings = _settings(told, uri, model, options)
     settings.export_devices()
+    _check_stride(second_stride)
     part = picture.crop(settings.roi_xyxy or _part_to_show(picture))
     region = part.box.xyxy
-    stem = _stem(uri, settings.output_path, None if part.shape == picture.shape else region)
+    stem = _stem(picture, str(told.origin.source), settings.output_path, part)
     with outputs.moved_by("OUTPUT_PATH"):
         outputs.check_writable(f"{stem}.png")
     base = {n: getattr(settings, n) for n in settings.model_fields_set} | {"roi_xyxy": region}
@@ -133,6 +136,13 @@ def _settings(told: Provenance, uri: str, model: Any, options: dict[str, Any]) -
     })  # fmt: skip
 
 
+def _check_stride(second: int | None) -> None:
+    try:
+        Settings.of(stride=second)
+    except SettingsError as error:
+        raise SettingsError(f"SECOND_{error}") from None
+
+
 def _own(told: Provenance, settings: Settings, base: dict[str, Any]) -> Job:
     """Return the job whose grid has the opinions: the picture's own where it is whole."""
     source = str(settings.s3_path)
@@ -160,10 +170,10 @@ def _ways(base: dict[str, Any], second_model: Any, second_stride: int | None) ->
         _off_the_sheet(plan, base),
         _shuffled(plan, base),
     ]
-    if second_stride:
+    if second_stride is not None:
         note = f"tiles every {second_stride} pixels, not {plan.tiling.stride}"
         ways.append(way(f"Stride {second_stride}", note, stride=second_stride))
-    if second_model is not None:
+    if not (second_model is None or is_blank(second_model)):
         unsaid = ("model_type", "model_in_chans", "clip", "divisor", "precision", "tile", "stride")
         own = {**{k: v for k, v in base.items() if k not in unsaid}, "model": second_model}
         depth = len(Plan.of(source, Settings.of(**{**own, **_between(None, None)})).layers)
@@ -229,11 +239,15 @@ def _part_to_show(picture: Picture) -> Region:
     return left + x, top + y, left + x + wide, top + y + tall
 
 
-def _stem(uri: str, folder: str | None, region: Region | None) -> str:
-    """Return where the page goes, without an ending."""
-    name = uri.rsplit("/", 1)[-1].removesuffix(".zarr")
-    place = folder or (uri.rsplit("/", 1)[0] if "/" in uri else ".")
-    part = "_{}-{}-{}-{}".format(*region) if region else ""
+def _stem(picture: Picture, source: str, folder: str | None, shown: Picture) -> str:
+    """Return where the page goes, without an ending: as `inkdask.job.output_stem` for pictures."""
+    uri = picture.uri if "/" in picture.uri else f"./{picture.uri}"
+    beside, name = uri.removesuffix(".zarr").rsplit("/", 1)
+    place, segment = place_of(folder, source) if folder else (beside, "")
+    words = name.removeprefix("prediction_")
+    if segment and not words.startswith(f"{segment}_"):
+        name = name.removesuffix(words) + shortened(f"{segment}_{words}")
+    part = "" if shown.shape == picture.shape else "_{}-{}-{}-{}".format(*shown.box.xyxy)
     return storage.join(place, f"{name}_evidence{part}")
 
 
@@ -252,7 +266,8 @@ def _facts(told: Provenance, region: Region, uri: str) -> dict[str, str]:
 def _command(uri: str, region: Region, model: Any, stride: int | None, settings: Settings) -> str:
     """Return the command that makes the page again."""
     words = ["inkdask", "evidence", absolute(uri), "--roi-xyxy", ",".join(map(str, region))]
-    words += ["--second-model", str(absolute(model))] if isinstance(model, str) else []
+    is_said = isinstance(model, str) and not is_blank(model)
+    words += ["--second-model", str(absolute(model))] if is_said else []
     words += ["--second-stride", str(stride)] if stride else []
     if settings.pixel_resolution_um:
         words += ["--pixel-resolution-um", f"{settings.pixel_resolution_um:g}"]

@@ -112,7 +112,7 @@ def write_page(page: Page, stem: str) -> None:
                                             **page.facts})}  # fmt: skip
     with storage.writing(f"{stem}.png") as path:
         _sheet(page).save(path, note)
-    storage.write_bytes(f"{stem}.html", _html(page).encode())
+    storage.write_bytes(f"{stem}.html", _html(page).encode(errors="backslashreplace"))
 
 
 def _sheet(page: Page) -> Sheet:

@@ -13,7 +13,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from inkdask import storage
+from inkdask import catalogue, storage
 from inkdask.box import Box, cut_region
 from inkdask.clusters import connect
 from inkdask.controls.contact import draw
@@ -22,14 +22,16 @@ from inkdask.controls.table import Sweep, Variant
 from inkdask.controls.variants import fill_together, job_of
 from inkdask.controls.windows import full_windows
 from inkdask.demo.job import auc
+from inkdask.environment import environment_kept
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Region
-from inkdask.job import SWEEP, is_variant
+from inkdask.job import is_variant, sweep_stem
 from inkdask.pictures.picture import is_picture, note, open_picture
 from inkdask.plan import Plan
 from inkdask.progress import size
-from inkdask.segment import Segment, open_labels, open_segment
-from inkdask.settings import Settings, with_parameters
+from inkdask.provenance import absolute
+from inkdask.segment import Segment, home_of, open_labels, open_segment
+from inkdask.settings import Settings, is_blank, with_parameters
 from inkdask.specs import NO_MASK
 from inkdask.storage import outputs
 from inkdask.summary import Cost
@@ -43,6 +45,7 @@ ALIKE = 2 / 255  # root mean square distance at which two strides show the same
 
 
 @with_parameters
+@environment_kept()
 def sweep(
     s3_path: str | os.PathLike[str],
     model: Any = None,
@@ -54,8 +57,9 @@ def sweep(
 ) -> Sweep:
     """Run variants of a region as one graph that reads each column once, and compare them.
 
-    Writes ``sweep.png``, a contact sheet, and ``sweep.json`` to ``output_path``. The grids are
-    those of `run` with the same words, so a variant that was run before costs nothing.
+    Writes ``sweep.png``, a contact sheet, and ``sweep.json`` to ``output_path``; in a folder that
+    is not the segment's own, ``sweep_<SEGMENT>.png`` and ``.json``. The grids are those of `run`
+    with the same words, so a variant that was run before costs nothing.
 
     Parameters
     ----------
@@ -81,23 +85,26 @@ def sweep(
     settings.export_devices()
     settings.export_token()
     models[0] = settings.model
-    place = settings.surface_volume_zarr or str(settings.s3_path)
+    source = str(absolute(home_of(catalogue.locate(str(settings.s3_path), settings.catalogue))))
+    given["s3_path"] = source
+    place = settings.surface_volume_zarr or source
     whole = open_segment(place, mask=NO_MASK, level=settings.ome_zarr_level)
-    folder = settings.output_path or storage.join(str(settings.s3_path), "predictions")
-    targets = [storage.join(folder, name) for name in ("sweep.png", SWEEP)]
+    stem = sweep_stem(settings.output_path, source)
+    targets = [f"{stem}.png", f"{stem}.json"]
     with outputs.moved_by("OUTPUT_PATH"):
         outputs.check_writable(targets[0])
-    truth = None if labels is None else open_labels(os.fspath(labels), whole.shape[1:])
+    drawn = "" if labels is None else os.fspath(labels)
+    truth = None if is_blank(drawn) else open_labels(drawn, whole.shape[1:])
     windows = _windows(settings, whole)
     ways = _ways(given, settings, models, offsets, strides, whole)
     with connect(settings):
-        variants = _run(str(settings.s3_path), ways, windows, truth)
+        variants = _run(source, ways, windows, truth)
     best, advice = suggestion(variants)
     result = Sweep(whole.uri, tuple(windows), tuple(variants), best, advice, *targets)
     draw(result, targets[0], settings.pixel_resolution_um)
     told = result.to_json()
     storage.write_bytes(targets[1], json.dumps(told, indent=1).encode())
-    _note(folder, told)
+    _note(stem.rpartition("/")[0] or "/", told)
     return result
 
 

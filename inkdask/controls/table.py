@@ -109,7 +109,7 @@ class Sweep:
     advice
         A sentence on that.
     sheet, table
-        URIs of the contact sheet and of ``sweep.json``.
+        URIs of the contact sheet, a PNG, and of the table as JSON.
     """
 
     segment: str

@@ -14,7 +14,7 @@ import zarr
 
 from inkdask import storage
 from inkdask.box import Box, cut_region
-from inkdask.errors import InkdaskError
+from inkdask.errors import InkdaskError, SettingsError
 from inkdask.identity import Provenance
 from inkdask.pictures.pyramid import ORIGIN, halved
 from inkdask.reading.volume import check_size
@@ -74,6 +74,8 @@ class Picture:
 
 def open_picture(uri: str) -> Picture:
     """Open the stored picture of a job, or any zarr array or OME-Zarr of uint8 (y, x)."""
+    if not uri.strip():
+        raise SettingsError("The path is empty: name the prediction_*.zarr that a job leaves.")
     beside = re.sub(r"\.(png|tiff?|jpe?g)$", ".zarr", uri, flags=re.IGNORECASE)
     if beside != uri:
         there = f"is beside it: {beside}" if storage.exists(beside) else "a job leaves beside it"

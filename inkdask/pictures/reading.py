@@ -119,6 +119,6 @@ def _micrometers(unit: float, per_unit: float) -> float | None:
 def _decoded(text: str | bytes, uri: str) -> Provenance | None:
     try:
         fields = json.loads(text)
-    except ValueError:  # of another program
+    except (ValueError, RecursionError):  # of another program
         return None
     return provenance_in(fields, uri)
