@@ -196,8 +196,11 @@ def constant(x):
 def test_offset_beyond_the_layers_is_refused_and_defaults_are_left_out(segment):
     with pytest.raises(SettingsError, match=r"Offset 5 needs layers 9 to 12, and .* has 0 to 11"):
         sweep(segment, offsets=[0, 5])
-    result = sweep(segment, offsets=None)
-    assert {it.offset for it in result.variants} == {0}
+    for offsets in (None, []):
+        result = sweep(segment, offsets=offsets)
+        assert {it.offset for it in result.variants} == {0}
+    with pytest.raises(SettingsError, match="Offset 0 needs layers -1 to 2"):
+        sweep(segment, layers=(0, 2))
     with pytest.raises(SettingsError, match="DIRECTION: input should be 'forward'"):
         sweep(segment, direction="sideways")
 

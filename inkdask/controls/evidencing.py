@@ -71,6 +71,7 @@ def evidence(
     told = _origin(picture)
     settings = _settings(told, uri, model, options)
     settings.export_devices()
+    settings.export_token()
     _check_stride(second_stride)
     part = picture.crop(settings.roi_xyxy or _part_to_show(picture))
     region = part.box.xyxy

@@ -171,7 +171,7 @@ def _ways(
         depth = len(plan.layers)
         start = (sum(asked) - depth) // 2 if asked else min(plan.layers)
         there = range(min(whole.layers), max(whole.layers) - depth + 2)  # of first layers
-        chosen = [o for o in OFFSETS if start + o in there] if offsets is None else offsets
+        chosen = offsets or [o for o in OFFSETS if start + o in there] or [0]
         for offset in chosen:
             if start + offset not in there:
                 raise SettingsError(
