@@ -193,14 +193,15 @@ def constant(x):
     return 0 * x[:, :, 0, ::16, ::16] + 1
 
 
-def test_offset_beyond_the_layers_is_refused_and_defaults_are_left_out(segment):
+def test_offset_beyond_the_layers_is_refused_and_defaults_are_left_out(segment, tmp_path):
     with pytest.raises(SettingsError, match=r"Offset 5 needs layers 9 to 12, and .* has 0 to 11"):
         sweep(segment, offsets=[0, 5])
     for offsets in (None, []):
         result = sweep(segment, offsets=offsets)
         assert {it.offset for it in result.variants} == {0}
     with pytest.raises(SettingsError, match="Offset 0 needs layers -1 to 2"):
-        sweep(segment, layers=(0, 2))
+        write_layers(tmp_path / "few/layers", papyrus((5, HEIGHT, WIDTH)))
+        sweep(tmp_path / "few", offsets=None, layers=(0, 2))
     with pytest.raises(SettingsError, match="DIRECTION: input should be 'forward'"):
         sweep(segment, direction="sideways")
 
