@@ -263,7 +263,6 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
         log.info("%s is there already, made of the same files", array.uri)
     else:
         array.fill()
-        array.finish()
     return array.uri
 
 
