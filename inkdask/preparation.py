@@ -196,12 +196,12 @@ class Preparation:
         An array that inkdask did not prepare is never touched; one of another segment only when
         that is asked for.
         """
-        attributes: dict[str, Any] = {}
-        if storage.exists(storage.join(self.uri, HEADER)):
-            attributes = _attributes(self.uri)
-        # Ignore files that another job is still writing, for example the header.
-        elif all(it.name.endswith((".part", ".partial")) for it in storage.list_folder(self.uri)):
+        # Ignore files that another job is still writing: its first is the header.
+        names = (entry.name for entry in storage.list_folder(self.uri))
+        if all(name.endswith((".part", ".partial")) for name in names):
             return None
+        is_headed = storage.exists(storage.join(self.uri, HEADER))
+        attributes = _attributes(self.uri) if is_headed else {}
         if not {FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE, PREPARED_ATTRIBUTE} <= attributes.keys():
             raise InkdaskError(f"{self.uri} is there, and it is no array that inkdask prepared.")
         there = attributes[PREPARED_ATTRIBUTE]
