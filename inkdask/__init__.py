@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from inkdask import view
@@ -22,7 +21,10 @@ __version__ = "0.1.0"
 try:
     Path.home()
 except RuntimeError:  # without HOME, for an unknown user; bokeh, for one, cannot be imported
-    os.environ["HOME"] = (_home := TemporaryDirectory(prefix="inkdask-home-")).name
+    from inkdask.storage.scratch import Scratch
+
+    _home = Scratch()  # which the next job removes, if this process is killed
+    os.environ["HOME"] = str(_home.path)
 
 if TYPE_CHECKING:
     from inkdask.controls.evidencing import evidence

@@ -4,12 +4,20 @@ A zarr 3 array uint8 (z, y, x): one object for each block of about 1,024 pixels 
 in chunks of 128 pixels a side that can be read alone. It is written block by block, so memory does
 not grow with the segment, and a stopped run resumes. Until the last block is there, the array says
 of itself that it is not finished, and nothing reads it.
+
+Several jobs may prepare one array at once. So header and blocks are replaced, and never removed
+first: what one job has stored or marked, no other job of the same layers takes away.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -41,11 +49,12 @@ from inkdask.tiling import Tiling
 log = logging.getLogger("inkdask")
 
 SHARD, CHUNK = 1024, 128  # pixels a side
+HEADER = "zarr.json"
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """An array that is to hold a segment, and a mark for each block: its share of data, or -1."""
+    """An array that is to hold a segment, and a mark for each block that it holds."""
 
     uri: str
     segment: Segment
@@ -70,50 +79,27 @@ class Preparation:
         return cls(uri, segment, settings.use_zarr_compression, factor, tags)
 
     def begin(self, overwrite: bool) -> None:
-        """Lay the empty array and its marks, where it is not begun or is to start anew."""
-        if self._is_begun(overwrite) and not overwrite:
+        """Lay the empty array, where it is not begun or is to start anew."""
+        there = self._source_there(overwrite)
+        if there == self._source and not overwrite:
             return
         check_room_to_prepare(self.segment, self.uri, self.is_compressed)
         restarted.append(self.uri)
         with outputs.moved_by("SURFACE_VOLUME_ZARR"):  # which may not be removed
-            outputs.remove(self.uri)
-        depth, height, width = self.segment.shape
-        depth //= self.averaged
-        with storage.explained(self.uri):
-            zarr.create_array(
-                storage.zarr_store(self._marks),
-                shape=self._blocks.block_shape,
-                chunks=(1, 1),
-                dtype="float32",
-                fill_value=-1,
-                overwrite=True,
-            )
-            zarr.create_array(
-                storage.zarr_store(self.uri),
-                shape=(depth, height, width),
-                shards=(depth, SHARD, SHARD),
-                chunks=(depth, CHUNK, CHUNK),
-                dtype="uint8",
-                fill_value=0,
-                compressors=ZstdCodec(level=3) if self.is_compressed else None,
-                dimension_names=("z", "y", "x"),
-                attributes={
-                    LAYERS_ATTRIBUTE: [*(range(depth) if self.tags else self.segment.layers)],
-                    FINISHED_ATTRIBUTE: False,
-                    PREPARED_ATTRIBUTE: self._source,
-                    PIXEL_ATTRIBUTE: self.segment.pixel_um,
-                    **self.tags,
-                },
-            )
+            outputs.remove(self._all_marks)
+        self._lay({FINISHED_ATTRIBUTE: False})
+        if there is not None:
+            self._remove_blocks_outside()
 
     @property
     def is_finished(self) -> bool:
         """Whether all blocks are there."""
-        return bool(storage.zarr_array(self.uri).attrs[FINISHED_ATTRIBUTE])
+        return bool(_attributes(self.uri)[FINISHED_ATTRIBUTE])
 
     def fill(self) -> None:
-        """Copy the blocks that are not there yet."""
-        missing = np.argwhere(self._shares() < 0)
+        """Copy the blocks that are not there yet, and say that the array is finished."""
+        shares = self._shares()
+        missing = np.argwhere(shares < 0)
         volume, _ = self.segment.lazy(read_or_fail)
         copies = over_chunks(
             _copy_block,
@@ -121,29 +107,73 @@ class Preparation:
             average(volume, self.averaged),
             uri=self.uri,
             marks=self._marks,
-            version=digest(self._source),
+            layout=self._layout,
+            source=self._source,
         ).to_delayed()
         depth, *area = self.segment.shape
         log.info("%s: %d layers of %s to %s", self.segment.uri, depth, size(area), self.uri)
-        with Meter("surface volume", len(missing), "blocks") as meter:
-            tasks = [copies[row, column] for row, column in missing]
-            engine.compute_each(tasks, lambda _: meter.add(1)).check()
 
-    def finish(self) -> None:
-        """Say that the array is finished, and where it has data; remove the marks."""
-        share = self._shares().round(4).tolist()
-        with storage.explained(self.uri):
-            zarr.open_array(storage.zarr_store(self.uri), mode="r+").attrs.update(
-                {
-                    OCCUPIED_ATTRIBUTE: {"side": self._blocks.y.step, "share": share},
-                    FINISHED_ATTRIBUTE: True,
-                }
-            )
-        outputs.discard(self._marks)
+        def tell(copied: tuple[int, int, float]) -> None:
+            row, column, share = copied
+            shares[row, column] = share
+            meter.add(1)
+
+        with Meter("surface volume", len(missing), "blocks") as meter:
+            engine.compute_each([copies[row, column] for row, column in missing], tell).check()
+        _check_current(self.uri, self._source)
+        occupied = {"side": self._blocks.y.step, "share": shares.round(4).tolist()}
+        self._lay({OCCUPIED_ATTRIBUTE: occupied, FINISHED_ATTRIBUTE: True})
+        outputs.discard(self._all_marks)
+
+    def _lay(self, state: dict[str, Any]) -> None:
+        """Write the header of the array, in one step, so that no reader finds none."""
+        depth = self._layout["shape"][0]
+        attributes = {
+            LAYERS_ATTRIBUTE: [*(range(depth) if self.tags else self.segment.layers)],
+            PREPARED_ATTRIBUTE: self._source,
+            PIXEL_ATTRIBUTE: self.segment.pixel_um,
+            **self.tags,
+            **state,
+        }
+        made: dict[str, Any] = {}  # a store in memory
+        zarr.create_array(made, **self._layout, attributes=attributes)
+        storage.write_bytes(storage.join(self.uri, HEADER), made[HEADER].to_bytes())
+
+    def _remove_blocks_outside(self) -> None:
+        """Remove the blocks of a larger array that was there."""
+        _, height, width = self._layout["shape"]
+        kept = {f"0/{row}/{column}" for row, column in _shards((0, height), (0, width))}
+        blocks = storage.join(self.uri, "c")
+        for file in storage.list_files(blocks):
+            if file not in kept and all(map(str.isdecimal, file.split("/"))):
+                outputs.discard(storage.join(blocks, file))
+
+    @property
+    def _all_marks(self) -> str:
+        return f"{self.uri}.done"
 
     @property
     def _marks(self) -> str:
-        return f"{self.uri}.done"
+        """Folder of empty files ``<row>-<column>-<share>``, one for each block that is there.
+
+        A late mark of a job of other layers goes to another folder.
+        """
+        return storage.join(self._all_marks, digest(self._source)[:16])
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        """Layout of the array, as zarr takes it."""
+        depth, height, width = self.segment.shape
+        depth //= self.averaged
+        return {
+            "shape": (depth, height, width),
+            "shards": (depth, SHARD, SHARD),
+            "chunks": (depth, CHUNK, CHUNK),
+            "dtype": "uint8",
+            "fill_value": 0,
+            "compressors": ZstdCodec(level=3) if self.is_compressed else None,
+            "dimension_names": ("z", "y", "x"),
+        }
 
     @property
     def _blocks(self) -> Tiling:
@@ -160,20 +190,18 @@ class Preparation:
             **self.tags,
         }
 
-    def _is_begun(self, overwrite: bool) -> bool:
-        """Whether the array is there, made of the same files in the same way.
+    def _source_there(self, overwrite: bool) -> Any:
+        """Return what the array that is there was made of; None where there is no array.
 
         An array that inkdask did not prepare is never touched; one of another segment only when
         that is asked for.
         """
-        if not storage.exists(self.uri):
-            return False
-        with storage.explained(self.uri):
-            try:
-                array = zarr.open_array(storage.zarr_store(self.uri), mode="r")
-                attributes: dict[str, Any] = array.attrs.asdict()
-            except (ValueError, TypeError, KeyError, FileNotFoundError):  # no zarr array
-                attributes = {}
+        # Ignore files that another job is still writing: its first is the header.
+        names = (entry.name for entry in storage.list_folder(self.uri))
+        if all(name.endswith((".part", ".partial")) for name in names):
+            return None
+        is_headed = storage.exists(storage.join(self.uri, HEADER))
+        attributes = _attributes(self.uri) if is_headed else {}
         if not {FINISHED_ATTRIBUTE, LAYERS_ATTRIBUTE, PREPARED_ATTRIBUTE} <= attributes.keys():
             raise InkdaskError(f"{self.uri} is there, and it is no array that inkdask prepared.")
         there = attributes[PREPARED_ATTRIBUTE]
@@ -183,12 +211,34 @@ class Preparation:
                 f"{self.uri} was prepared from {source}: name another place, or replace "
                 "it with --overwrite."
             )
-        return bool(there == self._source)
+        return there
 
     def _shares(self) -> np.ndarray:
-        """The marks of the blocks, float (rows, columns)."""
-        with storage.decoded(self._marks, ": run inkdask prepare again with --overwrite"):
-            return np.asarray(storage.open_array(self._marks, digest(self._source))[:], float)
+        """Share of data of each block that is marked, float (rows, columns); -1 for the others."""
+        shares = np.full(self._blocks.block_shape, -1.0)
+        for mark in storage.list_files(self._marks):
+            if found := re.fullmatch(r"(\d+)-(\d+)-(\d\.\d+)", mark):
+                shares[int(found[1]), int(found[2])] = float(found[3])
+        return shares
+
+
+def _attributes(uri: str) -> dict[str, Any]:
+    """Attributes of the array at ``uri``; empty where its header is not one of zarr 3."""
+    with suppress(ValueError, TypeError, KeyError):
+        return dict(json.loads(storage.read_bytes(storage.join(uri, HEADER)))["attributes"])
+    return {}
+
+
+def _check_current(uri: str, source: dict[str, Any]) -> None:
+    """Check that no job of other layers has started the array anew."""
+    if _attributes(uri).get(PREPARED_ATTRIBUTE) != source:
+        raise InkdaskError(f"{uri} was started anew by another job, of other layers.")
+
+
+def _shards(rows: Sequence[int], columns: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Row and column of each shard between these pixels; the last block may have several."""
+    y, x = (range(start // SHARD, -(-stop // SHARD)) for start, stop in (rows, columns))
+    return product(y, x)
 
 
 @fallible
@@ -198,12 +248,27 @@ def _copy_block(
     tiling: Tiling,
     uri: str,
     marks: str,
-    version: str,
+    layout: dict[str, Any],
+    source: dict[str, Any],
     block_id: tuple[int, int],
-) -> None:
+) -> tuple[int, int, float]:
+    """Store a block, mark it, and return its row, column and share of data."""
     row, column = block_id
-    rows, columns = tiling.y.edges[row : row + 2], tiling.x.edges[column : column + 2]
+    rows = tiling.y.edges[row : row + 2].tolist()
+    columns = tiling.x.edges[column : column + 2].tolist()
+    made: dict[str, Any] = {}  # a store in memory: zarr would merge a block with what is there
     with storage.explained(uri):
-        storage.open_array(uri, version)[:, slice(*rows), slice(*columns)] = block
-        share = np.count_nonzero(block.any(axis=0)) / block[0].size
-        storage.open_array(marks, version)[row, column] = share
+        zarr.create_array(made, **layout)[:, slice(*rows), slice(*columns)] = block
+        _check_current(uri, source)
+        for shard in _shards(rows, columns):
+            name = storage.join("c/0", *map(str, shard))
+            if name in made:
+                storage.write_bytes(storage.join(uri, name), made[name].to_bytes())
+            else:  # nothing but zeros
+                outputs.remove(storage.join(uri, name))
+    share = np.count_nonzero(block.any(axis=0)) / block[0].size
+    try:
+        storage.write_bytes(storage.join(marks, f"{row}-{column}-{share:.4f}"), b"")
+    except InkdaskError as error:  # the marks of a finished array are removed, for example
+        log.info("A block has no mark, and is copied again if the job is stopped: %s", error)
+    return row, column, share

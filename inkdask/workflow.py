@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from inkdask import catalogue, storage
+from inkdask import catalogue, records, storage
 from inkdask.blending import blend
 from inkdask.cautions import Caution, cautions, cautions_of, tell
 from inkdask.clusters import connect, report
@@ -36,7 +36,7 @@ from inkdask.samples import sample
 from inkdask.segment import open_segment
 from inkdask.settings import Settings, with_parameters
 from inkdask.specs import NO_MASK
-from inkdask.storage import outputs, scratch
+from inkdask.storage import outputs
 from inkdask.summary import Summary
 from inkdask.volumes import choose_volume
 
@@ -121,10 +121,9 @@ def run(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str:
             outputs.remove_file(settings.result_file)  # of an earlier job
     jobs = [settle(way) for way in settings.each_way()]
     for job in jobs:
-        outputs.sweep(job.target)
         log.info("%s", job.plan)
     tell(cautions_of(plan_of(jobs[0]), settings))
-    scratch.sweep()
+    sweep_places(jobs, settings)
     if settings.overwrite and is_whole:
         jobs = [job.restarted() for job in jobs]
     with connect(settings), report(settings.report):
@@ -187,6 +186,7 @@ def reduce(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> str
     jobs = [Job.found(way) for way in settings.each_way()]
     for job in jobs:
         check_replaced(job)
+    sweep_places(jobs, settings)
     with connect(settings), report(settings.report):
         uris, inks = zip(*(picture(job, settings.num_parts) for job in jobs), strict=True)
         log.info("ink: %s", "; ".join(inks))
@@ -262,13 +262,12 @@ def prepare(s3_path: str | os.PathLike[str] | None = None, **options: Any) -> st
     array = Preparation.of(segment, settings)
     said = cautions(array.segment, settings, sample(array.segment))
     tell(it for it in said if it.kind != "direction")  # the array has it as the layers have it
-    scratch.sweep()
+    outputs.sweep(others=[array.uri])
     array.begin(settings.overwrite)
     if array.is_finished:
         log.info("%s is there already, made of the same files", array.uri)
     else:
         array.fill()
-        array.finish()
     return array.uri
 
 
@@ -285,6 +284,14 @@ def settle(settings: Settings) -> Job:
     job.grid.check_place(job.recipe)
     check_places(job, settings)
     return job
+
+
+def sweep_places(jobs: Sequence[Job], settings: Settings) -> None:
+    """Remove what killed processes left where jobs are to write."""
+    others = {settings.result_file, settings.report or settings.result_file}
+    others |= {job.grid.uri for job in jobs}
+    others |= {storage.join(job.folder, records.FOLDER) for job in jobs if job.folder}
+    outputs.sweep(*(job.target for job in jobs), others=others)
 
 
 def share(job: Job, settings: Settings) -> tuple[Job, np.ndarray]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import imagecodecs
@@ -17,7 +18,8 @@ from inkdask import storage
 from inkdask.errors import InkdaskError
 from inkdask.provenance import absolute, software
 from inkdask.reading import images
-from tests.files import bound_by_rights, random_volume, write_segment
+from inkdask.storage import outputs
+from tests.files import bound_by_rights, grids, random_volume, write_segment
 from tests.oracle import depth_slope, papyrus
 from tests.test_runs import wait_until
 
@@ -151,6 +153,78 @@ def test_interrupted_job_removes_its_decoded_layers(tmp_path, how):
     assert list(scratch.iterdir()) == []
 
 
+def leave(place, age):
+    """Leave a file, or a folder without files, as a process that was killed ``age`` seconds ago."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.suffix == ".unfinished":
+        (place / "c" / "0").mkdir(parents=True)
+    else:
+        place.touch()
+    for path in (*place.rglob("*"), place):
+        os.utime(path, times=(time.time() - age,) * 2)
+    return place
+
+
+OF_PICTURE = "out/{picture}.zarr.0123abcd.unfinished", "out/.{picture}.png.0123abcd.part"
+OF_GRID = (
+    "{grid}/zarr.0123456789abcdef0123456789abcdef.partial",
+    "{grid}/g1.0123abcd.unfinished",
+    "{grid}/g1/grid/c/0/0.0123456789abcdef0123456789abcdef.partial",
+    "{grid}.0123abcd.unfinished",
+)
+OF_FILES = ".result.txt.0123abcd.part", ".page.html.0123abcd.part"
+OF_ARRAY = (
+    "v.zarr.0123abcd.unfinished",
+    "v.zarr.done.0123abcd.unfinished",
+    "v.zarr/zarr.0123456789abcdef0123456789abcdef.partial",
+    "v.zarr/c/0/0/.0.0123abcd.part",
+)
+LEFT = {
+    "run": (*OF_PICTURE, *OF_GRID, *OF_FILES, "partitions/jobs/.0123.json.0123abcd.part"),
+    "reduce": (*OF_PICTURE, *OF_GRID, *OF_FILES),
+    "prepare": OF_ARRAY,
+    "export": ("a.zarr.0123abcd.unfinished", ".b.tif.0123abcd.part"),
+}
+
+
+@pytest.mark.parametrize("command", LEFT)
+def test_next_command_removes_what_killed_ones_left_where_it_writes(tmp_path, command, scratch):
+    segment, out = write_segment(tmp_path / "seg", papyrus((3, 70, 70))), tmp_path / "out"
+    words = {"output_path": str(out), "report": str(tmp_path / "page.html"), "stride": 64}
+    picture = inkdask.run(segment, model=depth_slope, **words)
+    [grid] = grids(str(tmp_path / "partitions"))
+    names = {"picture": Path(picture).stem, "grid": Path(grid).relative_to(tmp_path)}
+    jobs = {
+        "run": lambda: inkdask.run(segment, model=depth_slope, **words),
+        "reduce": lambda: inkdask.reduce(segment, model=depth_slope, **words),
+        "prepare": lambda: inkdask.prepare(segment, surface_volume_zarr=tmp_path / "v.zarr"),
+        "export": lambda: inkdask.export(
+            picture.replace(".png", ".zarr"), [tmp_path / "a.zarr", tmp_path / "b.tif"]
+        ),
+    }
+    if command == "prepare":
+        jobs[command]()
+    left = [leave(tmp_path / name.format(**names), 2 * outputs.REST) for name in LEFT[command]]
+    held = scratch / "inkdask-tmp-killed"
+    held.mkdir()
+    kept = [
+        leave(left[0].with_name(left[0].name.replace("0123abcd", "89abcdef")), outputs.REST / 2),
+        leave(left[0].with_name("other.zarr.0123abcd.unfinished"), 2 * outputs.REST),
+    ]
+    jobs[command]()
+    assert [place for place in left if place.exists()] == []
+    assert [place for place in kept if not place.exists()] == []
+    assert not held.exists()
+
+
+def test_sweep_lists_a_folder_of_s3_once_and_for_pictures_alone(s3):
+    storage.write_bytes(f"{s3}/out/a.png", b"ink")
+    before = storage.counters().requests
+    places = [f"{s3}/results/r.txt", f"{s3}/grids/g.zarr"]
+    outputs.sweep(f"{s3}/out/a", f"{s3}/out/b", others=places)
+    assert storage.counters().requests - before == 1
+
+
 @pytest.mark.parametrize("module", ["inkdask", "inkdask.cli"])
 def test_user_without_home_gets_a_private_one(tmp_path, module):
     """As a container with an unknown user id, from cron or systemd."""
@@ -166,6 +240,20 @@ def test_user_without_home_gets_a_private_one(tmp_path, module):
     assert Path(home).parent == tmp_path
     assert mode == "drwx------"
     assert not Path(home).exists()
+
+
+def test_next_job_removes_the_private_home_of_a_killed_one(scratch):
+    code = (
+        "import os, pwd, signal; pwd.getpwuid = lambda _: {}['unknown']\n"
+        "import inkdask; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    environment["TMPDIR"] = str(scratch)
+    killed = subprocess.run([sys.executable, "-c", code], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(scratch.iterdir())) == 1
+    outputs.sweep()
+    assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.slow

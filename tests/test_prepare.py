@@ -1,6 +1,9 @@
 """Test the prepared array: its voxels, its pictures, resuming, and what it refuses."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier, Event
 
 import dask
 import numpy as np
@@ -62,8 +65,8 @@ def test_stopped_prepare_resumes_and_its_array_is_not_read(segment, volume, tmp_
     def failing(block, *, block_id, **rest):
         if copied:
             raise InkdaskError("the disk is full")
-        copy(block, block_id=block_id, **rest)
         copied.append(block_id)
+        return copy(block, block_id=block_id, **rest)
 
     monkeypatch.setattr(preparation, "_copy_block", failing)
     one_by_one = dask.config.set(num_workers=1)
@@ -75,25 +78,128 @@ def test_stopped_prepare_resumes_and_its_array_is_not_read(segment, volume, tmp_
     def counting(block, *, block_id, **rest):
         assert block_id not in copied
         copied.append(block_id)
-        copy(block, block_id=block_id, **rest)
+        return copy(block, block_id=block_id, **rest)
 
     monkeypatch.setattr(preparation, "_copy_block", counting)
     inkdask.prepare(segment, surface_volume_zarr=uri)
     assert len(copied) == 2
-    assert np.array_equal(zarr.open_array(uri, mode="r")[:], volume)
+    check_whole(uri, volume)
 
 
-def test_prepare_reports_damaged_marks(segment, volume, tmp_path, monkeypatch):
-    uri = str(tmp_path / "volume.zarr")
-    with monkeypatch.context() as context:
-        context.setattr(preparation, "_copy_block", stopped)
-        with pytest.raises(InkdaskError, match="full"):
-            inkdask.prepare(segment, surface_volume_zarr=uri)
-    storage.write_bytes(f"{uri}.done/c/0/0", b"spoiled")
-    with pytest.raises(InkdaskError, match=r"volume\.zarr\.done cannot be read .* --overwrite\.$"):
-        inkdask.prepare(segment, surface_volume_zarr=uri)
+def check_whole(uri, volume):
+    """Check an array that says it is finished: its voxels, its shares of data, and its marks."""
+    array = zarr.open_array(storage.zarr_store(uri), mode="r")
+    assert array.attrs["finished"]
+    assert np.array_equal(array[:], volume)
+    data = volume.any(axis=0)
+    shares = [[data[:, :1024].mean(), data[:, 1024:].mean()]]
+    np.testing.assert_allclose(array.attrs["occupied"]["share"], shares, atol=1e-4)
+    assert not storage.exists(f"{uri}.done")
+
+
+def test_damaged_array_is_made_anew_with_overwrite(segment, volume, home):
+    """The last block is at the edge, and the first is empty."""
+    volume[:, :, :1024] = 0
+    write_segment(segment, volume, replace=True)
+    uri = inkdask.prepare(segment, surface_volume_zarr=storage.join(home, "volume.zarr"))
+    for block in "01":
+        storage.write_bytes(f"{uri}/c/0/0/{block}", b"spoiled")
     inkdask.prepare(segment, surface_volume_zarr=uri, overwrite=True)
-    assert np.array_equal(zarr.open_array(uri, mode="r")[:], volume)
+    check_whole(uri, volume)
+    assert storage.list_files(f"{uri}/c") == ["0/0/1"]
+
+
+def test_blocks_of_a_larger_array_are_removed(segment, volume, home):
+    uri = storage.join(home, "volume.zarr")
+    inkdask.prepare(segment, surface_volume_zarr=uri)
+    write_segment(segment, volume[:, :90, :700], replace=True)
+    inkdask.prepare(segment, surface_volume_zarr=uri)
+    assert storage.list_files(f"{uri}/c") == ["0/0/0"]
+    assert np.array_equal(zarr.open_array(storage.zarr_store(uri))[:], volume[:, :90, :700])
+
+
+def prepare_at_once(segments, uri, **options):
+    """Let each segment be prepared in a thread; return what came out, in their order."""
+
+    def prepare(segment):
+        try:
+            return inkdask.prepare(segment, surface_volume_zarr=uri, **options)
+        except InkdaskError as error:
+            return error
+
+    with ThreadPoolExecutor(len(segments)) as pool:
+        return list(pool.map(prepare, segments))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_identical_prepares_at_once_both_succeed(segment, volume, tmp_path, monkeypatch, overwrite):
+    meeting = Barrier(2)  # both have seen what is there, and neither has written
+    monkeypatch.setattr(preparation, "check_room_to_prepare", lambda *_: meeting.wait(60))
+    uri = str(tmp_path / "volume.zarr")
+    for there in (False, overwrite, overwrite, overwrite):
+        if not there:
+            shutil.rmtree(uri, ignore_errors=True)
+        assert prepare_at_once([segment, segment], uri, overwrite=overwrite) == [uri] * 2
+        check_whole(uri, volume)
+
+
+def test_changed_layers_replace_an_array_in_two_jobs_at_once(segment, volume, home, monkeypatch):
+    uri = storage.join(home, "volume.zarr")
+    inkdask.prepare(segment, surface_volume_zarr=uri, layers=(1, 6), use_zarr_compression=True)
+    meeting = Barrier(2)
+    monkeypatch.setattr(preparation, "check_room_to_prepare", lambda *_: meeting.wait(60))
+    assert prepare_at_once([segment, segment], uri) == [uri] * 2
+    check_whole(uri, volume)
+
+
+def test_job_succeeds_whose_marks_another_job_removes(segment, volume, tmp_path, monkeypatch):
+    copy, begun, go_on = preparation._copy_block, Event(), Event()
+    uri = str(tmp_path / "volume.zarr")
+
+    def wait(block, *, block_id, **rest):
+        begun.set()
+        assert go_on.wait(60)
+        return copy(block, block_id=block_id, **rest)
+
+    with ThreadPoolExecutor(1) as pool:
+        with monkeypatch.context() as slowly:
+            slowly.setattr(preparation, "_copy_block", wait)
+            slow = pool.submit(inkdask.prepare, segment, surface_volume_zarr=uri)
+            assert begun.wait(60)
+        inkdask.prepare(segment, surface_volume_zarr=uri)
+        check_whole(uri, volume)
+        go_on.set()
+        assert slow.result(60) == uri
+    check_whole(uri, volume)
+
+
+@pytest.mark.parametrize("layers", [(0, 7), (1, 6)])
+def test_late_mark_of_another_job_hides_no_missing_block(
+    segment, volume, tmp_path, monkeypatch, layers
+):
+    """A job stores a block; another starts anew, and is killed; then the first marks the block."""
+    uri, replace, late = str(tmp_path / "volume.zarr"), Path.replace, []
+    other = {"surface_volume_zarr": uri, "layers": layers}
+
+    def replace_late(file, target):
+        if f"{uri}.done" in str(target) and Path(target).name != "zarr.json" and not late:
+            late.append(target)
+            with monkeypatch.context() as killed:
+                killed.setattr(preparation, "_copy_block", stopped)
+                with pytest.raises(InkdaskError, match="full"):
+                    inkdask.prepare(segment, overwrite=True, **other)
+        return replace(file, target)
+
+    with monkeypatch.context() as context, dask.config.set(num_workers=1):
+        context.setattr(Path, "replace", replace_late)
+        if layers == (0, 7):
+            inkdask.prepare(segment, surface_volume_zarr=uri)
+        else:
+            with pytest.raises(InkdaskError, match="zarr was started anew by another job"):
+                inkdask.prepare(segment, surface_volume_zarr=uri)
+    assert late
+    inkdask.prepare(segment, **other)
+    check_whole(uri, volume[slice(*layers)])
 
 
 def stopped(*_, **__):

@@ -147,10 +147,10 @@ def export(
         picture = picture.crop(settings.roi_xyxy)
     ground = open_ground(picture, look.overlay, look.segment) if look.overlay else None
     if picture.provenance:
-        words = _command(picture, look, settings)
-        picture = replace(
-            picture, provenance=replace(without_secrets(picture.provenance), export=words)
-        )
+        told = without_secrets(picture.provenance)
+        told = replace(told, export=_command(picture, look, settings))
+        picture = replace(picture, provenance=told)
+    outputs.sweep(*(it for it in targets if kind_of(it) == "zarr"), others=targets)
     for target in targets:
         write(picture, target, look, ground)
     return targets

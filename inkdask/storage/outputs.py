@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,15 @@ from uuid import uuid4
 
 from inkdask import storage
 from inkdask.errors import InkdaskError
+from inkdask.storage import scratch
 from inkdask.storage.parallel import for_each
-from inkdask.storage.scratch import part_of
 
 log = logging.getLogger("inkdask")
 
 # Conditions that S3 looks at after the right to upload, and its answers where they are not met.
 NEVER = {"IfMatch": f'"{"0" * 32}"', "ContentMD5": "AAAAAAAAAAAAAAAAAAAAAA=="}
 UNMET = ("NoSuchKey", "404", "PreconditionFailed", "412", "BadDigest")
+LEFT = re.compile(r"\.([0-9a-f]{8}\.(part|unfinished)|[0-9a-f]{32}\.partial)$")  # the last by zarr
 REST = 24 * 3600  # seconds: a living process writes to its unfinished picture more often
 
 
@@ -56,7 +59,7 @@ def check_writable(uri: str) -> None:
         if path.is_dir():
             raise InkdaskError(f"{uri} cannot be written: it is a folder.")
         with suppress(FileNotFoundError, NotADirectoryError):
-            part_of(path).lstat()  # a name may be too long
+            scratch.part_of(path).lstat()  # a name may be too long
         while folder == path or not os.path.lexists(folder):
             folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
@@ -148,20 +151,38 @@ def replace_tree(source: str, target: str) -> None:
         remove(source)
 
 
-def sweep(uri: str) -> None:
-    """Remove what killed processes left beside files whose names begin like ``uri``.
+def sweep(*pictures: str, others: Iterable[str] = ()) -> None:
+    """Remove what killed processes left: temporary folders, and files where a command writes.
 
-    It has rested for a day, because a process of any machine may write there.
+    These lie beside files whose names begin like the last part of a place, and in the folders of
+    ``others``. They have rested for a day, because a process of any machine may write there. On S3
+    only pictures leave any, because all else appears there whole.
     """
-    folder, name = storage.absolute(uri).rsplit("/", 1)
-    left = re.compile(rf"\.?{re.escape(name)}.*\.[0-9a-f]{{8}}\.(part|unfinished)")
-    with suppress(InkdaskError), storage.explained(folder):
-        for entry in filter(lambda it: left.fullmatch(it.name), storage.list_folder(folder)):
-            fs, path = storage.filesystem(storage.join(folder, entry.name))
-            files = fs.find(path, detail=True).values()
-            times = [it.get("mtime") or it["LastModified"].timestamp() for it in files]
-            if times and max(times) < time.time() - REST:
-                discard(storage.join(folder, entry.name))
+    scratch.sweep()
+    local = [uri for uri in others if storage.is_local(uri)]
+    names = defaultdict(set)
+    for uri in map(storage.absolute, (*pictures, *local)):
+        folder, name = uri.rsplit("/", 1)
+        names[folder].add(re.escape(name))
+    for folder, beside in names.items():
+        left = re.compile(rf"\.?({'|'.join(beside)}).*{LEFT.pattern}")
+        with suppress(InkdaskError):
+            for entry in storage.list_folder(folder):
+                if left.fullmatch(entry.name):
+                    _discard_rested(storage.join(folder, entry.name))
+    for folder, folders, files in itertools.chain(*map(os.walk, map(storage.absolute, local))):
+        for name in filter(LEFT.search, folders + files):
+            _discard_rested(storage.join(folder, name))
+
+
+def _discard_rested(uri: str) -> None:
+    """Remove a file or folder in which nothing was written for a day."""
+    fs, path = storage.filesystem(uri)
+    with suppress(InkdaskError), storage.explained(uri):
+        files = fs.find(path, detail=True, withdirs=storage.is_local(uri)).values()
+        times = [it.get("mtime") or it["LastModified"].timestamp() for it in files]
+        if times and max(times) < time.time() - REST:
+            remove(uri)
 
 
 def _files(fs: Any, path: str) -> tuple[list[str], list[str]]:
