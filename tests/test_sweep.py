@@ -199,8 +199,8 @@ def test_offset_beyond_the_layers_is_refused_and_defaults_are_left_out(segment, 
     for offsets in (None, []):
         result = sweep(segment, offsets=offsets)
         assert {it.offset for it in result.variants} == {0}
+    write_layers(tmp_path / "few/layers", papyrus((5, HEIGHT, WIDTH)))
     with pytest.raises(SettingsError, match="Offset 0 needs layers -1 to 2"):
-        write_layers(tmp_path / "few/layers", papyrus((5, HEIGHT, WIDTH)))
         sweep(tmp_path / "few", offsets=None, layers=(0, 2))
     with pytest.raises(SettingsError, match="DIRECTION: input should be 'forward'"):
         sweep(segment, direction="sideways")
