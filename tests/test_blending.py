@@ -13,7 +13,7 @@ import dask.array as da
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
@@ -68,9 +68,20 @@ def overlap_add(grid, valid, tiling, w):
     return [np.where(valid, it[: valid.shape[0], : valid.shape[1]], 0) for it in (mean, spread)]
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.fixture(params=[7, 256])
+def strip(request, monkeypatch):
+    """Cut chunks into many strips, or into one."""
+    monkeypatch.setattr(blending, "STRIP", request.param)
+    strips_of.cache_clear()
+    yield
+    strips_of.cache_clear()
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
-def test_blend_and_spread_equal_overlap_add(data):
+def test_blend_and_spread_equal_overlap_add(strip, data):
     window = data.draw(st.sampled_from(["hann", "gaussian", "upstream"]))
     tile = data.draw(st.integers(3 if window == "upstream" else 2, 24))
     k = data.draw(st.integers(1, tile))
