@@ -10,7 +10,7 @@ from inkdask.pictures.picture import open_picture
 from tests.files import read_picture, write_segment
 from tests.jobs import network
 from tests.oracle import depth_slope, papyrus
-from tests.test_blending import overlap_add
+from tests.test_blending import overlap_add, weights
 
 pytestmark = pytest.mark.usefixtures("own_tiles")
 
@@ -35,7 +35,7 @@ def test_spread_of_a_prediction_equals_the_oracle_and_runs_what_a_slice_needs():
     few = tiles_run() - start
     mean, spread, grid, reached = da.compute(ink.map, ink.spread, ink.grid, ink.reached)
     assert 3 * few < tiles_run() - start - few <= ink.tiling.tiles  # the pictures share tiles
-    exact = overlap_add(grid, reached, ink.tiling, "hann", 0.0)
+    exact = overlap_add(grid, reached, ink.tiling, weights(64, "hann", 0.0, None))
     for got, expected in zip((mean, spread), exact, strict=True):
         np.testing.assert_allclose(got, expected[ink.plan.region.slices], atol=1e-5)
     np.testing.assert_array_equal(part, spread[:40, :50])

@@ -89,8 +89,7 @@ def evidence(
         papyrus, on_papyrus = np.asarray(ink_over(0.0)), np.asarray(ink_over(0.85))
     page = Page(
         told.origin.segment, ink, ours.valid, papyrus, on_papyrus, ours.spread,
-        agreement=agreement([ours]),
-        contrast=contrast([Reading(ink, ours.spread, ours.valid)]),
+        agreement=agreement([ours]), contrast=contrast([Reading(ink, ours.spread, ours.valid)]),
         controls=shown,
         pixel_um=settings.pixel_resolution_um or picture.pixel_um,
         tile=told.recipe.tile,
