@@ -78,6 +78,7 @@ def environment(documents, pod, folder, port):
     return {name: re.sub(f"^{inside}", f"{folder}/", value) for name, value in found.items()}
 
 
+@pytest.mark.slow
 def test_pods_of_a_job_connect_by_tls_and_refuse_everybody_else(documents, start, tmp_path):
     spec, port = only(documents, "DaskJob")["spec"], free_port()
     cluster = spec["cluster"]["spec"]

@@ -378,6 +378,7 @@ def self_signed(folder):
     return files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["threads", "scheduler"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_report_is_written_also_when_the_job_fails(where, fails, segment, tmp_path, request):
@@ -512,6 +513,7 @@ def test_local_cluster_refuses_everybody_else(own_client):
     assert own_client.submit(os.getpid).result() != os.getpid()
 
 
+@pytest.mark.slow
 def test_local_workers_leave_ctrl_c_to_this_process_also_after_a_restart(own_client):
     def look():
         return os.getpid(), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -525,6 +527,7 @@ def test_local_workers_leave_ctrl_c_to_this_process_also_after_a_restart(own_cli
     assert blocks
 
 
+@pytest.mark.slow
 def test_local_cluster_is_silent_about_a_taken_dashboard(recwarn):
     from inkdask.clusters.local import DASHBOARD, local
 

@@ -14,6 +14,8 @@ from inkdask.errors import InkdaskError
 from inkdask.models import hub, registry, weights
 from inkdask.models.depth_cnn import DepthCNN
 
+pytestmark = pytest.mark.xdist_group("demo")  # whose fixture takes long
+
 
 def test_auc_is_the_share_of_pairs_in_order():
     rng = np.random.default_rng(0)
