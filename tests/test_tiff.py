@@ -268,6 +268,22 @@ def test_pages_of_other_shapes_are_no_stack(tmp_path):
     np.testing.assert_array_equal(image.decode(), page >> 8)
 
 
+def test_stack_of_stacks_is_no_stack(tmp_path):
+    pages, path = random_volume((6, 100, 120)), tmp_path / "pages.tif"
+    tifffile.imwrite(path, pages.reshape(2, 3, 100, 120), photometric="minisblack")
+    (image,) = tiff_header.read_stack(str(path), path.stat().st_size)
+    assert image.oddity == "several pages, of which the first is read"
+    np.testing.assert_array_equal(image.decode(), pages[0] >> 8)
+
+
+@pytest.mark.parametrize("code", [7, 33007])
+def test_jpeg_of_either_code_is_decoded(tmp_path, code):
+    data = encode(random_volume((1, 64, 64), "|u1")[0], compression="jpeg")
+    expected = tifffile.imread(io.BytesIO(data))
+    image = open_image(with_tag(data, 259, code), tmp_path)
+    np.testing.assert_array_equal(image.decode(), expected)
+
+
 def test_images_in_other_files_are_not_read(tmp_path):
     """Of a set in OME-TIFF each file is what it holds."""
     pages = random_volume((2, 100, 120))
