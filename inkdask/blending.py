@@ -385,8 +385,8 @@ def upsampling(tile: int, k: int, margin: int = 0) -> np.ndarray:
     """
     pixels = np.arange(tile + 2 * margin)
     position = np.clip((pixels - margin + 0.5) * k / tile - 0.5, 0, k - 1)
-    left = np.minimum(position.astype(int), max(k - 2, 0))
-    share = position - left
+    left = position.astype(int)
+    share = position - left  # 0 beyond the last centre, which has no neighbour
     u = np.zeros((len(pixels), k))
     u[pixels, left] = 1 - share
     u[pixels, np.minimum(left + 1, k - 1)] += share
