@@ -223,8 +223,13 @@ def test_pages_of_two_segments_in_one_folder_are_both_kept(segment, tmp_path, pa
     other = str(tmp_path / "other")
     write_layers(f"{other}/layers", papyrus((LAYERS, HEIGHT, WIDTH), seed=1, holes=False))
     options = {"model": network, "output_path": tmp_path / "out", "second_model": " "}
-    first, second = (inkdask.evidence(predicted(it), **options) for it in (segment, other))
     names = [f"prediction_{name}_network_04_08_evidence" for name in ("segment", "other")]
+    left = tmp_path / "out" / f".{names[0]}.png.01234567.part"  # of a process long dead
+    left.parent.mkdir()
+    left.touch()
+    os.utime(left, (1, 1))
+    first, second = (inkdask.evidence(predicted(it), **options) for it in (segment, other))
+    assert not left.exists()
     assert [Path(uri).name for uri in first] == [f"{names[0]}.png", f"{names[0]}.html"]
     assert [Path(uri).name for uri in second] == [f"{names[1]}.png", f"{names[1]}.html"]
     assert segment in Path(first[1]).read_text()

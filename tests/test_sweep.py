@@ -1,6 +1,7 @@
 """Test sweeps: variants that read once, cost nothing twice, and a sheet to look at."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,12 @@ def test_pictures_name_the_sweeps_that_have_them_among_their_variants(segment, c
 
 def test_grid_of_an_earlier_run_costs_a_sweep_nothing(segment):
     inkdask.run(segment, model=network, layers=(4, 8), roi_xyxy=ROI)
+    left = Path(segment, "predictions", ".sweep.png.01234567.part")  # of a process long dead
+    left.touch()
+    os.utime(left, (1, 1))
     result = sweep(segment, offsets=[0, 2], direction="forward")
     assert [it.cost.tiles > 0 for it in result.variants] == [False, True]
+    assert not left.exists()
 
 
 @pytest.mark.slow

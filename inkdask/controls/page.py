@@ -18,6 +18,7 @@ from inkdask.cautions import LETTER_MM
 from inkdask.demo import letters
 from inkdask.pictures.scale_bar import fitting
 from inkdask.pictures.sheets import DIM, INK, MARGIN, MARK, NO_DATA, Panel, Sheet, heated, inked
+from inkdask.storage import outputs
 
 EXPLAINED = (
     "The prediction is dark where a network, which looks at small windows of the scan, finds what "
@@ -110,6 +111,7 @@ def write_page(page: Page, stem: str) -> None:
     """Write a page as ``<stem>.png`` and ``<stem>.html``."""
     note = {"inkdask-evidence": json.dumps({"digest": page.digest, "command": page.command,
                                             **page.facts})}  # fmt: skip
+    outputs.sweep(others=[f"{stem}.png", f"{stem}.html"])
     with storage.writing(f"{stem}.png") as path:
         _sheet(page).save(path, note)
     storage.write_bytes(f"{stem}.html", _html(page).encode(errors="backslashreplace"))

@@ -93,6 +93,7 @@ def sweep(
     targets = [f"{stem}.png", f"{stem}.json"]
     with outputs.moved_by("OUTPUT_PATH"):
         outputs.check_writable(targets[0])
+    outputs.sweep(others=targets)
     drawn = "" if labels is None else os.fspath(labels)
     truth = None if is_blank(drawn) else open_labels(drawn, whole.shape[1:])
     windows = _windows(settings, whole)
@@ -102,8 +103,7 @@ def sweep(
     best, advice = suggestion(variants)
     result = Sweep(whole.uri, tuple(windows), tuple(variants), best, advice, *targets)
     draw(result, targets[0], settings.pixel_resolution_um)
-    told = result.to_json()
-    storage.write_bytes(targets[1], json.dumps(told, indent=1).encode())
+    storage.write_bytes(targets[1], json.dumps(told := result.to_json(), indent=1).encode())
     _note(stem.rpartition("/")[0] or "/", told)
     return result
 
