@@ -293,8 +293,8 @@ class GridStore:
 
         Lists the objects and reads none.
         """
-        there = self._chunks_there("grid") & self._chunks_there("valid")
-        return self._chunks_there("done") & ~there
+        done = self._chunks_there("done")  # before the data, because writers write the data first
+        return done & ~(self._chunks_there("grid") & self._chunks_there("valid"))
 
     def _chunks_there(self, name: str) -> np.ndarray:
         """Mask of stored chunks, bool (rows, columns)."""

@@ -270,6 +270,25 @@ def test_store_created_by_many_at_once_keeps_all_chunks(home, tiling):
     assert (label.recipe, label.origin, label.said, label.generation) == (RECIPE, ORIGIN, SAID, 1)
 
 
+def test_chunk_written_while_another_process_opens_the_grid_keeps_its_mark(
+    home, tiling, monkeypatch
+):
+    store, real, listed = GridStore.of(home, "seg", RECIPE), GridStore._chunks_there, []
+    store.create(RECIPE, ORIGIN, SAID)
+
+    def chunks_there(self, name):
+        found = real(self, name)
+        listed.append(name)
+        if len(listed) == 1:
+            store.write(chunk_of(tiling, 0, 0, 0.5), 0, 0)
+        return found
+
+    monkeypatch.setattr(GridStore, "_chunks_there", chunks_there)
+    store.create(RECIPE, ORIGIN, SAID)
+    assert listed
+    assert store.chunks_done()[0, 0]
+
+
 def test_grid_of_another_job_is_refused_with_the_differences(tmp_path, tiling):
     store = GridStore(str(tmp_path / "mine.zarr"), tiling, k=4)
     store.create(RECIPE, ORIGIN)
