@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 import inkdask
 from inkdask import messages
@@ -356,21 +355,21 @@ def models(as_json: bool) -> None:
     if as_json:
         answer(json.dumps([asdict(spec) for spec in known().values()], indent=1))
         return
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    lines = []
     for spec in known().values():
         revision = f" at {spec.revision[:12]}" if spec.revision else ""
         file = f":{spec.filename}" if spec.filename else ""
         scan = f", of scans of {spec.pixel_um:g} um" if spec.pixel_um else ""
         suits = f"; {spec.suits}" if spec.suits else ""
-        console.print(spec.key, style="bold", end="")
-        console.print(f"  {spec.weights}{file}{revision}")
-        console.print(
-            f"    suits segments of {spec.layers} layers and more{scan}{suits}\n"
+        lines += [
+            f"{click.style(spec.key, bold=True)}  {spec.weights}{file}{revision}",
+            f"    suits segments of {spec.layers} layers and more{scan}{suits}",
             f"    {spec.architecture}: tile {spec.tile}, stride {spec.stride}; "
-            f"voxels {normalisation(spec.clip, spec.divisor)}"
-        )
-        if spec.licence:
-            console.print(f"    licence: {spec.licence}")
+            f"voxels {normalisation(spec.clip, spec.divisor)}",
+        ]
+        lines += [f"    licence: {spec.licence}"] if spec.licence else []
+    text = "\n".join(lines)
+    answer(text if sys.stdout.isatty() else click.unstyle(text))
 
 
 def _complete(options: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Preparation:
         name = f"{shortened(segment.name)}-{kept}-{segment.identity}.volume.zarr"
         uri = storage.absolute(uri or storage.join(settings.zarr_output_dir, name))
         with outputs.moved_by("SURFACE_VOLUME_ZARR"):
-            outputs.check_writable(storage.join(uri, "zarr.json"))
+            outputs.check_writable(storage.join(uri, HEADER))
         return cls(uri, segment, settings.use_zarr_compression, factor, tags)
 
     def begin(self, overwrite: bool) -> None:

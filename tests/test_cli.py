@@ -235,3 +235,7 @@ def test_full_standard_output_is_said_after_the_job(segment, tmp_path, monkeypat
         "inkdask: Standard output cannot be written: No space left on device.\n"
     )
     assert result.exists()
+    monkeypatch.setattr(sys, "stdout", Path("/dev/full").open("w"))  # noqa: SIM115
+    with pytest.raises(SystemExit):
+        cli.main(["models"])
+    assert capsys.readouterr().err.startswith("inkdask: Standard output cannot be written")

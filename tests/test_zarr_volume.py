@@ -204,6 +204,16 @@ def test_level_named_itself_has_the_pixels_of_its_group(tmp_path):
     assert open_segment(uri, level="1").pixel_um == open_segment(f"{uri}/1").pixel_um == 4.8
 
 
+@pytest.mark.parametrize(
+    "images", [[], [{}], [3], {}, "odd", [{"datasets": 3}], [{"datasets": [{}]}]]
+)
+def test_odd_group_above_an_array_does_not_matter(tmp_path, images):
+    data = random_volume((10, 30, 300), "|u1")
+    group = zarr.create_group(str(tmp_path / "x.zarr"), attributes={"multiscales": images})
+    group.create_array("0", data=data, chunks=(10, 8, 8))
+    assert_reads(open_segment(tmp_path / "x.zarr/0"), data)
+
+
 def test_volume_of_millions_of_blocks_is_refused(tmp_path):
     uri = str(tmp_path / "x.zarr")
     array = zarr.create_array(uri, shape=(10**6, 10**5, 10**5), chunks=(16,) * 3, dtype="u1")

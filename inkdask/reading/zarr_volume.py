@@ -246,7 +246,8 @@ def _open(uri: str, level: str, wanted: range) -> ZarrSource:
 def _group_of(uri: str) -> zarr.Group | None:
     """Return the OME-Zarr group above an array that is one of its levels, else None."""
     folder, _, name = uri.rstrip("/").rpartition("/")
-    with suppress(InkdaskError):  # there is none, or it cannot be read
+    # There is none, or it cannot be read, or says something else: the array is read as it is.
+    with suppress(InkdaskError, LookupError, TypeError, AttributeError):
         group = storage.zarr_node(folder)
         if isinstance(group, zarr.Group) and name in _levels(group):
             return group

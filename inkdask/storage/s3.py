@@ -79,8 +79,10 @@ class S3FileSystem(s3fs.S3FileSystem):
                 return await ask(method, *args, **kwargs)
             except OSError as error:
                 if method == "head_object" and _code(error) in ("400", "403"):
-                    # Its answer to HEAD has no room for the reason.
-                    await ask("get_object", *args, **kwargs, Range="bytes=0-0")
+                    # The answer to HEAD has no room for the reason.
+                    count(requests=1)
+                    got = await ask("get_object", *args, **kwargs, Range="bytes=0-0")
+                    got["Body"].close()
                 raise
 
         return await persist(call, method, kwargs)
