@@ -94,6 +94,26 @@ def test_block_whose_layers_are_removed_is_an_error(tmp_path, scratch, monkeypat
     monkeypatch.setattr(images._Layers, "layer", remove_then_read)
     with pytest.raises(InkdaskError, match="interrupted"):
         segment.volume.compute(scheduler="synchronous")
+    images.forget()  # waits for the threads that are still removing them
+    assert list(scratch.iterdir()) == []
+
+
+def test_writer_that_has_just_been_let_in_leaves_nothing(tmp_path, scratch, monkeypatch):
+    [(segment, _)] = segments(tmp_path, 1)
+    allowed, ends = images._Layers.check_there, []
+
+    def allow_then_forget(layers):
+        allowed(layers)
+        if layers.lock.locked():  # between the question and the first byte
+            ends.append(threading.Thread(target=images.forget))
+            ends[-1].start()
+            ends[-1].join(0.2)
+
+    monkeypatch.setattr(images._Layers, "check_there", allow_then_forget)
+    with pytest.raises(InkdaskError, match="interrupted"):
+        segment.volume.compute(scheduler="synchronous")
+    for end in ends:
+        end.join(60)
     assert list(scratch.iterdir()) == []
 
 

@@ -191,7 +191,7 @@ class _Layers:
     def __init__(self, folder: str | None, size: int) -> None:
         self._scratch, self.is_there = Scratch(folder), True
         self.path = str(self._scratch.path)
-        self._lock, self._locks = threading.Lock(), dict[Page, tuple[int, threading.Lock]]()
+        self.lock, self._locks = threading.Lock(), dict[Page, tuple[int, threading.Lock]]()
         self._arrays: dict[Page, zarr.Array] = {}
         self.writers = 0
         self._turns = threading.Semaphore(max(1, DECODING_BYTES // size))
@@ -199,7 +199,7 @@ class _Layers:
     def layer(self, image: Image) -> zarr.Array:
         """Return the decoded layer, uint8 (y, x); the first caller decodes it, others wait."""
         page = image.uri, image.page
-        with self._lock:
+        with self.lock:
             number, lock = self._locks.setdefault(page, (len(self._locks), threading.Lock()))
         with lock:
             if page not in self._arrays:
@@ -211,7 +211,7 @@ class _Layers:
             pixels = image.decode()
             if pixels.shape != image.shape:
                 raise InkdaskError(f"{image.uri} is corrupt: {pixels.shape} pixels decoded.")
-            with self._lock:
+            with self.lock:
                 self.check_there()
                 self.writers += 1
             try:
@@ -223,7 +223,7 @@ class _Layers:
                 self.check_there()
                 raise
             finally:
-                with self._lock:
+                with self.lock:
                     self.writers -= 1
             log.debug("%s decoded into %s", image.uri, path)
             return array
@@ -256,7 +256,8 @@ def forget() -> None:
     """
     end = time.monotonic() + PATIENCE
     for layers in [*_kept.values()]:
-        layers.is_there = False  # because zarr reads missing chunks as zeros
+        with layers.lock:  # so that each writer is either counted or refused
+            layers.is_there = False  # because zarr reads missing chunks as zeros
         while layers.writers or Path(layers.path).exists():
             shutil.rmtree(layers.path, ignore_errors=True)
             if time.monotonic() > end:
