@@ -239,6 +239,28 @@ def test_chunk_that_is_refused_is_empty_and_one_that_fails_is_an_error(site, mon
         segment.volume.compute(scheduler="synchronous")
 
 
+@pytest.mark.parametrize("status", [204, 300, 304, 401])
+def test_answer_over_http_that_is_no_file_is_an_error(site, status):
+    place = f"{SAMPLE}/segments/{ONE}/surface-volumes/{FINE}.zarr"
+    segment = open_segment(f"{site.url}/{place}")
+    (site.root / place / "0" / "0" / "0" / "2").unlink()
+    site.missing = status
+    with pytest.raises(InkdaskError, match=rf"\.zarr.*: HTTP {status} "):
+        segment.volume.compute(scheduler="synchronous")
+    with pytest.raises(InkdaskError, match=rf"/0/0/0/2: HTTP {status} "):
+        storage.read_bytes(f"{site.url}/{place}/0/0/0/2")
+
+
+def test_layer_over_http_that_was_replaced_is_an_error(site):
+    """The server does not know If-Match."""
+    place = f"{SAMPLE}/segments/{ONE}/surface-volumes/{FINE}.tifs"
+    segment = open_segment(f"{site.url}/{place}")
+    file = site.root / place / "03.tif"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(InkdaskError, match=r"03\.tif has changed since it was opened"):
+        segment.volume.compute(scheduler="synchronous")
+
+
 def test_refused_chunk_on_s3_is_empty(s3, folder, faults):
     bucket.upload(folder, s3)
     uri = storage.join(s3, SAMPLE, "segments", ONE, "surface-volumes", f"{FINE}.zarr")

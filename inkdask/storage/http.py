@@ -43,13 +43,13 @@ class HttpFileSystem(HTTPFileSystem):
             said = f"HTTP {answer.status} {answer.reason}"
             if answer.status in (404, 410):
                 raise FileNotFoundError(url)
-            if answer.status in (401, 403):
+            if answer.status == 403:
                 raise PermissionError(said)
             if answer.status == 412:
-                raise InkdaskError(f"{url} has changed since it was opened: run the job again.")
+                raise _changed(url)
             if answer.status == 429 or answer.status >= 500:
                 raise ConnectionError(said)
-            if answer.status >= 400:
+            if answer.status not in (200, 206):  # not what was asked for, though perhaps no error
                 raise OSError(said)
             count(bytes_read=len(body))
             return answer, body
@@ -65,11 +65,14 @@ class HttpFileSystem(HTTPFileSystem):
         etag: str = "",
         **_: Any,
     ) -> bytes:
-        headers = {"If-Match": etag} if etag else {}
+        is_strong = etag and not etag.startswith("W/")  # a weak one matches nothing
+        headers = {"If-Match": etag} if is_strong else {}
         is_range = start is not None or end is not None
         if is_range:
             headers["Range"] = await self._process_limits(url, start, end)
         answer, body = await self._ask("GET", url, headers)
+        if etag and answer.headers.get("ETag") != etag:  # not all servers know If-Match
+            raise _changed(url)
         return body[start:end] if is_range and answer.status == 200 else body
 
     async def _info(self, url: str, **_: Any) -> dict[str, Any]:
@@ -98,6 +101,10 @@ class HttpFileSystem(HTTPFileSystem):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return connection, (self.asynchronous,)
+
+
+def _changed(url: str) -> InkdaskError:
+    return InkdaskError(f"{url} has changed since it was opened: run the job again.")
 
 
 _lock = threading.Lock()

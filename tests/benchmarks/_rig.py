@@ -75,6 +75,8 @@ class Rig:
         self.scheduler = self._begin(schedule, self.port, str(self.folder))
         self.workers = [self._work(number) for number in range(WORKERS)]
         self.client: Any = None
+        self.twins: list[tuple[Any, Path]] = []  # more clients of the same job, and their logs
+        self._given: tuple[Any, ...] = ()
 
     def _serve(self, module: str, *words: str, after: list[str] | None = None) -> str:
         port = free_port()
@@ -125,9 +127,15 @@ class Rig:
     def start(self, log: Path, options: dict[str, Any]) -> Any:
         """Begin a job's client on the cluster, which sees S3 through the proxy."""
         environment = {**self.environment(self.proxy.url), "PACE": str(self.pace)}
-        options = {**options, "cluster": self.address}
-        self.client = self._fork(run, environment, log, options)
+        self._given = run, environment, log, {**options, "cluster": self.address}
+        self.client = self._fork(*self._given)
         return self.client
+
+    def start_twin(self) -> None:
+        """Give the command of the running job once more, while it runs."""
+        target, environment, log, options = self._given
+        log = log.with_name(f"{log.stem}-twin-{len(self.twins)}.log")
+        self.twins.append((self._fork(target, environment, log, options), log))
 
     def run_alone(self, log: Path, options: dict[str, Any]) -> None:
         """Run a job undisturbed, without cluster and proxy."""
@@ -171,7 +179,8 @@ class Rig:
 
     def close(self) -> None:
         """End all processes, and give the small disk back."""
-        for process in (self.client, *self.workers, self.scheduler):
+        twins = [twin for twin, _ in self.twins]
+        for process in (self.client, *twins, *self.workers, self.scheduler):
             if process is not None:
                 process.kill()
                 process.join()

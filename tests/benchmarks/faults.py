@@ -150,6 +150,12 @@ def kill_client(rig: Rig, rng: random.Random) -> Ended:
     return (lambda: None), 0
 
 
+def start_twin(rig: Rig, rng: random.Random) -> Ended:
+    """Give the same command once more, while the job runs."""
+    rig.start_twin()
+    return (lambda: None), 0
+
+
 def freeze(pid: int, seconds: float) -> Ended:
     """Stop a process for some time."""
     os.kill(pid, signal.SIGSTOP)
@@ -196,10 +202,11 @@ OF_S3 = {
 FAULTS: dict[str, Callable[[Rig, random.Random], Ended]] = {
     "worker killed": kill_worker, "client killed": kill_client, "worker frozen": freeze_worker,
     "client frozen": freeze_client, "disk full": fill_disk,
-    "scheduler restarted": restart_scheduler,
+    "scheduler restarted": restart_scheduler, "job given twice": start_twin,
     **{name: partial(answer, kind) for name, kind in OF_S3.items()},
 }  # fmt: skip
-WEIGHTS = {"worker killed": 4, "client killed": 3, "worker frozen": 3, "disk full": 2}
+WEIGHTS = {"worker killed": 4, "client killed": 3, "worker frozen": 3, "disk full": 2,
+           "job given twice": 2}  # fmt: skip
 
 
 def possible(job: Job) -> list[str]:
@@ -253,7 +260,9 @@ class Campaign:
         faults = job.rng.choices(names, weights, k=min(job.rng.randint(*FAULTS_A_JOB), most))
         rig.pace.write_text(str(len(faults) * job.seconds_a_tile))
         self.tally.counts["jobs"] += 1
-        if self.under_faults(job, faults, log):
+        is_done = self.under_faults(job, faults, log)
+        self.await_twins(job)
+        if is_done:
             self.compare(job, expected, log)
         self.count_leftovers(job)
         shutil.rmtree(apart, ignore_errors=True)
@@ -314,6 +323,7 @@ class Campaign:
                 return True
             if code is not None:
                 self.note_end(job, code, log)
+                self.tally.counts["resumed"] += 1
                 if settles:
                     return False
                 self.rig.start(log, job.options)
@@ -324,11 +334,27 @@ class Campaign:
                 return False
             time.sleep(0.02)
 
+    def await_twins(self, job: Job) -> None:
+        """Let all other clients of a job end, well or with a sentence."""
+        end = time.monotonic() + LONGEST * max(1, os.getloadavg()[0])
+        for twin, log in self.rig.twins:
+            while twin.exitcode is None and time.monotonic() < end:
+                self.rig.heal()
+                time.sleep(0.02)
+            if twin.exitcode is None:
+                os.kill(twin.pid, signal.SIGUSR1)
+                time.sleep(1)
+                self.tally.complain(job.number, f"the second client hangs, {job.options}", log)
+                twin.kill()
+                twin.join()
+            elif twin.exitcode:
+                self.note_end(job, twin.exitcode, log)
+        self.rig.twins.clear()
+
     def note_end(self, job: Job, code: int, log: Path) -> None:
         """Count a client that did not end well."""
         said = log.read_text() if log.exists() else ""
         log.unlink(missing_ok=True)
-        self.tally.counts["resumed"] += 1
         if code == -signal.SIGKILL:
             return
         last = said.strip().rpartition("\n")[2]

@@ -35,7 +35,7 @@ CODES = ("AccessDenied", "NoSuchBucket", "SlowDown", "ExpiredToken", "InvalidRan
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``objects`` of the bucket ``b``; ``faults`` are changes of the next answers."""
+    """Serves ``objects`` of the bucket ``b``, and spoils a ``share`` of the answers."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -43,7 +43,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, objects):
         super().__init__(("127.0.0.1", 0), Handler)
         self.objects = objects
-        self.rng, self.share = None, 0.0
+        self.rng, self.share, self.statuses = None, 0.0, STATUSES
 
     def handle_error(self, *_):
         """Ignore clients that hang up."""
@@ -66,7 +66,8 @@ class Handler(BaseHTTPRequestHandler):
         rng, fault = self.server.rng, 0
         if rng.random() < self.server.share:
             fault = int(rng.integers(1, 10))
-            status, headers, body, fault = spoiled(rng, status, headers, body, fault)
+            statuses = self.server.statuses
+            status, headers, body, fault = spoiled(rng, statuses, status, headers, body, fault)
         if fault == 9:
             self.close_connection = True
             self.connection.close()
@@ -139,11 +140,11 @@ def listing(objects, asked):
     ).encode()
 
 
-def spoiled(rng, status, headers, body, fault):
+def spoiled(rng, statuses, status, headers, body, fault):
     """Change an answer such that a client can know it; 0 for a fault that is none."""
     is_xml = body.startswith(b"<")
     if fault == 1:
-        status = int(spoil.choice(rng, STATUSES))
+        status = int(spoil.choice(rng, statuses))
         if status >= 400:
             _, headers, body = answer_of(error_of(spoil.choice(rng, CODES)))
     elif fault == 2:
@@ -172,7 +173,7 @@ def spoiled(rng, status, headers, body, fault):
 
 
 @contextlib.contextmanager
-def opened(home):
+def opened(home, reader=None):
     """Yield the reader of one input."""
     parallel._here.is_in_pool = True  # one request at a time, so that an input can be repeated
     zarr.config.set({"async.concurrency": 1})
@@ -194,13 +195,18 @@ def opened(home):
         "XDG_CACHE_HOME": str(home / "cache"),
     }  # fmt: skip
     with environment(**variables):
-        yield lambda rng, folder: read(rng, server, volume)
+        yield lambda rng, folder: (reader or read)(rng, server, volume)
     server.shutdown()
+
+
+def spoil_some(server, rng):
+    """Let the server spoil a share of its answers."""
+    server.rng, server.share = rng, float(spoil.choice(rng, (0.1, 0.3, 1.0)))
 
 
 def read(rng, server, volume):
     """Do one of the things that a job does on S3, and compare."""
-    server.rng, server.share = rng, float(spoil.choice(rng, (0.1, 0.3, 1.0)))
+    spoil_some(server, rng)
     what = rng.integers(7)
     name = spoil.choice(rng, ("seg", "v.zarr"))
     if what < 3:
