@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 LONGEST = 1000  # signs of a sentence; a damaged file or a wrong value may be any long
 
 
@@ -16,9 +18,14 @@ class InkdaskError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        text = super().__str__()
+        text = without_password(super().__str__())
         half = LONGEST // 2
         return text if len(text) <= LONGEST else f"{text[:half]} [...] {text[-half:]}"
+
+
+def without_password(text: str) -> str:
+    """Return a text without the user and password of any URI."""
+    return re.sub(r"://[^/@\s]+@", "://", text)
 
 
 def reason(error: BaseException) -> str:

@@ -20,6 +20,8 @@ from rich.progress import (
     TextColumn,
 )
 
+from inkdask.errors import without_password
+
 WIDEST, NARROWEST = 20, 5  # signs of a bar
 REFRESH = 0.5  # seconds between updates on a terminal
 PLAIN_INTERVAL = 5.0  # seconds between lines elsewhere
@@ -210,9 +212,9 @@ def columns(rows: Mapping[str, str | Sequence[str]]) -> str:
 
 
 def printable(line: str) -> str:
-    """Escape characters that a terminal would obey, because files and their names may hold them."""
+    """Hide passwords, and escape characters that a terminal would obey: names may hold them."""
     return re.sub(
         r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]",
         lambda found: found[0].encode("unicode_escape").decode(),
-        line,
+        without_password(line),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from inkdask import storage
+from inkdask.errors import without_password
 from inkdask.identity import Origin, Provenance, Recipe, Region, Said
 from inkdask.models.callables import name_of
 from inkdask.models.registry import known
@@ -231,4 +231,4 @@ def without_secrets(value: Any) -> Any:
         return {key: without_secrets(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(without_secrets(item) for item in value)
-    return re.sub(r"://[^/@\s]+@", "://", value) if isinstance(value, str) else value
+    return without_password(value) if isinstance(value, str) else value

@@ -97,12 +97,13 @@ class Site:
     """A server of one folder: byte ranges and ETags, and no listings.
 
     ``missing`` is the answer to a name that is not there. Every ``broken``-th request whose path
-    matches ``matching`` is answered 503. ``log`` has method, path and bytes sent of all others.
+    matches ``matching`` is answered 503. Requests without the ``login``, where there is one, are
+    answered 401. ``log`` has method, path and bytes sent of all others.
     """
 
     def __init__(self, root):
         self.root, self.missing, self.broken, self.matching = Path(root), 404, 0, r"/\d+$"
-        self.log, self.matched = [], 0
+        self.log, self.matched, self.login = [], 0, ""
         site = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -127,6 +128,8 @@ class Site:
             self.matched += 1
         if self.matched and self.matched % self.broken == 0 and re.search(self.matching, path):
             status = 503
+        elif self.login and request.headers.get("Authorization") != self.login:
+            status = 401
         elif file.is_file():
             status, body = 200, file.read_bytes()
             headers = {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}

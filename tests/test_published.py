@@ -1,5 +1,6 @@
 """Segments as the open bucket has them: over HTTP, on S3 and on disk, and its catalogue."""
 
+import base64
 import gzip
 import json
 import shutil
@@ -239,7 +240,7 @@ def test_chunk_that_is_refused_is_empty_and_one_that_fails_is_an_error(site, mon
         segment.volume.compute(scheduler="synchronous")
 
 
-@pytest.mark.parametrize("status", [204, 300, 304, 401])
+@pytest.mark.parametrize("status", [204, 300, 304, 405])
 def test_answer_over_http_that_is_no_file_is_an_error(site, status):
     place = f"{SAMPLE}/segments/{ONE}/surface-volumes/{FINE}.zarr"
     segment = open_segment(f"{site.url}/{place}")
@@ -249,6 +250,42 @@ def test_answer_over_http_that_is_no_file_is_an_error(site, status):
         segment.volume.compute(scheduler="synchronous")
     with pytest.raises(InkdaskError, match=rf"/0/0/0/2: HTTP {status} "):
         storage.read_bytes(f"{site.url}/{place}/0/0/0/2")
+
+
+def test_server_with_a_password_takes_it_from_netrc(site, tmp_path, monkeypatch):
+    place = f"{site.url}/{SAMPLE}/segments/{ONE}/surface-volumes/{FINE}.zarr"
+    site.login = "Basic " + base64.b64encode(b"reader:marked-secret").decode()
+    with pytest.raises(InkdaskError, match=r"asks for a user and a password: .*\.netrc"):
+        open_segment(place)
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login reader password marked-secret")
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert_reads(open_segment(place), LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("uri", "instead"),
+    [
+        ("https://reader:marked-secret@127.0.0.1:9/segment", r"\.netrc"),
+        ("https://marked-secret@127.0.0.1:9/segment", r"\.netrc"),
+        ("s3://key:marked-secret@bucket/segment", "AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_password_in_a_uri_is_refused_and_never_shown(uri, instead, tmp_path, capfd):
+    file = str(tmp_path / "x")
+    for words in (
+        ["info", uri], ["check", uri, "--model", "demo"], ["run", uri, "--model", "demo", "-v"],
+        ["run", file, "--model", uri], ["prepare", uri], ["evidence", uri],
+        ["export", uri, "--output", file], ["sweep", uri, "--model", "demo"],
+        ["demo", "--out", uri],
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match="1|2"):
+            main(words)
+        said = capfd.readouterr()
+        assert "marked-secret" not in said.out + said.err, words
+    with pytest.raises(InkdaskError, match=f"with a user or a password: .*{instead}") as caught:
+        open_segment(uri)
+    assert "marked-secret" not in str(caught.value)
 
 
 def test_layer_over_http_that_was_replaced_is_an_error(site):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 
-from inkdask.errors import DamagedError, InkdaskError, UnavailableError, reason
+from inkdask.errors import DamagedError, InkdaskError, UnavailableError, reason, without_password
 from inkdask.storage.counting import count
 from inkdask.storage.parallel import for_each
 from inkdask.storage.scratch import Scratch, part_of
@@ -98,6 +98,9 @@ def filesystem(uri: str) -> tuple[Any, str]:
         fs = LocalFileSystem()
         return fs, fs._strip_protocol(uri)
     protocol, path = split_protocol(uri)
+    if without_password(uri) != uri:
+        where = "~/.netrc" if is_http(uri) else "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        raise InkdaskError(f"{uri} was given with a user or a password: give those in {where}.")
     if is_http(uri):
         from inkdask.storage.http import connection
 
@@ -173,9 +176,8 @@ def _entry(info: dict[str, Any]) -> Entry:
     name = info["name"].rstrip("/").rsplit("/", 1)[-1]
     if info.get("islink"):  # Ask anew, because fsspec gives the time and type of the link itself.
         with suppress(OSError):  # The target is missing: keep the link, as a file of no bytes.
-            there = Path(info["name"]).stat()
-            is_folder = stat.S_ISDIR(there.st_mode)
-            return Entry(name, there.st_size, "", str(there.st_mtime), is_folder)
+            to = Path(info["name"]).stat()
+            return Entry(name, to.st_size, "", str(to.st_mtime), stat.S_ISDIR(to.st_mode))
     return Entry(
         name=name,
         size=info["size"] or 0,
@@ -200,11 +202,10 @@ def read_range(uri: str, start: int, stop: int, etag: str = "") -> bytes:
     """Read bytes ``start`` to ``stop``, all of them; ``etag`` as in `read_bytes`."""
     fs, path = filesystem(uri)
     with explained(uri):
-        data = (
-            _read_local(path, start, stop)
-            if is_local(uri)
-            else fs.cat_file(path, start=start, end=stop, etag=etag)
-        )
+        if is_local(uri):
+            data = _read_local(path, start, stop)
+        else:
+            data = fs.cat_file(path, start=start, end=stop, etag=etag)
     if len(data) != stop - start:
         raise InkdaskError(
             f"{uri} is truncated: bytes {start} to {stop} were asked for, {len(data)} are there."

@@ -43,6 +43,8 @@ class HttpFileSystem(HTTPFileSystem):
             said = f"HTTP {answer.status} {answer.reason}"
             if answer.status in (404, 410):
                 raise FileNotFoundError(url)
+            if answer.status == 401:
+                raise InkdaskError(f"{url} asks for a user and a password: give them in ~/.netrc.")
             if answer.status == 403:
                 raise PermissionError(said)
             if answer.status == 412:
