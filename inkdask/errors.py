@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import re
 
+_SECRETS = re.compile(
+    r"(?<=://)[^/@\s]+@"  # user and password
+    r"|(?<=[?&])(?:X-(?:Amz|Goog)-[\w-]+|AWSAccessKeyId|Signature|sig|(?:access_)?token)=[^&\s]*&?",
+    re.IGNORECASE,
+)
 LONGEST = 1000  # signs of a sentence; a damaged file or a wrong value may be any long
 
 
@@ -24,8 +29,8 @@ class InkdaskError(Exception):
 
 
 def without_password(text: str) -> str:
-    """Return a text without the user and password of any URI."""
-    return re.sub(r"://[^/@\s]+@", "://", text)
+    """Return a text without the user, password and signature of any URI."""
+    return _SECRETS.sub("", text)
 
 
 def reason(error: BaseException) -> str:

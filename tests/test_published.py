@@ -268,7 +268,9 @@ def test_server_with_a_password_takes_it_from_netrc(site, tmp_path, monkeypatch)
     [
         ("https://reader:marked-secret@127.0.0.1:9/segment", r"\.netrc"),
         ("https://marked-secret@127.0.0.1:9/segment", r"\.netrc"),
-        ("s3://key:marked-secret@bucket/segment", "AWS_SECRET_ACCESS_KEY"),
+        ("https://127.0.0.1:9/a?x=1&X-Amz-Signature=marked-secret&y=2", "save the file"),
+        ("https://127.0.0.1:9/a?token=marked-secret", "save the file"),
+        ("s3://key:marked-secret@bucket/segment", "AWS_"),
     ],
 )
 def test_password_in_a_uri_is_refused_and_never_shown(uri, instead, tmp_path, capfd):
@@ -283,7 +285,7 @@ def test_password_in_a_uri_is_refused_and_never_shown(uri, instead, tmp_path, ca
             main(words)
         said = capfd.readouterr()
         assert "marked-secret" not in said.out + said.err, words
-    with pytest.raises(InkdaskError, match=f"with a user or a password: .*{instead}") as caught:
+    with pytest.raises(InkdaskError, match=f"with a password or signature, .*{instead}") as caught:
         open_segment(uri)
     assert "marked-secret" not in str(caught.value)
 

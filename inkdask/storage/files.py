@@ -99,8 +99,8 @@ def filesystem(uri: str) -> tuple[Any, str]:
         return fs, fs._strip_protocol(uri)
     protocol, path = split_protocol(uri)
     if without_password(uri) != uri:
-        where = "~/.netrc" if is_http(uri) else "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        raise InkdaskError(f"{uri} was given with a user or a password: give those in {where}.")
+        how = "~/.netrc, or save the file" if is_http(uri) else "AWS_SECRET_ACCESS_KEY"
+        raise InkdaskError(f"{uri} came with a password or signature, which logs would show: use {how}.")
     if is_http(uri):
         from inkdask.storage.http import connection
 
