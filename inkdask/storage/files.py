@@ -100,7 +100,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
     protocol, path = split_protocol(uri)
     if without_password(uri) != uri:
         how = "~/.netrc, or save the file" if is_http(uri) else "AWS_SECRET_ACCESS_KEY"
-        raise InkdaskError(f"{uri} came with a password or signature, which logs would show: use {how}.")
+        raise InkdaskError(f"{uri} with a password or signature would be shown in logs: use {how}.")
     if is_http(uri):
         from inkdask.storage.http import connection
 
