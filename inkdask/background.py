@@ -81,6 +81,8 @@ class Background:
         Last pass that each chunk has, int (rows, columns); -1 for none.
     finest
         Number of the last pass.
+    is_busy
+        Whether chunks are being computed.
     failure
         Error of the last attempt, in one sentence; empty without one.
     observers
@@ -94,7 +96,7 @@ class Background:
         self._tiling = plan.tiling
         self.passes = np.full(plan.tiling.block_shape, -1)
         self.finest = plan.tiling.passes - 1
-        self.failure = ""
+        self.is_busy, self.failure = False, ""
         self.observers: list[Observer] = []
         self.attached: dict[Hashable, Any] = {}
         self._wishes: dict[Wish, list[Place]] = {}
@@ -102,7 +104,7 @@ class Background:
         self._spent = self._ran = 0.0  # seconds, and tiles; the latest weigh most
         self._blocks: dict[int, np.ndarray] = {}  # of Delayed, for each pass
         self._grid: GridStore | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # the last one
         self._turn = threading.Lock()
         if job is not None:
             job.create()
@@ -134,11 +136,6 @@ class Background:
     def known(self) -> np.ndarray:
         """Chunks that have all of their tiles, or the coarsest, bool (rows, columns)."""
         return self.passes >= 0
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether chunks are being computed."""
-        return self._thread is not None
 
     @property
     def work(self) -> Work | None:
@@ -185,8 +182,13 @@ class Background:
         return len(missing), self._tiles_of(missing)
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait until nothing is being computed; raise an `InkdaskError` for what could not be."""
-        if (thread := self._thread) is not None:
+        """Wait until nothing is being computed, and the observers know it.
+
+        Raises an `InkdaskError` for what could not be computed.
+        """
+        with self._turn:
+            thread = self._thread
+        if thread is not None:
             thread.join(seconds)
         if self.failure:
             raise InkdaskError(self.failure)
@@ -233,8 +235,8 @@ class Background:
     def _want(self, wish: Wish, places: list[Place]) -> None:
         with self._turn:
             self._wishes[wish] = places
-            if self._thread is None and any(map(self._missing, self._wishes.values())):
-                self.failure = ""
+            if not self.is_busy and any(map(self._missing, self._wishes.values())):
+                self.is_busy, self.failure = True, ""
                 self._thread = threading.Thread(target=self._work, name="ink", daemon=True)
                 self._thread.start()
 
@@ -244,7 +246,7 @@ class Background:
                 with self._turn:
                     number, batch = self._next()
                     if not batch:
-                        self._thread = None
+                        self.is_busy = False
                         break
                 blocks = self._delayed(number)
                 tasks = [blocks[place] for place in batch]
@@ -258,7 +260,7 @@ class Background:
                 log.exception("a chunk could not be computed in the background")
             with self._turn:
                 self.failure = str(error) or type(error).__name__
-                self._wishes, self._thread = {}, None
+                self._wishes, self.is_busy = {}, False
         self._tell(None)
 
     def _next(self) -> tuple[int, list[Place]]:

@@ -28,6 +28,7 @@ from inkdask.view.kept import Kept
 from inkdask.view.sampling import Budget, Layer, look, shrink
 from inkdask.view.tiles import MOST, SIDE, UNKNOWN, Ink, Papyrus
 from tests.oracle import papyrus
+from tests.test_runs import wait_until
 
 SHAPE = 5, 460, 620
 WHOLE = Box.at((0, 0), SHAPE[1:])
@@ -360,6 +361,25 @@ def test_overview_follows_the_chunks(ink, monkeypatch):
     assert step == 4
     expected = shrink(np.rint(ink.map.compute() * MOST).astype(np.uint8), step)
     assert np.abs(shown.overview.astype(int) - expected).max() <= 1
+
+
+def test_wait_lasts_until_the_observers_know_that_nothing_is_computed(ink):
+    runner, go_on, told = ink.background, threading.Event(), []
+
+    def hear(place):
+        if place is None:
+            told.append(go_on.wait(60))
+
+    runner.observers.append(hear)
+    runner.focus(SMALL)
+    wait_until(lambda: not runner.is_busy)
+    waiting = threading.Thread(target=ink.wait)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    go_on.set()
+    waiting.join(60)
+    assert told == [True]
 
 
 def test_region_of_interest_lies_over_its_papyrus(segment, volume):
