@@ -20,6 +20,7 @@ from inkdask.models.networks import BUILDERS
 from inkdask.models.streams import CpuStream
 from inkdask.predictor import AHEAD, Predictor, predictor
 from inkdask.specs import ModelSpec, Network
+from tests.test_runs import wait_until
 
 LAYERS, TILE, K = 3, 16, 4
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -671,7 +672,7 @@ class SlowMark:
 
     def wait(self):
         self.device.waits.append((self.number, self.device.happened.copy()))
-        assert self.device.released.wait(10)
+        assert self.device.released.wait(60)
 
     def since(self, other):
         return 1.0
@@ -701,28 +702,19 @@ def slow_predictor(forward, **values):
     return ours, ours._stream
 
 
-def until(condition):
-    from time import monotonic, sleep
-
-    end = monotonic() + 10
-    while not condition():
-        assert monotonic() < end
-        sleep(0.005)
-
-
 def test_next_block_is_queued_before_the_last_is_awaited(block, origins):
     """And a third block is not uploaded while two are on the device."""
     ours, device = slow_predictor(pool, batch_size=4)
     expected = by_hand(pool, block, origins)
     with ThreadPoolExecutor(3) as threads:
         tasks = [threads.submit(ours.predict, block, origins) for _ in range(AHEAD + 1)]
-        until(lambda: device.happened.count("download") == AHEAD)
-        until(lambda: len(device.waits) == AHEAD)  # both tasks wait for their own results
+        wait_until(lambda: device.happened.count("download") == AHEAD)
+        wait_until(lambda: len(device.waits) == AHEAD)  # both tasks wait for their own results
         assert not any(task.done() for task in tasks)
         assert device.happened.count("upload") == AHEAD
         device.released.set()
         for task in tasks:
-            np.testing.assert_allclose(task.result(10), expected, atol=1e-6)
+            np.testing.assert_allclose(task.result(60), expected, atol=1e-6)
     assert device.happened.count("upload") == AHEAD + 1
 
 
@@ -739,14 +731,14 @@ def test_batch_spans_blocks_where_it_would_be_padded(block, origins):
     expected = by_hand(pool, block, origins)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(ours.predict, block, origins)
-        until(lambda: device.waits)  # the predictor's thread, for batches before the last
+        wait_until(lambda: device.waits)  # the predictor's thread, for batches before the last
         assert sizes == [8]
         second = threads.submit(ours.predict, block[:, ::-1].copy(), origins)
-        until(lambda: device.happened.count("upload") == 2)
+        wait_until(lambda: not ours._coming.empty())  # uploaded, and handed over
         device.released.set()
-        np.testing.assert_allclose(first.result(10), expected, atol=1e-6)
+        np.testing.assert_allclose(first.result(60), expected, atol=1e-6)
         flipped = by_hand(pool, block[:, ::-1], origins)
-        np.testing.assert_allclose(second.result(10), flipped, atol=1e-6)
+        np.testing.assert_allclose(second.result(60), flipped, atol=1e-6)
     assert sizes == [8, 8, 8]
 
 
@@ -774,13 +766,13 @@ def test_error_in_a_shared_batch_reaches_both_blocks_and_no_later_one(block, ori
     ours._pads = True
     with ThreadPoolExecutor(2) as threads:
         tasks = [threads.submit(ours.predict, block, origins)]
-        until(lambda: device.waits)
+        wait_until(lambda: device.waits)
         tasks.append(threads.submit(ours.predict, block, origins))
-        until(lambda: device.happened.count("upload") == 2)
+        wait_until(lambda: not ours._coming.empty())  # uploaded, and handed over
         device.released.set()
         for task in tasks:
             with pytest.raises(ZeroDivisionError, match="second batch"):
-                task.result(10)
+                task.result(60)
     np.testing.assert_allclose(
         ours.predict(block, origins), by_hand(pool, block, origins), atol=1e-6
     )
@@ -794,7 +786,7 @@ def test_failed_download_reaches_its_task(block, origins, monkeypatch):
     with ThreadPoolExecutor(1) as thread:
         task = thread.submit(Predictor(network(pool)).predict, block, origins)
         with pytest.raises(torch.OutOfMemoryError, match="no pinned memory"):
-            task.result(10)
+            task.result(60)
 
 
 def test_nan_is_found_by_the_thread_of_the_task(block, origins):
