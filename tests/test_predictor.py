@@ -341,7 +341,7 @@ def test_wrong_fast_path_gives_way_with_one_warning(block, origins, monkeypatch)
     ours = Predictor(network(precision="bfloat16"))
     with pytest.warns(RuntimeWarning, match=r"fast path of 'toy' .*bfloat16 on cpu") as caught:
         got = [ours.predict(block, origins) for _ in range(2)]
-    assert len(caught) == 1
+    assert [it.category for it in caught].count(RuntimeWarning) == 1
     assert (ours.precision, ours._form.name) == ("float32", "float32")
     np.testing.assert_allclose(got, [expected] * 2, atol=1e-6)
 
@@ -367,7 +367,7 @@ def test_failing_form_gives_way_to_the_next(block, origins, monkeypatch):
     said = r"\(kernels, float32 on cpu\) failed \(RuntimeError: no valid execution plans built\.\);"
     with pytest.warns(RuntimeWarning, match=said) as caught:
         got = ours.predict(block, origins)
-    assert len(caught) == 1
+    assert [it.category for it in caught].count(RuntimeWarning) == 1
     assert ours._form.name == "plain"
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
@@ -533,7 +533,7 @@ def test_failed_compilation_is_one_warning(block, origins, toy, repays):
     ours = compiling_predictor(compile_mode="no-such-mode", batch_size=2)
     with pytest.warns(RuntimeWarning, match="compile failed for 'toy'") as caught:
         got = [ours.predict(block, origins) for _ in range(3)]
-    assert len(caught) == 1
+    assert [it.category for it in caught].count(RuntimeWarning) == 1
     assert all(np.array_equal(result, got[0]) for result in got)
 
 
