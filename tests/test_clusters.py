@@ -7,11 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import dask
@@ -32,6 +32,7 @@ from tests.conftest import free_port, start_server
 from tests.files import read_picture, write_layers
 from tests.nvml import build_nvml
 from tests.oracle import assert_same_picture, depth_slope, naive_map, papyrus, picture
+from tests.test_runs import wait_until
 
 LAYERS, HEIGHT, WIDTH = 5, 150, 280
 REPOSITORY = Path(__file__).parent.parent
@@ -172,27 +173,24 @@ def test_run_reports_scheduler_that_died(segment, doomed):
 def close_client(process):
     """Kill a cluster, and wait until the client of this process gives it up."""
     client = engine.current_client()
+    client._timeout = 0.1  # seconds for a new connection; the first one has its full time
     process.kill()
-    while client.status != "closed":
-        threading.Event().wait(0.05)
+    wait_until(lambda: client.status == "closed")
 
 
 def test_run_that_lost_its_scheduler_does_not_go_on_elsewhere(segment, doomed, monkeypatch):
     address, process = doomed
     monkeypatch.setattr(workflow, "check_memory", lambda _: close_client(process))
-    with (
-        dask.config.set({"distributed.comm.timeouts.connect": "1 s"}),
-        pytest.raises(UnavailableError, match="is gone; what is finished is kept"),
-    ):
+    with pytest.raises(UnavailableError, match="is gone; what is finished is kept"):
         inkdask.run(segment, model=network, cluster=address)
 
 
 def test_second_try_without_scheduler_does_not_run_elsewhere(doomed, monkeypatch):
     address, process = doomed
-    monkeypatch.setattr(engine.time, "sleep", lambda _: close_client(process))
+    monkeypatch.setattr(engine, "time", SimpleNamespace(sleep=lambda _: close_client(process)))
     task, results = dask.delayed(failures.caught)(KeyError("odd")), []
     with (
-        Client(address, timeout=1),
+        Client(address),
         pytest.raises(UnavailableError, match=f"scheduler at {address} is gone"),
     ):
         engine.compute_each([task], results.append, lambda _: dask.delayed(1))
