@@ -69,10 +69,15 @@ def own_tiles(own_environment, monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "PAUSE", 0.01)
 
 
+held = []  # sockets of ports that servers of this process may take
+
+
 def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Return a port that no other program is given before the server that it is for begins."""
+    held.append(socket.socket())
+    held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that the server may bind it
+    held[-1].bind(("127.0.0.1", 0))
+    return held[-1].getsockname()[1]
 
 
 def start_server(*command, port):
