@@ -109,7 +109,14 @@ def test_writer_that_has_just_been_let_in_leaves_nothing(tmp_path, scratch, monk
             ends[-1].start()
             ends[-1].join(0.2)
 
+    def create_when_forgotten(path, **options):
+        [layers] = images._kept.values()
+        wait_until(lambda: not layers.is_there)
+        return create_array(path, **options)
+
+    create_array = images.zarr.create_array
     monkeypatch.setattr(images._Layers, "check_there", allow_then_forget)
+    monkeypatch.setattr(images.zarr, "create_array", create_when_forgotten)
     with pytest.raises(InkdaskError, match="interrupted"):
         segment.volume.compute(scheduler="synchronous")
     for end in ends:
@@ -165,7 +172,7 @@ def test_interrupted_job_removes_its_decoded_layers(tmp_path, how):
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_until(lambda: any(scratch.glob("inkdask-*/*.zarr")), process)
+        wait_until(lambda: any(scratch.glob("inkdask-tmp-*/*.zarr")), process)  # not one just made
         process.send_signal(how)
         assert process.wait(60) == 128 + how
     finally:
