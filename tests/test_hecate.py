@@ -19,13 +19,13 @@ def tensors():
     return state_of(module, of_hecate)
 
 
-def logits_of(kind, content, x, path, **options):
+def logits_of(kind, content, x, path):
     """Return logits (y, x) of a tile, and the network's module, from the content of a file."""
     checkpoint = weights.Checkpoint(path, content["ema_model"])
     module = weights.fit(BUILDERS[kind](layers=len(x), tile=x.shape[-1]), checkpoint, kind)
     x = torch.from_numpy(x / np.float32(content["config"]["image_normalization"]["divisor"]))
     with torch.inference_mode():
-        return module(x[None, None], **options)[0, 0]
+        return module(x[None, None])[0, 0]
 
 
 @pytest.mark.slow

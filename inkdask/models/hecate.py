@@ -3,7 +3,7 @@
 The body is ResNet3D-152 with the decoder in space (`inkdask.models.resnet3d`), behind a batch norm
 of the input. At its end each voxel gets a logit, and attention over depth weighs the logits of a
 column; the canonical network weighs the features instead. A learned number tilts the attention
-towards one face of the sheet. Columns without data take no part.
+towards one face of the sheet. A column without data has the logit 0.
 
 At 9.6 um the first convolution is small and keeps every pixel, and there is no pooling: logits have
 the tile's resolution. At 2.4 um they have a quarter of it, and the first and last layer are not
@@ -22,8 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inkdask.models.resnet3d import Decoder3D, ResNet3D
-
-MASKED = -1e4  # score of a voxel without data
 
 
 class Hecate(ResNet3D):
@@ -49,30 +47,20 @@ class Hecate(ResNet3D):
         self.pixels, self.margin = pixels, margin
         self.depth_coordinate_scale = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(b, 1, k, k)`` of tiles ``(b, 1, layers, tile, tile)``.
 
-        Parameters
-        ----------
-        x
-            Tiles; a voxel without data is 0.
-        valid
-            Voxels with data, bool of the shape of ``x``. Default: all voxels of each column in
-            which any layer is not 0. A column without data has the logit 0.
+        A column whose layers are all 0 is one without data.
         """
-        if valid is None:
-            valid = (x != 0).any(2, keepdim=True).expand_as(x)
         read = slice(self.margin, x.shape[2] - self.margin)
         features = self.decoder.features(self.maps(x[:, :, read])).float()  # (b, 64, z, k, k)
-        seen = F.max_pool3d(valid[:, :, read].float(), (1, self.pixels, self.pixels))
         logits = per_voxel(features, self.decoder.logit)  # (b, 1, z, k, k)
         scores = per_voxel(features, self.decoder.depth_collapse.attn_conv)
         half = features.shape[2] / 2
         place = torch.arange(features.shape[2], device=x.device).sub(half).div(half)
         scores = scores + self.depth_coordinate_scale.float() * place[:, None, None]
-        weights = scores.masked_fill(seen == 0, MASKED).softmax(dim=2) * seen
-        weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-8)
-        return (weights * logits).sum(2)
+        has_data = F.max_pool2d((x != 0).any(2).float(), self.pixels)  # (b, 1, k, k)
+        return (scores.softmax(dim=2) * logits).sum(2) * has_data
 
 
 def per_voxel(x: Tensor, conv: Any) -> Tensor:
