@@ -44,6 +44,7 @@ class WeightsSource(Protocol):
 
     def pin(self, name: str, path: Path) -> dict[str, Any]:
         """Return the `ModelSpec` fields that lead to exactly this file."""
+        return {"weights": f"{self}/{name}", "filename": None}
 
 
 def sha256(path: Path) -> str:
@@ -59,7 +60,7 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Folder:
+class Folder(WeightsSource):
     """A folder on the local disk; ``address`` leads to it on any machine, by default the path."""
 
     def __init__(self, path: Path, address: str | None = None) -> None:
@@ -81,12 +82,8 @@ class Folder:
                 raise InkdaskError(f"The weights {path} do not exist.")
         return path
 
-    def pin(self, name: str, path: Path) -> dict[str, Any]:
-        """Return the address of the file."""
-        return {"weights": f"{self.address}/{name}", "filename": None}
 
-
-class Repo:
+class Repo(WeightsSource):
     """A Hugging Face repo, with files in the cache that all programs of a user share.
 
     huggingface_hub reads ``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE``.
@@ -203,7 +200,7 @@ def _place_of_token() -> str:
     return next((name for name in names if os.environ.get(name, "").strip()), login)
 
 
-class Bucket:
+class Bucket(WeightsSource):
     """Files below an ``s3://`` prefix, kept in a cache by their ETag.
 
     The cache is the folder ``inkdask`` in ``XDG_CACHE_HOME`` (``~/.cache``). A download has another
@@ -219,10 +216,6 @@ class Bucket:
     def names(self) -> list[str]:
         """Return the names of its files."""
         return [entry.name for entry in storage.list_folder(self.uri) if not entry.is_folder]
-
-    def pin(self, name: str, path: Path) -> dict[str, Any]:
-        """Return the URI of the file."""
-        return {"weights": storage.join(self.uri, name), "filename": None}
 
     def get(self, name: str) -> Path:
         """Return the path of a file in the cache, after a download if needed."""
