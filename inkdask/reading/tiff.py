@@ -202,19 +202,10 @@ class TiffBlock:
             np.concatenate(counts),
         )
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Layers, height and width."""
-        return (
-            len(self.uris),
-            self.rows.stop - self.rows.start,
-            self.columns.stop - self.columns.start,
-        )
-
     def read(self, dtype: Any = np.uint8) -> np.ndarray:
         """Fetch and decode the block, ``dtype`` (z, y, x): high bytes, or values as stored."""
         map_large_blocks()
-        out = np.zeros(self.shape, dtype)
+        out = np.zeros((len(self.uris), *Box.of(self.rows, self.columns).shape), dtype)
         for_each(lambda run: run.read_into(out), self._runs())
         return out
 
