@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -26,6 +26,7 @@ from tifffile.tifffile import jpeg_shape
 from inkdask import storage
 from inkdask.errors import InkdaskError, reason
 from inkdask.failures import dask_worker
+from inkdask.reading.tiff import TiffImage
 from inkdask.storage.parallel import for_each
 from inkdask.storage.scratch import Scratch
 
@@ -39,22 +40,6 @@ PATIENCE = 10.0  # seconds that the end of a process waits for threads that writ
 PALETTE = 3  # colour type of a PNG
 PLAIN = "save it upright and plain, with 1"
 _HEADER_READ, _LONG_HEADER_READ = 1 << 16, 1 << 24
-
-
-class Image(Protocol):
-    """Layer that is decoded as a whole."""
-
-    @property
-    def uri(self) -> str: ...  # noqa: D102
-    @property
-    def shape(self) -> tuple[int, int]: ...  # noqa: D102
-    @property
-    def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
-    @property
-    def channels(self) -> int: ...  # noqa: D102
-    @property
-    def page(self) -> int: ...  # noqa: D102
-    def decode(self, dtype: Any = np.uint8) -> np.ndarray: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -118,6 +103,9 @@ class ImageFile:
         if pixels.dtype.itemsize > np.dtype(dtype).itemsize:
             pixels = pixels >> 8
         return pixels.astype(dtype, copy=False)
+
+
+Image = ImageFile | TiffImage
 
 
 def read_header(uri: str, size: int, etag: str = "") -> ImageFile:

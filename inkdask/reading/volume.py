@@ -137,6 +137,10 @@ class _Files:
     def name(self: Any) -> str:
         return str(self.images[0].uri)
 
+    @property
+    def shape(self: Any) -> tuple[int, int, int]:
+        return (len(self.images), *self.images[0].shape)
+
 
 @dataclass(frozen=True, eq=False)
 class TiffStack(_Files):
@@ -146,10 +150,6 @@ class TiffStack(_Files):
 
     can_be_sampled = True
     decoding_bytes = scratch_bytes = 0.0
-
-    @property
-    def shape(self) -> tuple[int, int, int]:  # noqa: D102
-        return (len(self.images), *self.images[0].shape)
 
     @property
     def unit(self) -> tuple[int, int]:  # noqa: D102
@@ -188,10 +188,6 @@ class DecodedStack(_Files):
     words: str
 
     can_be_sampled = False
-
-    @property
-    def shape(self) -> tuple[int, int, int]:  # noqa: D102
-        return (len(self.images), *self.images[0].shape)
 
     @property
     def unit(self) -> tuple[int, int]:  # noqa: D102
