@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 import inkdask
 from inkdask import catalogue, storage
@@ -16,6 +17,7 @@ from inkdask.cautions import off_pixel_size
 from inkdask.cli import main
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.information import describe
+from inkdask.pictures.picture import open_picture
 from inkdask.preflight import check_pixels
 from inkdask.reading import pixel_size
 from inkdask.segment import open_segment
@@ -298,6 +300,16 @@ def test_layer_over_http_that_was_replaced_is_an_error(site):
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(InkdaskError, match=r"03\.tif has changed since it was opened"):
         segment.volume.compute(scheduler="synchronous")
+
+
+def test_refused_chunk_of_a_picture_is_empty(site):
+    pixels = np.zeros((64, 96), np.uint8)
+    pixels[:32] = 7  # the chunks below are not stored
+    array = zarr.create_array(site.root / "p.zarr", shape=(64, 96), chunks=(32, 32), dtype="u1")
+    array[:] = pixels
+    for site.missing in (404, 403):
+        picture = open_picture(f"{site.url}/p.zarr").levels[0]
+        np.testing.assert_array_equal(picture.compute(scheduler="synchronous"), pixels)
 
 
 def test_refused_chunk_on_s3_is_empty(s3, folder, faults):

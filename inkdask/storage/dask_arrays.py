@@ -22,7 +22,7 @@ class StoredArray:
         # Absolute, because workers may run in another folder.
         self.uri, self._version, self._remedy = absolute(uri), repr(array.metadata), remedy
         self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
-        self.chunks = array.chunks
+        self.chunks, self._read_only = array.chunks, array.read_only
 
     def __getitem__(self, region: Any) -> np.ndarray:
         with decoded(self.uri, _place(region) + self._remedy):
@@ -34,7 +34,7 @@ class StoredArray:
 
     @property
     def _array(self) -> Array[Any]:
-        return open_array(self.uri, self._version)
+        return open_array(self.uri, self._version, self._read_only)
 
 
 def _place(region: Any) -> str:

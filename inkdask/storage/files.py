@@ -297,12 +297,12 @@ def zarr_array(uri: str) -> Array[Any]:
 
 
 @lru_cache(maxsize=32)
-def open_array(uri: str, version: str = "") -> Array[Any]:
+def open_array(uri: str, version: str = "", read_only: bool = False) -> Array[Any]:
     """Open a zarr array to read and write; each process opens each ``version`` of it once."""
     import zarr
 
     with suppress(FileNotFoundError):  # zarr's own cannot be unpickled, so no worker may raise it
-        return zarr.open_array(zarr_store(uri), mode="r+")
+        return zarr.open_array(zarr_store(uri, read_only), mode="r" if read_only else "r+")
     raise FileNotFoundError(uri)
 
 
