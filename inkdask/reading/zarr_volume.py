@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -156,8 +154,10 @@ class ZarrBlock:
 
     def read(self, dtype: Any = np.uint8) -> np.ndarray:
         """Read the block, ``dtype`` (z, y, x): high bytes, or values as stored."""
+        map_large_blocks()
         source = self.source
-        array = _array(os.getpid(), source.uri, source.path, source.identity)
+        with storage.decoded(source.uri):
+            array = storage.open_array(source.name, source.identity, read_only=True)
         spans = dict(zip(source.axes, (source.span, self.rows, self.columns), strict=True))
         index = (0,) * (array.ndim - 3) + tuple(spans[axis] for axis in range(3))
         try:
@@ -354,11 +354,3 @@ def _check_filled(name: str, array: zarr.Array, counts: Sequence[int]) -> None:
 
 def _chunk(array: zarr.Array, place: Any) -> str:
     return str(array.metadata.encode_chunk_key(tuple(map(int, place))))
-
-
-@lru_cache(maxsize=16)
-def _array(process: int, uri: str, path: str, identity: str) -> zarr.Array:
-    """Open an array, once in each process."""
-    map_large_blocks()
-    with storage.decoded(uri):
-        return zarr.open_array(storage.zarr_store(uri, read_only=True), path=path, mode="r")

@@ -67,10 +67,7 @@ class Entry:
 
 
 def s3_filesystem(asynchronous: bool = False) -> S3FileSystem:
-    """Return this process's S3 connection for the current ``AWS_*`` settings.
-
-    ``asynchronous`` returns a connection for zarr, which runs its own event loop.
-    """
+    """Return this process's S3 connection, as `inkdask.storage.s3.connection` does."""
     # Imported here, because botocore loads slowly and local jobs do not need it.
     from inkdask.storage.s3 import connection
 
@@ -213,10 +210,10 @@ def read_range(uri: str, start: int, stop: int, etag: str = "") -> bytes:
     return data
 
 
-def read_middle(uri: str, size: int, etag: str = "") -> bytes:
+def read_middle(uri: str, size: int) -> bytes:
     """Read up to `SAMPLE_BYTES` from the middle of a file of ``size`` bytes."""
     start = max(0, size - SAMPLE_BYTES) // 2
-    return read_range(uri, start, min(start + SAMPLE_BYTES, size), etag) if size else b""
+    return read_range(uri, start, min(start + SAMPLE_BYTES, size)) if size else b""
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -296,9 +293,13 @@ def zarr_array(uri: str) -> Array[Any]:
     return node
 
 
-@lru_cache(maxsize=32)
 def open_array(uri: str, version: str = "", read_only: bool = False) -> Array[Any]:
-    """Open a zarr array to read and write; each process opens each ``version`` of it once."""
+    """Open a zarr array, to write too or ``read_only``; once in each process and ``version``."""
+    return _open_array(os.getpid(), uri, version, read_only)
+
+
+@lru_cache(maxsize=48)
+def _open_array(process: int, uri: str, version: str, read_only: bool) -> Array[Any]:
     import zarr
 
     with suppress(FileNotFoundError):  # zarr's own cannot be unpickled, so no worker may raise it
