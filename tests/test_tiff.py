@@ -121,6 +121,14 @@ def test_any_box_of_mixed_layouts_is_read(files, data):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(block)).read(), expected)
 
 
+def test_numbers_in_a_header_are_read(tmp_path):
+    """Tags of microscopes, which tifffile reads into an array."""
+    path, numbers = tmp_path / "numbers", np.arange(8, dtype="<u4")
+    path.write_bytes(numbers.tobytes())
+    file = tifffile.FileHandle(tiff_header._RangeFile(str(path), path.stat().st_size, ""))
+    np.testing.assert_array_equal(file.read_array("<u4", 3, offset=8), numbers[2:5])
+
+
 @pytest.mark.parametrize("dtype", ["|u1", "<u2", ">u2"])
 @pytest.mark.parametrize("codec", ["lzw", "zlib", "zstd"])
 def test_layer_with_predictor_is_decoded(tmp_path, codec, dtype):

@@ -198,7 +198,7 @@ def _words(page: Any, piece: tuple[int, int], grid: tuple[int, int]) -> str:
     return f"TIFF, {cut}, {codec.replace('ADOBE_', '')}"
 
 
-class _RangeFile(io.RawIOBase):
+class _RangeFile:
     """File for tifffile that fetches ranges on demand, with a little read-ahead, and keeps them."""
 
     def __init__(self, uri: str, size: int, etag: str) -> None:
@@ -231,8 +231,3 @@ class _RangeFile(io.RawIOBase):
         data = storage.read_range(self.name, start, stop_read, self._etag)
         self._held.append((start, data))
         return data[: stop - start]
-
-    def readinto(self, buffer: Any, /) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
