@@ -54,23 +54,7 @@ _HOME = {
     "sweep": "controls.sweeps",
 }
 
-__all__ = [
-    "InkMap",
-    "InkdaskError",
-    "ModelSpec",
-    "Segment",
-    "Settings",
-    "check",
-    "evidence",
-    "export",
-    "open_segment",
-    "predict",
-    "prepare",
-    "reduce",
-    "run",
-    "sweep",
-    "view",
-]
+__all__ = [*_HOME, "view"]
 
 
 def __getattr__(name: str) -> Any:
