@@ -102,7 +102,10 @@ def test_recorded_command_makes_the_same_picture(prediction, capsys, tmp_path, m
     assert info(capsys, again)["repeat"] == shlex.join(words)
 
 
-@pytest.mark.parametrize("look", [["--overlay", "mean", "--opacity", "0.5"], ["--reverse-video"]])
+@pytest.mark.parametrize(
+    "look",
+    [*(["--overlay", "mean", "--opacity", share] for share in ("0.5", "0")), ["--reverse-video"]],
+)
 def test_recorded_command_of_an_export_makes_the_same_file(prediction, capsys, tmp_path, look):
     stored = prediction.replace(".png", ".zarr")
     cli.main(

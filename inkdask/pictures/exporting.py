@@ -250,7 +250,7 @@ def _command(picture: Picture, look: Look, settings: Settings) -> tuple[str, ...
     shown["pixel_resolution_um"] = settings.pixel_resolution_um
     shown["roi_xyxy"] = settings.roi_xyxy and picture.box.xyxy
     for name, value in shown.items():
-        if value not in (None, False) and value != getattr(usual, name, None):
+        if value is not None and value is not False and value != getattr(usual, name, None):
             words.append(f"--{name.replace('_', '-')}")
             if value is not True:
                 words.append(",".join(map(str, value)) if isinstance(value, tuple) else value)
