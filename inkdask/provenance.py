@@ -94,12 +94,7 @@ def origin_of(plan: Plan, settings: Settings) -> Origin:
     origin = without_secrets(origin)
     if plan.network.function is not None:
         return origin
-    settled = {"ome_zarr_level": origin.ome_zarr_level, "force_reverse": plan.is_reversed}
-    words = (
-        *_command(plan, origin, settings.model),
-        *_options(OF_GRIDS, {**dict(settings), **settled}),
-    )
-    return replace(origin, command=tuple(map(str, words)))
+    return replace(origin, command=_command(plan, origin, settings))
 
 
 def said_of(plan: Plan, origin: Origin, settings: Settings) -> Said | None:
@@ -153,39 +148,46 @@ def _home(source: str | None) -> str | None:
 
 def picture_options(settings: Settings, roi: Region | None) -> tuple[str, ...]:
     """Return what the settings say about the picture alone, as words of a command."""
-    return tuple(_options(OF_PICTURES, {**dict(settings), "roi_xyxy": roi}))
+    return tuple(words_of(_changed(OF_PICTURES, {**dict(settings), "roi_xyxy": roi})))
 
 
-def _command(plan: Plan, origin: Origin, model: str) -> list[Any]:
+def _command(plan: Plan, origin: Origin, settings: Settings) -> tuple[str, ...]:
     """Return the words of the command that makes the same grid.
 
     What the model or the program would choose is said too, because a later version might choose
     otherwise.
     """
-    start, end = origin.layer_range
-    words: list[Any] = ["inkdask", "run", origin.source, "--model", _model(model)]
-    words += ["--layers", f"{start}:{end}", "--tile", plan.tiling.tile]
-    words += ["--stride", plan.tiling.stride]
-    for name in ("clip", "divisor"):
-        if (value := getattr(plan.network, name)) is not None:
-            words += [f"--{name}", f"{value:.15g}"]
-    if origin.volume != origin.source:
-        words += ["--surface-volume-zarr", origin.volume]
-    if plan.mask_path:
-        words += ["--mask-path", without_secrets(absolute(plan.mask_path))]
-    return words
+    settled = {"ome_zarr_level": origin.ome_zarr_level, "force_reverse": plan.is_reversed}
+    said = {
+        "model": _model(settings.model),
+        "layers": "{}:{}".format(*origin.layer_range),
+        "tile": plan.tiling.tile,
+        "stride": plan.tiling.stride,
+        "clip": plan.network.clip,
+        "divisor": plan.network.divisor,
+        "surface_volume_zarr": None if origin.volume == origin.source else origin.volume,
+        "mask_path": without_secrets(absolute(plan.mask_path)),
+        **_changed(OF_GRIDS, {**dict(settings), **settled}),
+    }
+    return "inkdask", "run", str(origin.source), *words_of(said)
 
 
-def _options(names: Sequence[str], values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield, as words of a command, the parameters that are not at their defaults."""
-    for name in names:
-        value = values[name]
-        if value != Settings.model_fields[name].default:
-            yield f"--{name.replace('_', '-')}"
-            if isinstance(value, tuple | list):
-                yield ",".join(map(str, value))
-            elif value is not True:
-                yield f"{value:.15g}" if isinstance(value, float) else str(value)
+def _changed(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that are not at their defaults."""
+    usual = Settings.model_fields
+    return {name: values[name] for name in names if values[name] != usual[name].default}
+
+
+def words_of(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield parameters as words of a command, but for those that are None or False."""
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        yield f"--{name.replace('_', '-')}"
+        if isinstance(value, tuple | list):
+            yield ",".join(map(str, value))
+        elif value is not True:
+            yield f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def _model(model: Any) -> str:

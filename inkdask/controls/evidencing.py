@@ -23,7 +23,7 @@ from inkdask.job import Job, changed_input, place_of, shortened
 from inkdask.pictures.overlay import laid_over, open_ground
 from inkdask.pictures.picture import Picture, note, open_picture
 from inkdask.plan import Plan, span
-from inkdask.provenance import absolute
+from inkdask.provenance import absolute, words_of
 from inkdask.settings import Settings, is_blank
 from inkdask.storage import outputs
 from inkdask.store import GridStore
@@ -67,6 +67,7 @@ def evidence(
     -------
     The URIs of PNG and HTML.
     """
+    second_model = None if is_blank(second_model) else second_model
     picture = open_picture(uri := os.fspath(prediction).rstrip("/"))
     told = _origin(picture)
     settings = _settings(told, uri, model, options)
@@ -173,7 +174,7 @@ def _ways(base: dict[str, Any], second_model: Any, second_stride: int | None) ->
     if second_stride is not None:
         note = f"tiles every {second_stride} pixels, not {plan.tiling.stride}"
         ways.append(way(f"Stride {second_stride}", note, stride=second_stride))
-    if not (second_model is None or is_blank(second_model)):
+    if second_model is not None:
         unsaid = ("model_type", "model_in_chans", "clip", "divisor", "precision", "tile", "stride")
         own = {**{k: v for k, v in base.items() if k not in unsaid}, "model": second_model}
         depth = len(Plan.of(source, Settings.of(**{**own, **_between(None, None)})).layers)
@@ -265,10 +266,10 @@ def _facts(told: Provenance, region: Region, uri: str) -> dict[str, str]:
 
 def _command(uri: str, region: Region, model: Any, stride: int | None, settings: Settings) -> str:
     """Return the command that makes the page again."""
-    words = ["inkdask", "evidence", absolute(uri), "--roi-xyxy", ",".join(map(str, region))]
-    is_said = isinstance(model, str) and not is_blank(model)
-    words += ["--second-model", str(absolute(model))] if is_said else []
-    words += ["--second-stride", str(stride)] if stride else []
-    if settings.pixel_resolution_um:
-        words += ["--pixel-resolution-um", f"{settings.pixel_resolution_um:g}"]
-    return shlex.join(words)
+    said = {
+        "roi_xyxy": region,
+        "second_model": absolute(model) if isinstance(model, str) else None,
+        "second_stride": stride,
+        "pixel_resolution_um": settings.pixel_resolution_um,
+    }
+    return shlex.join(["inkdask", "evidence", absolute(uri), *words_of(said)])

@@ -94,8 +94,8 @@ def sweep(
     with outputs.moved_by("OUTPUT_PATH"):
         outputs.check_writable(targets[0])
     outputs.sweep(others=targets)
-    drawn = "" if labels is None else os.fspath(labels)
-    truth = None if is_blank(drawn) else open_labels(drawn, whole.shape[1:])
+    labels = None if is_blank(labels) else labels
+    truth = None if labels is None else open_labels(os.fspath(labels), whole.shape[1:])
     windows = _windows(settings, whole)
     ways = _ways(given, settings, models, offsets, strides, whole)
     with connect(settings):

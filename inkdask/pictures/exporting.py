@@ -21,7 +21,7 @@ from inkdask.pictures.png import write_png
 from inkdask.pictures.pyramid import ORIGIN, write_pyramid
 from inkdask.pictures.scale_bar import ScaleBar, with_scale_bar
 from inkdask.pictures.tiff import Compression, write_tiff
-from inkdask.provenance import absolute, without_secrets
+from inkdask.provenance import absolute, without_secrets, words_of
 from inkdask.settings import Settings
 from inkdask.storage import outputs
 
@@ -231,27 +231,23 @@ def _level(shape: tuple[int, int], max_side: int | None) -> int:
     return level
 
 
-# Parameters that the command of an export may say.
+# Parameters of `Look`, and all that the command of an export may say.
+_OF_LOOKS = [field.name for field in fields(Look) if field.name != "scale_bar_um"]
 OF_COMMANDS = (
-    *(field.name for field in fields(Look) if field.name != "scale_bar_um"),
-    "add_scale_bar", "scale_bar_length_um", "pixel_resolution_um", "roi_xyxy",
+    *_OF_LOOKS, "add_scale_bar", "scale_bar_length_um", "pixel_resolution_um", "roi_xyxy"
 )  # fmt: skip
 
 
 def _command(picture: Picture, look: Look, settings: Settings) -> tuple[str, ...]:
     """Return the words of the command that exports the picture, without the file."""
-    words: list[Any] = ["inkdask", "export", without_secrets(absolute(picture.uri))]
-    shown = {field.name: getattr(look, field.name) for field in fields(look)}
-    shown["segment"] = without_secrets(absolute(look.segment))
     usual = Look()
-    if shown.pop("scale_bar_um"):
-        words.append("--add-scale-bar")
-        shown["scale_bar_length_um"] = look.scale_bar_um
-    shown["pixel_resolution_um"] = settings.pixel_resolution_um
-    shown["roi_xyxy"] = settings.roi_xyxy and picture.box.xyxy
-    for name, value in shown.items():
-        if value is not None and value is not False and value != getattr(usual, name, None):
-            words.append(f"--{name.replace('_', '-')}")
-            if value is not True:
-                words.append(",".join(map(str, value)) if isinstance(value, tuple) else value)
-    return tuple(map(str, words))
+    shown = {
+        name: value for name in _OF_LOOKS if (value := getattr(look, name)) != getattr(usual, name)
+    } | {
+        "segment": without_secrets(absolute(look.segment)),
+        "add_scale_bar": look.scale_bar_um is not None,
+        "scale_bar_length_um": look.scale_bar_um,
+        "pixel_resolution_um": settings.pixel_resolution_um,
+        "roi_xyxy": settings.roi_xyxy and picture.box.xyxy,
+    }
+    return "inkdask", "export", without_secrets(absolute(picture.uri)), *words_of(shown)
