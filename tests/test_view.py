@@ -439,6 +439,13 @@ def test_middle_lies_on_papyrus(tmp_path):
     assert inkdask.view.middle(segment, 5000) == (slice(0, 700), slice(0, 1300))
 
 
+def test_middle_of_layers_without_a_thumbnail_is_their_middle(tmp_path):
+    (tmp_path / "layers").mkdir()
+    Image.fromarray(np.ones((200, 1000), np.uint8)).save(tmp_path / "layers" / "00.png")
+    segment = inkdask.open_segment(tmp_path)
+    assert inkdask.view.middle(segment, 100) == (slice(50, 150), slice(450, 550))
+
+
 def test_prediction_describes_itself_and_computes_nothing(ink):
     before = storage.counters().tiles
     html = ink._repr_html_()

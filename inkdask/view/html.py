@@ -110,15 +110,18 @@ def middle(segment: Segment, side: int) -> Slices:
     grey = _thumbnail_of(segment)
     shape = segment.shape[1:]
     data = np.ones((1, 1)) if grey is None else grey > 0
-    scale = max(shape) / max(data.shape)
-    tall, wide = (max(min(round(side / scale), length), 1) for length in data.shape)
+    scales = [length / count for length, count in zip(shape, data.shape, strict=True)]
+    tall, wide = (
+        max(min(round(side / scale), count), 1)
+        for scale, count in zip(scales, data.shape, strict=True)
+    )
     sums = np.pad(data, ((1, 0), (1, 0))).cumsum(0, dtype=float).cumsum(1)
     sums = sums[tall:, :] - sums[:-tall, :]
     sums = sums[:, wide:] - sums[:, :-wide]
     away = [np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in sums.shape]
     best = np.argmax(sums / (tall * wide) - 0.05 * np.hypot(away[0][:, None], away[1]))
-    at = zip(np.unravel_index(best, sums.shape), (tall, wide), shape, strict=True)
-    centres = [(place + length / 2) * scale for place, length, _ in at]
+    at = zip(np.unravel_index(best, sums.shape), (tall, wide), scales, strict=True)
+    centres = [(place + length / 2) * scale for place, length, scale in at]
     starts = [
         round(min(max(centre - side / 2, 0), max(length - side, 0)))
         for centre, length in zip(centres, shape, strict=True)
