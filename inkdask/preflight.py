@@ -22,7 +22,7 @@ from inkdask.cautions import off_pixel_size
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.job import Job, is_below
 from inkdask.memory import expected_memory, memory_limit
-from inkdask.pictures.picture import is_picture, open_picture
+from inkdask.pictures.picture import provenance_at
 from inkdask.plan import Plan
 from inkdask.progress import amount
 from inkdask.provenance import absolute
@@ -79,9 +79,7 @@ def check_replaced(job: Job) -> None:
     uri, source = f"{job.target}.zarr", str(job.origin.source)
     if is_below(uri, source):
         return
-    there = None
-    with suppress(InkdaskError):  # A damaged picture is replaced.
-        there = open_picture(uri).provenance if is_picture(uri) else None
+    there = provenance_at(uri)  # a damaged picture is replaced
     if there and there.origin.source != source:
         raise SettingsError(
             f"{uri} is the picture of {there.origin.source}, and that of {source} would replace "

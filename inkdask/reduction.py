@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -20,7 +21,7 @@ from inkdask.identity import Provenance, Shows, differences
 from inkdask.job import Job
 from inkdask.parts import assign
 from inkdask.pictures import exporting
-from inkdask.pictures.picture import is_picture, open_picture
+from inkdask.pictures.picture import open_picture, provenance_at
 from inkdask.pictures.pyramid import to_uint8, write_pyramid
 from inkdask.preflight import check_room_for_picture
 from inkdask.specs import BlendMode
@@ -98,27 +99,17 @@ def check_complete(job: Job, num_parts: int) -> None:
 
 def tell_of_replaced(uri: str, made_of: Provenance) -> None:
     """Log how the picture at ``uri`` differs from the one that replaces it."""
-    try:
-        there = open_picture(uri).provenance if is_picture(uri) else None
-    except InkdaskError:  # a damaged picture may be replaced
-        return
-    if there is not None:
-        # Ignore chunks and extent of the grid, because they do not change the picture.
-        alike = replace(
-            there.recipe,
-            chunk=made_of.recipe.chunk,
-            corner=made_of.recipe.corner,
-            size=made_of.recipe.size,
-        )
-        apart = (
-            differences(alike, made_of.recipe),
-            differences(
-                {"blend_mode": there.blend_mode, "gaussian_sigma": there.gaussian_sigma},
-                {"blend_mode": made_of.blend_mode, "gaussian_sigma": made_of.gaussian_sigma},
-            ),
-        )
-        if differing := ", ".join(filter(None, apart)):
-            log.info("%s is replaced: its %s", uri, differing)
+    there = provenance_at(uri)
+    if there and (differing := differences(_shaping(there), _shaping(made_of))):
+        log.info("%s is replaced: its %s", uri, differing)
+
+
+def _shaping(told: Provenance) -> dict[str, Any]:
+    """Return what changes a picture, which the chunks and the extent of its grid do not."""
+    recipe = told.recipe.to_json()
+    for name in ("chunk", "corner", "size"):
+        del recipe[name]
+    return {**recipe, "blend_mode": told.blend_mode, "gaussian_sigma": told.gaussian_sigma}
 
 
 def write(job: Job, target: str, values: da.Array, shows: Shows = "ink") -> list[int]:

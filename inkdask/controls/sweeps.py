@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import product
 from typing import Any
 
@@ -23,10 +22,10 @@ from inkdask.controls.variants import fill_together, job_of
 from inkdask.controls.windows import full_windows
 from inkdask.demo.job import auc
 from inkdask.environment import environment_kept
-from inkdask.errors import InkdaskError, SettingsError
+from inkdask.errors import SettingsError
 from inkdask.identity import Region
 from inkdask.job import is_variant, sweep_stem
-from inkdask.pictures.picture import is_picture, note, open_picture
+from inkdask.pictures.picture import note, provenance_at
 from inkdask.plan import Plan
 from inkdask.progress import size
 from inkdask.provenance import absolute
@@ -112,10 +111,9 @@ def _note(folder: str, told: dict[str, Any]) -> None:
     """Add the digest of a sweep to the pictures beside it that are among its variants."""
     for entry in storage.list_folder(folder):
         uri = storage.join(folder, entry.name)
-        with suppress(InkdaskError):  # a damaged picture is none
-            there = open_picture(uri).provenance if is_picture(uri) else None
-            if there and is_variant(told, there.recipe, there.origin):
-                note(uri, "sweeps", told["digest"])
+        there = provenance_at(uri)
+        if there and is_variant(told, there.recipe, there.origin):
+            note(uri, "sweeps", told["digest"])
 
 
 def _run(

@@ -117,6 +117,13 @@ def note(uri: str, name: str, digest: str) -> None:
         group.attrs[ORIGIN] = replace(told, **noted).to_json()
 
 
+def provenance_at(uri: str) -> Provenance | None:
+    """Return the provenance of the picture at ``uri``; None for a damaged one, or without any."""
+    with suppress(InkdaskError):
+        return open_picture(uri).provenance if is_picture(uri) else None
+    return None
+
+
 def provenance_in(fields: Any, uri: str) -> Provenance | None:
     """Return the provenance of a picture; None, with a warning, where it cannot be read."""
     if not isinstance(fields, dict):
