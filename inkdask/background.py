@@ -92,7 +92,7 @@ class Background:
     """
 
     def __init__(self, plan: Plan, job: Job | None = None, progressive: bool = False) -> None:
-        self._plan, self._job, self.is_progressive = plan, job, progressive
+        self._plan, self.is_progressive = plan, progressive
         self._tiling = plan.tiling
         self.passes = np.full(plan.tiling.block_shape, -1)
         self.finest = plan.tiling.passes - 1

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from inkdask import storage
+from inkdask.environment import cache_home
 from inkdask.errors import InkdaskError, SettingsError
 from inkdask.reading.pixel_size import halvings
 
@@ -143,7 +144,7 @@ def _fetch(uri: str, mark: str) -> bytes:
     """Read a file, or the copy that this user keeps of it."""
     if storage.is_local(uri):
         return storage.read_bytes(uri)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inkdask"
+    base = cache_home()
     place = hashlib.sha256(uri.encode()).hexdigest()[:16]
     kept = base / f"{place}-{hashlib.sha256(mark.encode()).hexdigest()[:16]}.catalogue"
     with suppress(OSError):

@@ -91,12 +91,12 @@ class Plan:
         settings.require("model")
         # A model says how many layers it reads; a callable reads as many as there are.
         network = None if callable(settings.model) else _network(settings)
+        path = None
+        if isinstance(source, str | os.PathLike):
+            source = path = home_of(catalogue.locate(os.fspath(source), settings.catalogue))
         opened = _open(source, settings, network)
         segment = opened if isinstance(opened, Segment) else None
         given = segment.layers if segment else tuple(range(opened.shape[0]))
-        path = None
-        if isinstance(source, str | os.PathLike):
-            path = home_of(catalogue.locate(os.fspath(source), settings.catalogue))
         asked = settings.layers if path else None
         kept = _kept_layers(len(given), settings, network, is_range=asked is not None)
         layers, factor = given[kept], settings.z_downsample_mean_factor
@@ -225,7 +225,7 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
     """Open a path; without a range of layers, as many as the network reads."""
     if isinstance(source, Segment):
         return source
-    if isinstance(source, str | os.PathLike):
+    if isinstance(source, str):
         factor = settings.z_downsample_mean_factor
         wanted = network.layers * factor if network else None
         # Which layers are the middle ones is for the model's family, or `isotropic`, to say.
@@ -233,8 +233,7 @@ def _open(source: Given, settings: Settings, network: Network | None) -> Segment
             network and family_of(network.model.architecture) != Family()
         ):
             wanted = None
-        place = home_of(catalogue.locate(os.fspath(source), settings.catalogue))
-        mask = settings.mask_path
+        place, mask = source, settings.mask_path
         if settings.surface_volume_zarr:  # the mask stays where the segment is
             mask = mask or find_mask(place)
             place = settings.surface_volume_zarr

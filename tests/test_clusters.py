@@ -9,7 +9,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +22,7 @@ from PIL import Image
 
 import inkdask
 from inkdask import cli, engine, failures, storage, workflow
-from inkdask.clusters import connection, report
+from inkdask.clusters import connection, local, report
 from inkdask.errors import InkdaskError, UnavailableError
 from inkdask.models import hardware
 from inkdask.segment import open_labels
@@ -448,7 +447,6 @@ SECRETS = {
 def test_local_workers_share_the_cores_and_no_secret_leaves_the_process(
     s3, volume, tmp_path, monkeypatch, capfd, caplog
 ):
-    local = import_module("inkdask.clusters.local")  # the package has a function of this name
     monkeypatch.setattr(local, "CPU_COUNT", 12)
     for variable, secret in SECRETS.items():
         monkeypatch.setenv(variable, secret)

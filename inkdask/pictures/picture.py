@@ -152,8 +152,7 @@ def _multiscales(attributes: dict[str, Any], uri: str) -> dict[str, Any]:
     images = (attributes.get("ome") or attributes).get("multiscales")
     if not images:
         raise InkdaskError(f"{uri} is a zarr group without a picture: it has no multiscales.")
-    image: dict[str, Any] = images[0]
-    return image
+    return images[0]
 
 
 def _place(image: dict[str, Any]) -> tuple[float | None, tuple[int, int]]:

@@ -33,8 +33,6 @@ THUMBNAIL_BUDGET = Budget(12 << 20, 200)  # of a thumbnail, whatever the segment
 SMALL = 4 << 20  # pixels: a layer of up to so many is read whole
 NO_THUMBNAIL = "no thumbnail: layers of this kind are decoded whole"
 
-__all__ = ["escape", "ink_html", "middle", "segment_html", "several_html", "usual_contrast"]
-
 
 def segment_html(segment: Segment) -> str:
     """Describe a segment; reads a few pieces of its middle layer."""

@@ -185,8 +185,7 @@ class Ink(_Picture):
         with _turn:
             if name not in pictures:
                 pictures[name] = cls(ink, is_spread)
-            picture: Ink = pictures[name]
-        return picture
+            return pictures[name]
 
     def tile(self, level: int, row: int, column: int) -> np.ndarray:
         """Return a tile, uint8 (y, x): 254 times the probability or twice the spread, or `UNKNOWN`.
