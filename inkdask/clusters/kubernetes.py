@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from inkdask import storage
-from inkdask.clusters.pods import API, IDLE_TIMEOUT, Pods
+from inkdask.clusters.pods import API, IDLE_TIMEOUT, Pods, object_of
 from inkdask.errors import SettingsError, UnavailableError
 from inkdask.progress import write
 from inkdask.settings import Settings, env_name
@@ -65,7 +65,9 @@ def kubernetes(settings: Settings) -> Iterator[Client]:
     with ExitStack() as stack:
         with _explained():
             manifest = cluster_manifest(settings, _standing(settings.cluster_namespace))
-            pods = stack.enter_context(_made(manifest, settings.cluster_namespace))
+            pods = Pods(manifest, settings.cluster_namespace)
+            stack.callback(pods.remove)
+            pods.create()
             pods.autoscale(minimum, maximum)
             with _news() as tell:
                 pods.wait_for_scheduler(tell)
@@ -121,10 +123,9 @@ def cluster_manifest(settings: Settings, standing: dict[str, Any] | None = None)
 def _standing(namespace: str | None) -> dict[str, Any] | None:
     """Return the DaskCluster that ``kubectl apply -k cluster`` made in the namespace, or None."""
     import kr8s
-    from kr8s.objects import new_class
 
-    kind = new_class("DaskCluster", API, asyncio=False)
-    cluster = kind({"metadata": {"name": STANDING}}, namespace=namespace or kr8s.api().namespace)
+    place = namespace or kr8s.api().namespace
+    cluster = object_of("DaskCluster", {"name": STANDING}, {}, place)
     try:
         cluster.refresh()
     except kr8s.NotFoundError:
@@ -197,17 +198,6 @@ def _check_reachable_from_workers(settings: Settings) -> None:
             f"MODEL: {settings.model} is a path of this machine, which the workers of a Kubernetes "
             "cluster do not see; copy the weights to S3, and give their s3:// URI."
         )
-
-
-@contextmanager
-def _made(manifest: dict[str, Any], namespace: str | None) -> Iterator[Pods]:
-    """Make the cluster for the block; afterwards remove it and all that was made for it."""
-    pods = Pods(manifest, namespace)
-    try:
-        pods.create()
-        yield pods
-    finally:
-        pods.remove()
 
 
 @contextmanager

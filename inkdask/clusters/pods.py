@@ -40,22 +40,16 @@ class Pods:
 
     def __init__(self, manifest: dict[str, Any], namespace: str | None) -> None:
         import kr8s
-        from kr8s.objects import new_class
 
         self.name: str = manifest["metadata"]["name"]
         self.namespace: str = namespace or str(kr8s.api().namespace)
-        self._kinds = {
-            kind: new_class(kind, API, asyncio=False)
-            for kind in ("DaskCluster", "DaskWorkerGroup", "DaskAutoscaler")
-        }
         self._cluster = self._object("DaskCluster", manifest["metadata"], manifest["spec"])
         self._refused = False
         self._hopeless_since: float | None = None
         self._started = time.monotonic()
 
     def _object(self, kind: str, metadata: dict[str, Any], spec: dict[str, Any]) -> Any:
-        body = {"apiVersion": API, "kind": kind, "metadata": metadata, "spec": spec}
-        return self._kinds[kind](body, namespace=self.namespace)
+        return object_of(kind, metadata, spec, self.namespace)
 
     def create(self) -> None:
         """Make the DaskCluster; the operator makes its pods."""
@@ -150,6 +144,14 @@ class Pods:
                 f"{self.namespace}: {reason(stuck[0])}{_last_words(stuck[0])}."
             )
         time.sleep(INTERVAL)
+
+
+def object_of(kind: str, metadata: dict[str, Any], spec: dict[str, Any], namespace: str) -> Any:
+    """Return an object of a kind of the Dask operator, as kr8s has it."""
+    from kr8s.objects import new_class
+
+    body = {"apiVersion": API, "kind": kind, "metadata": metadata, "spec": spec}
+    return new_class(kind, API, asyncio=False)(body, namespace=namespace)
 
 
 def pods_of(cluster: str, namespace: str) -> list[Any]:
