@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
-from functools import lru_cache
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from inkdask.plan import span
 from inkdask.progress import amount, clock, size
 from inkdask.tiling import CHUNK, Tiling
 from inkdask.view import words
+from inkdask.view.kept import Kept
 from inkdask.view.sampling import Budget
 from inkdask.view.tiles import MOST, OVERVIEW_BUDGET, UNKNOWN, Ink, Papyrus
 
@@ -32,6 +32,8 @@ THUMBNAIL_SHARE = 0.005  # of a segment's bytes that its thumbnail may read
 THUMBNAIL_BUDGET = Budget(12 << 20, 200)  # of a thumbnail, whatever the segment's size
 SMALL = 4 << 20  # pixels: a layer of up to so many is read whole
 NO_THUMBNAIL = "no thumbnail: layers of this kind are decoded whole"
+
+_thumbnails = Kept(32 << 20)  # bytes
 
 
 def segment_html(segment: Segment) -> str:
@@ -138,30 +140,17 @@ def _ends(grey: np.ndarray) -> tuple[int, int]:
 
 def _thumbnail_of(segment: Segment) -> np.ndarray | None:
     """The middle layer, uint8 (y, x); None where it would have to be decoded whole."""
+    papyrus = Papyrus.of_segment(segment)
+    if not papyrus.is_cheap:
+        return None
     stored = segment.stored_bytes or 0.2 * segment.volume.nbytes
     budget = THUMBNAIL_BUDGET._replace(bytes=min(THUMBNAIL_SHARE * stored, THUMBNAIL_BUDGET.bytes))
-    is_small = np.prod(segment.shape[1:]) <= SMALL
-    return _overview(_Same(segment), OVERVIEW_BUDGET if is_small else budget)
-
-
-class _Same:
-    """Segment as a key: the same files and the same box make the same thumbnail."""
-
-    def __init__(self, segment: Segment) -> None:
-        self.segment = segment
-        self._key = segment.uri, segment.identity, segment.layers, segment.box
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other._key == self._key
-
-
-@lru_cache(maxsize=32)
-def _overview(same: _Same, budget: Budget) -> np.ndarray | None:
-    papyrus = Papyrus.of_segment(same.segment)
-    return papyrus.overview(len(papyrus.numbers) // 2, budget) if papyrus.is_cheap else None
+    if np.prod(segment.shape[1:]) <= SMALL:
+        budget = OVERVIEW_BUDGET
+    middle = len(papyrus.numbers) // 2
+    # The same files and the same box make the same thumbnail.
+    key = segment.uri, segment.identity, segment.layers, segment.box
+    return _thumbnails.get(key, lambda: papyrus.overview(middle, budget))
 
 
 def _picture(

@@ -287,17 +287,14 @@ function render({ model, el }) {
   // --- values under the cursor
 
   function valueAt(picture, y, x, most) {
-    for (let level = 0; level <= coarsest; level++) {
-      const step = side * 2 ** level;
-      const tile = tiles.get(keyOf(picture, level, Math.floor(y / step), Math.floor(x / step)).join());
-      if (!tile) continue;
-      const [row, column] = [Math.floor((y % step) / 2 ** level), Math.floor((x % step) / 2 ** level)];
-      const value = tile.values[row * tile.size[1] + column];
-      const about = level ? "≈" : " "; // a mean over 2^level pixels
-      if (picture === PAPYRUS) return about + value;
-      return value === UNKNOWN ? " –" : about + (most * value / MOST).toFixed(2);
-    }
-    return " …";
+    const found = nearest(keyOf(picture, 0, Math.floor(y / side), Math.floor(x / side)));
+    if (!found) return " …";
+    const [tile, [, , level]] = found;
+    const [row, column] = [y, x].map((at) => (at >> level) % side);
+    const value = tile.values[row * tile.size[1] + column];
+    const about = level ? "≈" : " "; // a mean over 2^level pixels
+    if (picture === PAPYRUS) return about + value;
+    return value === UNKNOWN ? " –" : about + (most * value / MOST).toFixed(2);
   }
 
   function point(panel, event) {
@@ -420,11 +417,11 @@ function render({ model, el }) {
     redraw();
   }
   const onLook = () => { redraw(); showCursor(); };
-  model.on("msg:custom", receive);
-  model.on("change:panels", onPanels);
-  model.on("change:box", onBox);
-  model.on("change:is_drawing", onDrawing);
-  model.on(LOOKS, onLook);
+  const heard = {
+    "msg:custom": receive, "change:panels": onPanels, "change:box": onBox,
+    "change:is_drawing": onDrawing, [LOOKS]: onLook,
+  };
+  for (const [event, act] of Object.entries(heard)) model.on(event, act);
   layOut();
   onBox();
   onDrawing();
@@ -439,11 +436,7 @@ function render({ model, el }) {
     cancelAnimationFrame(frame);
     [asking, telling].forEach(clearTimeout);
     sizes.disconnect();
-    model.off("msg:custom", receive);
-    model.off("change:panels", onPanels);
-    model.off("change:box", onBox);
-    model.off("change:is_drawing", onDrawing);
-    model.off(LOOKS, onLook);
+    for (const [event, act] of Object.entries(heard)) model.off(event, act);
   };
 }
 
