@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None, name: str = "inkdask") -> None:
     try:
         inkdask_.main(arguments, prog_name=name, standalone_mode=False)
     except InkdaskError as error:
-        _fail(as_typed(str(error), words), error.exit_code)
+        say(f"inkdask: {printable(as_typed(str(error), words))}")
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -100,11 +101,6 @@ def answer(text: object) -> None:
     except OSError as error:
         sys.stdout = None  # else Python would try again at its end  # type: ignore[assignment]
         raise InkdaskError(f"Standard output cannot be written: {error.strerror}.") from error
-
-
-def _fail(sentence: str, code: int) -> None:
-    say(f"inkdask: {printable(sentence)}")
-    sys.exit(code)
 
 
 @click.group(

@@ -44,7 +44,8 @@ def so_far(
     """
     blend = partial(_block, store=store, window=window, sigma=sigma, family=family)
     last = da.from_array(passes, (1, 1))
-    return da.map_blocks(blend, last, chunks=store.tiling.chunks, dtype=np.float32)
+    meta = np.empty((0, 0), np.float32)
+    return da.map_blocks(blend, last, chunks=store.tiling.chunks, meta=meta)
 
 
 def blend_stored(
@@ -98,8 +99,6 @@ def _block(
     family: Family,
     block_info: Any = None,
 ) -> np.ndarray:
-    if not last.size:  # Dask asks for the type of the result
-        return np.empty((0, 0), np.float32)
     location = block_info[0]["chunk-location"]
     if last.item() < 0:
         return np.zeros(block_info[None]["chunk-shape"], np.float32)

@@ -34,15 +34,14 @@ class _Value:
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON has them: lists for tuples."""
         kind: Any = type(self)
-        fields: dict[str, Any] = _adapter(kind).dump_python(self, mode="json")
-        return fields
+        return dict(_adapter(kind).dump_python(self, mode="json"))
 
     @classmethod
     def from_json(cls, fields: Any, uri: str) -> Self:
         """Read the fields that ``uri`` holds; a missing or unknown one is an `InkdaskError`."""
         kind: Any = cls
         try:
-            value: Self = _adapter(kind).validate_python(fields)
+            return _adapter(kind).validate_python(fields)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             place = ".".join(map(str, first["loc"]))
@@ -50,7 +49,6 @@ class _Value:
                 f"{uri} does not say what it was made of as this version of inkdask does: "
                 f"{cls.__name__.lower()} {place}: {first['msg'].lower()}."
             ) from error
-        return value
 
     @property
     def digest(self) -> str:

@@ -61,7 +61,17 @@ class Command(click.Command):
 
     def __init__(self, *words: Any, **options: Any) -> None:
         super().__init__(*words, **options)
-        self.params.append(verbosity())
+
+        def more(_: Any, __: Any, verbose: bool) -> None:
+            if verbose:
+                show_more()
+
+        self.params.append(
+            click.Option(
+                ["-v", "--verbose"], is_flag=True, expose_value=False, callback=more,
+                help="Show more messages.",
+            )
+        )  # fmt: skip
 
     def get_short_help_str(self, limit: int = 45) -> str:
         """Return the first paragraph of the help, for the list of commands."""
@@ -72,16 +82,3 @@ class Group(click.Group):
     """Commands that are of `Command`."""
 
     command_class = Command
-
-
-def verbosity() -> click.Option:
-    """Return the option that shows more messages, wherever it stands."""
-
-    def more(_: Any, __: Any, verbose: bool) -> None:
-        if verbose:
-            show_more()
-
-    return click.Option(
-        ["-v", "--verbose"], is_flag=True, expose_value=False, callback=more,
-        help="Show more messages.",
-    )  # fmt: skip

@@ -131,7 +131,8 @@ def asked_of(settings: Settings) -> dict[str, Any]:
         and (name in UNSAID or (name in settings.model_fields_set and name != "model"))
     }
     asked["force_reverse"] = settings.is_reversed
-    asked |= {"layers": settings.layers, "s3_path": without_secrets(_home(settings.s3_path))}
+    source = settings.s3_path and home_of(settings.s3_path)
+    asked |= {"layers": settings.layers, "s3_path": without_secrets(absolute(source))}
     if settings.model is not None:
         asked["model"] = _model(settings.model)
     # PRECISION=auto asks for that of the model, as no PRECISION does.
@@ -140,10 +141,6 @@ def asked_of(settings: Settings) -> dict[str, Any]:
         for name, value in asked.items()
         if value != "auto" and (value is not None or name in UNSAID)
     }
-
-
-def _home(source: str | None) -> str | None:
-    return absolute(source and home_of(source))
 
 
 def picture_options(settings: Settings, roi: Region | None) -> tuple[str, ...]:

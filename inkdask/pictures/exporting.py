@@ -88,11 +88,6 @@ class Look:
         if self.colour_map:
             colour_table(self.colour_map)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the ink is shown alone, in grey."""
-        return not (self.overlay or self.colour_map)
-
 
 def export(
     prediction: str | os.PathLike[str],
@@ -208,7 +203,7 @@ def _check(target: str, look: Look) -> None:
     """Check a target, before the first file is written."""
     kind = kind_of(target)
     if kind == "zarr":
-        if not look.is_plain:
+        if look.overlay or look.colour_map:
             raise SettingsError(
                 f"{target} would be a pyramid, which holds the ink alone: overlay and colour map "
                 "go with PNG, TIFF and JPEG."

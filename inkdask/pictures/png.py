@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import dask.array as da
@@ -38,18 +37,12 @@ def write_png(
         # checksum make it the single zlib stream that a PNG holds.
         png.write_chunk(file, b"IDAT", b"\x78\x9c")
         checksum = 1
-        for strip in in_order(_deflate, _strips(canvas)):
-            checksum = zlib.adler32(strip.rows, checksum)
-            png.write_chunk(file, b"IDAT", strip.deflated)
+        for rows, deflated in in_order(_deflate, _strips(canvas)):
+            checksum = zlib.adler32(rows, checksum)
+            png.write_chunk(file, b"IDAT", deflated)
         end = zlib.compressobj(LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS).flush()
         png.write_chunk(file, b"IDAT", end + struct.pack(">I", checksum))
         png.write_chunk(file, b"IEND")
-
-
-@dataclass(frozen=True)
-class _Strip:
-    rows: bytes
-    deflated: bytes
 
 
 def _strips(canvas: da.Array) -> Iterator[np.ndarray]:
@@ -65,10 +58,11 @@ def _strips(canvas: da.Array) -> Iterator[np.ndarray]:
         del band, flat  # before the next band is made
 
 
-def _deflate(rows: np.ndarray) -> _Strip:
+def _deflate(rows: np.ndarray) -> tuple[bytes, bytes]:
+    """Return rows with their filters, and the same compressed."""
     filtered = np.empty((len(rows) - 1, rows.shape[1] + 1), np.uint8)
     filtered[:, 0] = 2  # PNG filter "up": each row as its difference to the one above
     np.subtract(rows[1:], rows[:-1], out=filtered[:, 1:])
     data = filtered.tobytes()
     deflate = zlib.compressobj(LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
-    return _Strip(data, deflate.compress(data) + deflate.flush(zlib.Z_FULL_FLUSH))
+    return data, deflate.compress(data) + deflate.flush(zlib.Z_FULL_FLUSH)
