@@ -12,17 +12,10 @@ The strategy, in the order of the graph:
 The validity of a pixel comes from the task that feeds the network, so nothing is read twice, and
 blending never needs the volume.
 
-What the halo costs: a row of chunks waits in memory for the row below. Measured beside a halo that
-was a graph written by hand, which cut each chunk's pieces out of the blocks (26 layers, tile 64,
-chunk 1,024, two cores; ``python -m tests.benchmarks.memory 4096x16000``, the same with
-``--layout tiles``, and ``python -m tests.benchmarks.graph``):
-
-    | | peak, 16,000 wide, strips | peak, tiles | tasks, 40,000 x 40,000 in strips |
-    |---|---|---|---|
-    | a graph by hand | 1.38 to 1.46 GB | 0.64 GB | 56,006 |
-    | rechunk and map_overlap | 1.08 to 1.12 GB | 0.55 GB | 20,042 |
-
-The second row has large arrays mapped (`inkdask.memory.map_large_blocks`).
+For the halo, a row of chunks waits in memory for the row below. A graph written by hand, which cut
+each chunk's pieces out of the blocks, took 1.4 GB where this takes 1.1 GB (16,000 pixels wide, in
+strips), and 56,006 tasks where this takes 20,042 (``python -m tests.benchmarks.memory`` and
+``graph``).
 """
 
 from __future__ import annotations
