@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import dask.array as da
-import numpy as np
 
 from inkdask.box import Box
-from inkdask.failures import fallible, read_or_fail
+from inkdask.failures import read_or_fail
 from inkdask.plan import Plan, average
 from inkdask.segment import Segment, open_segment
 from inkdask.specs import NO_MASK
@@ -56,16 +55,4 @@ def _cut_out(plan: Plan, whole: Segment, volume: da.Array) -> Plan:
     order = [whole.layers.index(number) for number in plan.layers]
     corner = whole.box.corner if whole.box else (0, 0)
     part = volume[:, *Box.at(plan.corner, plan.tiling.shape).inside(corner).slices]
-    part = part.map_blocks(
-        take_layers,
-        order=order,
-        chunks=((len(order),), *part.chunks[1:]),
-        meta=np.empty((0, 0, 0), np.uint8),
-    )
-    return replace(plan, volume=average(part, plan.averaged))
-
-
-@fallible
-def take_layers(block: np.ndarray, order: list[int]) -> np.ndarray:
-    """Return some layers of uint8 (z, y, x), in an order."""
-    return block[order]
+    return replace(plan, volume=average(part[order], plan.averaged))
