@@ -1,7 +1,6 @@
 """Files at local paths and at ``s3://`` and ``https://`` URIs, behind the same few functions.
 
-Every `InkdaskError` names the file. Each process makes its own S3 connection, because an event loop
-does not survive a fork.
+Every `InkdaskError` names the file. Each process connects anew: event loops survive no fork.
 """
 
 from __future__ import annotations
