@@ -60,8 +60,7 @@ def evidence(
         Another model, and another stride in pixels, to show beside it.
     **options
         ``roi_xyxy`` (default: the whole, or the part of a large picture with the most contrast),
-        ``output_path`` (default: beside the prediction), and others of
-        `inkdask.settings.Settings` that change no tile.
+        ``output_path`` (default: beside the prediction), and other `Settings` that change no tile.
 
     Returns
     -------
