@@ -16,13 +16,11 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import dask.array as da
 import numpy as np
 
 from inkdask import engine, paces
 from inkdask.box import Box
 from inkdask.errors import InkdaskError
-from inkdask.failures import fallible
 from inkdask.inference import infer
 from inkdask.job import Job
 from inkdask.plan import Plan
@@ -251,7 +249,7 @@ class Background:
                 blocks = self._delayed(number)
                 tasks = [blocks[place] for place in batch]
                 began, tiles = time.monotonic(), self._tiles_of(batch)
-                engine.compute_each(tasks, partial(self._receive, number)).check()
+                engine.compute_each(tasks, partial(self._receive, number, batch)).check()
                 self._spent = self._spent / 2 + time.monotonic() - began
                 self._ran = self._ran / 2 + tiles - self._tiles_of(batch)
         except Exception as error:
@@ -297,14 +295,11 @@ class Background:
             done = number - 1 if self.is_progressive else -1
             passes = Passes(np.full(self.passes.shape, done), number)
             chunks = infer(plan.volume, plan.tiling, plan.network, plan.mask, passes).chunks
-            located = da.map_blocks(
-                _locate, chunks, meta=np.empty((0, 0), object), enforce_ndim=False
-            )
-            self._blocks[number] = located.to_delayed()
+            self._blocks[number] = chunks.to_delayed()
         return self._blocks[number]
 
-    def _receive(self, number: int, located: tuple[Place, InferredChunk]) -> None:
-        place, chunk = located
+    def _receive(self, number: int, batch: list[Place], task: int, chunk: InferredChunk) -> None:
+        place = batch[task]
         self.grid.write(chunk, *place, number)
         self.passes[place] = number
         self._tell(place)
@@ -319,11 +314,6 @@ def _meeting(axis: Axis, start: int, stop: int) -> range:
     first = int(np.searchsorted(axis.edges, start, "right")) - 1
     after = int(np.searchsorted(axis.edges, stop, "left"))
     return range(max(first, 0), min(after, len(axis.chunks)))
-
-
-@fallible
-def _locate(chunk: InferredChunk, block_id: Place) -> tuple[Place, InferredChunk]:
-    return block_id, chunk
 
 
 def _abreast() -> int:

@@ -36,7 +36,7 @@ PAUSE = 1.0  # seconds before the second try; the next waits twice as long
 MOST_THREADS = 32  # of the local scheduler, beside the network's
 HOPELESS = 10  # failures without one success: something is wrong with all of them
 _LOST = "processing-tasks", "lost-computed-tasks"  # tasks in the event of a removed worker
-Tell = Callable[[int, Any], None]  # number of a task, and its result or `Failure`
+Tell = Callable[[int, Any], None]  # number of a task, and its result
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Account:
 
 def compute_each(
     tasks: Sequence[Delayed],
-    on_result: Callable[[Any], None],
+    on_result: Tell,
     alone: Callable[[int], Delayed] | None = None,
 ) -> Account:
     """Compute tasks in any order, and hand over each result as it comes.
@@ -76,7 +76,7 @@ def compute_each(
     tasks
         They may share parts of one graph.
     on_result
-        Called in this thread, once for each task that succeeds.
+        Called in this thread with the number of each task that succeeds, and its result, once.
     alone
         Makes the task of a number anew so that it shares nothing: a block that cannot be read may
         be needed by some of the tasks only. Every task that failed is tried so.
@@ -89,7 +89,7 @@ def compute_each(
         if not isinstance(result, Failure):
             account.succeeded += 1
             account.failed.pop(number, None)
-            on_result(result)
+            on_result(number, result)
             return
         account.failed[number] = result
         causes.add(result.cause)

@@ -99,7 +99,7 @@ def fill(work: Sequence[Work], summary: Summary) -> None:
     # Peek at the tiles of this process, because a chunk of thousands of tiles reports late.
     with Meter("ink", total, "tiles", peek=lambda: summary.progress - before) as meter:
 
-        def on_report(chunk: ChunkReport) -> None:
+        def on_report(_: int, chunk: ChunkReport) -> None:
             summary.add(chunk)
             meter.add(chunk.ran + chunk.empty)
 

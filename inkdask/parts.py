@@ -64,9 +64,8 @@ def estimate(plan: Plan) -> np.ndarray:
         return np.outer(*tiling.grid_chunks).astype(np.int32)
     work = np.zeros(tiling.block_shape, np.int32)
 
-    def count(found: tuple[int, int, int]) -> None:
-        row, column, tiles = found
-        work[row, column] = tiles
+    def count(chunk: int, tiles: int) -> None:
+        work.flat[chunk] = tiles
 
     counts = over_chunks(_count_tiles, tiling, plan.middle_layer, plan.mask)
     engine.compute_each(counts.to_delayed().ravel().tolist(), count).check()
@@ -80,14 +79,14 @@ def _count_tiles(
     *,
     tiling: Tiling,
     block_id: tuple[int, int],
-) -> tuple[int, int, int]:
-    """Return row and column of a chunk, and the number of its tiles with data."""
+) -> int:
+    """Return the number of tiles with data of a chunk."""
     row, column = block_id
     seen = (block[0] != 0) if mask is None else (block[0] != 0) & mask[0]
     ys, xs = tiling.y.local_origins(row), tiling.x.local_origins(column)
     missing = [max(tiling.tile - side, 0) for side in seen.shape]
     seen = np.pad(seen, [(0, pixels) for pixels in missing])
-    return row, column, int(np.count_nonzero(tiles_with_data(seen, ys, xs, tiling.tile)))
+    return int(np.count_nonzero(tiles_with_data(seen, ys, xs, tiling.tile)))
 
 
 def _from_known(share: np.ndarray, side: int, plan: Plan) -> np.ndarray:

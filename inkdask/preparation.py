@@ -113,9 +113,8 @@ class Preparation:
         depth, *area = self.segment.shape
         log.info("%s: %d layers of %s to %s", self.segment.uri, depth, size(area), self.uri)
 
-        def tell(copied: tuple[int, int, float]) -> None:
-            row, column, share = copied
-            shares[row, column] = share
+        def tell(number: int, share: float) -> None:
+            shares[tuple(missing[number])] = share
             meter.add(1)
 
         with Meter("surface volume", len(missing), "blocks") as meter:
@@ -251,8 +250,8 @@ def _copy_block(
     layout: dict[str, Any],
     source: dict[str, Any],
     block_id: tuple[int, int],
-) -> tuple[int, int, float]:
-    """Store a block, mark it, and return its row, column and share of data."""
+) -> float:
+    """Store a block, mark it, and return its share of data."""
     row, column = block_id
     rows = tiling.y.edges[row : row + 2].tolist()
     columns = tiling.x.edges[column : column + 2].tolist()
@@ -266,9 +265,9 @@ def _copy_block(
                 storage.write_bytes(storage.join(uri, name), made[name].to_bytes())
             else:  # nothing but zeros
                 outputs.remove(storage.join(uri, name))
-    share = np.count_nonzero(block.any(axis=0)) / block[0].size
+    share = float(np.count_nonzero(block.any(axis=0)) / block[0].size)
     try:
         storage.write_bytes(storage.join(marks, f"{row}-{column}-{share:.4f}"), b"")
     except InkdaskError as error:  # the marks of a finished array are removed, for example
         log.info("A block has no mark, and is copied again if the job is stopped: %s", error)
-    return row, column, share
+    return share

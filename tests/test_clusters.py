@@ -187,13 +187,13 @@ def test_run_that_lost_its_scheduler_does_not_go_on_elsewhere(segment, doomed, m
 def test_second_try_without_scheduler_does_not_run_elsewhere(doomed, monkeypatch):
     address, process = doomed
     monkeypatch.setattr(engine, "time", SimpleNamespace(sleep=lambda _: close_client(process)))
-    task, results = dask.delayed(failures.caught)(KeyError("odd")), []
+    task, results = dask.delayed(failures.caught)(KeyError("odd")), {}
     with (
         Client(address),
         pytest.raises(UnavailableError, match=f"scheduler at {address} is gone"),
     ):
-        engine.compute_each([task], results.append, lambda _: dask.delayed(1))
-    assert results == []
+        engine.compute_each([task], results.__setitem__, lambda _: dask.delayed(1))
+    assert results == {}
 
 
 def test_workers_that_are_lost_do_not_stop_the_others_from_being_asked():

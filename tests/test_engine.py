@@ -61,9 +61,10 @@ def tens(compute_each, function, count=12):
         delayed(fallible(function))(number, shared[number // 2], dask_key_name=f"task-{number}")
         for number in range(count)
     ]
-    results = []
-    account = compute_each(tasks, results.append)
+    results = {}
+    account = compute_each(tasks, results.__setitem__)
     assert account.succeeded == len(results)
+    assert all(number == result for number, result in results.items())
     return sorted(results), {number: it.error for number, it in account.failed.items()}
 
 
@@ -114,9 +115,9 @@ def test_failure_fails_only_its_dependents(compute_each):
     strip = delayed(corrupt)(dask_key_name="strip")
     tasks = [delayed(add)(n, strip, dask_key_name=f"bad-{n}") for n in range(3)]
     tasks += [delayed(operator.neg)(n, dask_key_name=f"good-{n}") for n in range(5)]
-    results = []
-    account = compute_each(tasks, results.append)
-    assert sorted(results) == [-4, -3, -2, -1, 0]
+    results = {}
+    account = compute_each(tasks, results.__setitem__)
+    assert sorted(results.values()) == [-4, -3, -2, -1, 0]
     assert set(account.failed) == {0, 1, 2}
 
 
@@ -130,9 +131,9 @@ def test_failed_task_is_retried_alone(compute_each, runs):
         runs.add(number)
         return delayed(add)(number, delayed(corrupt)() if number == 1 else 0)
 
-    results = []
-    account = compute_each(tasks, results.append, alone)
-    assert sorted(results) == [0, 2, 3, 4]
+    results = {}
+    account = compute_each(tasks, results.__setitem__, alone)
+    assert results == {n: n for n in (0, 2, 3, 4)}
     assert list(account.failed) == [1]
     assert [runs[number] for number in range(5)] == [1, 1, 1, 1, 0]
 
@@ -176,7 +177,7 @@ def test_results_of_fused_tasks_arrive_before_the_end():
     written = da.map_blocks(write, pieces, meta=np.empty((0,), object), enforce_ndim=False)
     with dask.config.set(num_workers=1):
         account = engine.compute_each(
-            written.to_delayed().ravel().tolist(), lambda _: seen.append(len(done))
+            written.to_delayed().ravel().tolist(), lambda *_: seen.append(len(done))
         )
     assert not account.failed
     assert len(seen) == 64
@@ -231,7 +232,7 @@ def test_lasting_failure_is_explained(error, says):
 
 
 def test_interrupt_is_raised_and_not_a_failure(monkeypatch):
-    def stop(_):
+    def stop(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -250,10 +251,10 @@ def test_failed_task_is_retried_on_another_worker(monkeypatch):
         return number
 
     with Client(processes=False, n_workers=3, threads_per_worker=1, dashboard_address=None):
-        results = []
+        results = {}
         tasks = [delayed(fallible(function))(n) for n in range(9)]
-        assert not engine.compute_each(tasks, results.append).failed
-    assert sorted(results) == list(range(9))
+        assert not engine.compute_each(tasks, results.__setitem__).failed
+    assert results == {n: n for n in range(9)}
 
 
 def running_key(block):
@@ -278,7 +279,7 @@ def test_products_of_tasks_on_threads_take_one_thread_each():
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
     before, seen = threads(), []
-    engine.compute_each([delayed(threads)()], seen.append)
+    engine.compute_each([delayed(threads)()], lambda _, result: seen.append(result))
     assert seen == [{1}]
     assert threads() == before
 
@@ -292,10 +293,10 @@ def test_failures_after_a_success_do_not_stop_the_job(monkeypatch):
         return number
 
     tasks = [delayed(fallible(function))(n, dask_key_name=f"task-{n:02d}") for n in range(30)]
-    results = []
+    results = {}
     with dask.config.set(num_workers=1):
-        account = engine.compute_each(tasks, results.append)
-    assert sorted(results) == [0, *range(engine.HOPELESS + 1, 30)]
+        account = engine.compute_each(tasks, results.__setitem__)
+    assert results == {n: n for n in (0, *range(engine.HOPELESS + 1, 30))}
     assert len(account.failed) == engine.HOPELESS
 
 
@@ -305,10 +306,10 @@ def test_many_failures_of_one_cause_do_not_stop_the_job(monkeypatch):
     strip = delayed(corrupt)(dask_key_name="a-strip")
     bad = [delayed(add)(n, strip, dask_key_name=f"a-bad-{n}") for n in range(engine.HOPELESS)]
     good = [delayed(operator.neg)(n, dask_key_name=f"z-good-{n}") for n in range(5)]
-    results = []
+    results = {}
     with dask.config.set(num_workers=1):
-        account = engine.compute_each([*bad, *good], results.append)
-    assert sorted(results) == [-4, -3, -2, -1, 0]
+        account = engine.compute_each([*bad, *good], results.__setitem__)
+    assert sorted(results.values()) == [-4, -3, -2, -1, 0]
     assert len(account.failed) == engine.HOPELESS
 
 
@@ -316,8 +317,8 @@ def test_error_of_the_receiver_is_raised(compute_each):
     """It is no failure of a task: tried again, or lost with the last task, it would go unseen."""
     ran = []
 
-    def full(number):
-        ran.append(number)
+    def full(_, result):
+        ran.append(result)
         raise InkdaskError("no space is left")
 
     with pytest.raises(InkdaskError, match="no space is left"):

@@ -72,7 +72,7 @@ def write_pyramid(
         try:
             steps, counts = list(_writes(picture, place)), list[np.ndarray]()
 
-            def tell(some: np.ndarray) -> None:
+            def tell(_: int, some: np.ndarray) -> None:
                 counts.append(some)
                 meter.add(1)
 
