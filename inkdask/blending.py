@@ -383,14 +383,8 @@ def upsampling(tile: int, k: int, margin: int = 0) -> np.ndarray:
     Equals ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``: the values
     lie at the centres of k equal parts, and pixels beyond the outermost centre take its value.
     """
-    pixels = np.arange(tile + 2 * margin)
-    position = np.clip((pixels - margin + 0.5) * k / tile - 0.5, 0, k - 1)
-    left = position.astype(int)
-    share = position - left  # 0 beyond the last centre, which has no neighbour
-    u = np.zeros((len(pixels), k))
-    u[pixels, left] = 1 - share
-    u[pixels, np.minimum(left + 1, k - 1)] += share
-    return u
+    position = (np.arange(tile + 2 * margin) - margin + 0.5) * k / tile - 0.5
+    return np.stack([np.interp(position, np.arange(k), one) for one in np.eye(k)], axis=1)
 
 
 def _squared(u: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -175,12 +176,7 @@ def summary(pods: list[Any]) -> str:
         return "waiting for the operator"
     told = []
     for component in ("scheduler", "worker"):
-        states: dict[str, int] = {}
-        for pod in pods:
-            if _component(pod) == component:
-                why = reason(pod)
-                state = _phase(pod) + (f" ({why})" if why else "")
-                states[state] = states.get(state, 0) + 1
+        states = Counter(_state(pod) for pod in pods if _component(pod) == component)
         for state, count in states.items():
             number = "" if component == "scheduler" else f"{count} "
             told.append(f"{number}{component}{'s' if count > 1 else ''} {state}")
@@ -206,9 +202,11 @@ def _component(pod: Any) -> str:
     return str(pod.labels.get("dask.org/component", ""))
 
 
-def _phase(pod: Any) -> str:
+def _state(pod: Any) -> str:
     phase = str(_status(pod).get("phase") or "Pending").lower()
-    return "starting" if phase == "running" and not _is_ready(pod) else phase
+    phase = "starting" if phase == "running" and not _is_ready(pod) else phase
+    why = reason(pod)
+    return f"{phase} ({why})" if why else phase
 
 
 def _is_ready(pod: Any) -> bool:
