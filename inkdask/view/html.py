@@ -13,8 +13,7 @@ from PIL import Image
 
 from inkdask import paces
 from inkdask.box import Slices
-from inkdask.information import STRIDE, TILE
-from inkdask.memory import expected_memory
+from inkdask.information import STRIDE, TILE, of_segment
 from inkdask.plan import span
 from inkdask.progress import amount, clock, size
 from inkdask.tiling import CHUNK, Tiling
@@ -40,22 +39,10 @@ def segment_html(segment: Segment) -> str:
     """Describe a segment; reads a few pieces of its middle layer."""
     tiling = Tiling.of(segment.shape[1:], TILE, STRIDE, CHUNK)
     grey = _thumbnail_of(segment)
-    is_wide = segment.dtype.itemsize == 2
-    rows = {
-        "layers": _layers(segment.layers),
-        "shape": size(segment.shape[1:]),
-        "dtype": segment.dtype.name + (", read as uint8 (the high byte)" if is_wide else ""),
-        "layout": segment.source.words,
-    }
-    if segment.stored_bytes:
-        decoded = amount(float(segment.volume.nbytes))
-        rows["stored"] = f"{amount(segment.stored_bytes)}, {decoded} as uint8"
-    if segment.mask_uri:
-        rows["mask"] = segment.mask_uri
-    rows["tiles"] = _tiles(tiling, grey)
-    rows["memory"] = f"about {amount(expected_memory(segment.volume, tiling))} for a job here"
+    empty = None if grey is None else 1 - _share(grey)
+    _, *rows = of_segment(segment, tiling, empty)  # the first is its place
     note = NO_THUMBNAIL if grey is None else ""
-    return _card(f"Segment {segment.name}", segment.uri, _picture(grey), note, rows)
+    return _card(f"Segment {segment.name}", segment.uri, _picture(grey), note, dict(rows))
 
 
 def ink_html(ink: InkMap) -> str:
@@ -68,7 +55,7 @@ def ink_html(ink: InkMap) -> str:
     rows = {
         "model": f"{network.model.key} ({network.model.architecture}), weights "
         f"{network.digest[:12]}",
-        "layers": _layers(plan.layers),
+        "layers": f"{len(plan.layers)} ({span(plan.layers)})",
         "shape": f"{size(ink.map.shape)}, lazy in {known.size:,} chunks",
         "dtype": f"{ink.map.dtype}, ink probability 0 to 1",
         "tiles": _tiles(ink.tiling, grey),
@@ -207,10 +194,6 @@ def _card(
         f"<div>{aside}</div><div><strong>{escape(title)}</strong><br>"
         f"<code>{escape(uri)}</code><table style='margin:4px 0'>{lines}</table></div></div>"
     )
-
-
-def _layers(numbers: tuple[int, ...]) -> str:
-    return f"{len(numbers)} ({span(numbers)})"
 
 
 def _tiles(tiling: Tiling, grey: np.ndarray | None) -> str:
