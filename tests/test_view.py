@@ -306,11 +306,11 @@ def test_wishes_are_kept_apart_and_served_by_rank(ink, monkeypatch):
     let_go = threading.Event()
     receive = runner._receive
 
-    def note(number, located):
+    def note(number, batch, task, chunk):
         let_go.wait(60)
         if runner.work:
-            order.append((runner.work.wish, located[0]))
-        receive(number, located)
+            order.append((runner.work.wish, batch[task]))
+        receive(number, batch, task, chunk)
 
     monkeypatch.setattr(runner, "_receive", note)
     monkeypatch.setattr(background, "_abreast", lambda: 1)
