@@ -13,6 +13,7 @@ and norm of the body a second time, under ``all_modules``.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import pairwise
 from typing import Any
 
@@ -32,7 +33,7 @@ class Hybrid3D2D(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.depth_fusion = DepthFusion()
-        self.network = UNet()
+        self.network = unet()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(b, 1, tile, tile)`` of tiles ``(b, 1, layers, tile, tile)``."""
@@ -61,18 +62,12 @@ class DepthFusion(nn.Module):
         return torch.cat(((x * weights).sum(dim=2), x.amax(dim=2)), dim=1)
 
 
-class UNet(nn.Module):
-    """Encoder, decoder and the head of the one task."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared_encoder = Encoder()
-        self.task_heads = nn.ModuleDict({"ink": nn.Conv2d(WIDTHS[0], 1, 1)})
-        self.shared_decoder = Decoder()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``(b, 1, y, x)`` of ``(b, 32, y, x)``."""
-        return self.task_heads["ink"](self.shared_decoder(self.shared_encoder(x)))
+def unet() -> nn.Sequential:
+    """Return encoder, decoder and head: logits ``(b, 1, y, x)`` of ``(b, 32, y, x)``."""
+    heads = nn.Sequential(OrderedDict(ink=nn.Conv2d(WIDTHS[0], 1, 1)))
+    return nn.Sequential(
+        OrderedDict(shared_encoder=Encoder(), shared_decoder=Decoder(), task_heads=heads)
+    )
 
 
 class Encoder(nn.Module):
@@ -80,33 +75,27 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = Convs(2 * STEM, WIDTHS[0])
+        self.stem = convs(2 * STEM, WIDTHS[0])
         inputs = (WIDTHS[0], *WIDTHS)
         self.stages = nn.ModuleList(
-            Stage(*shape, stride=1 if number == 0 else 2)
+            stage(*shape, stride=1 if number == 0 else 2)
             for number, shape in enumerate(zip(inputs, WIDTHS, BLOCKS, strict=False))
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the maps ``(b, c, y, x)`` of ``(b, 32, y, x)``, the largest first."""
         maps, x = [], self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
+        for step in self.stages:
+            x = step(x)
             maps.append(x)
         return maps
 
 
-class Stage(nn.Module):
-    """A row of residual blocks, the first of them with the stride."""
-
-    def __init__(self, inputs: int, width: int, blocks: int, stride: int) -> None:
-        super().__init__()
-        first = Residual(inputs, width, stride)
-        self.blocks = nn.Sequential(first, *(Residual(width, width) for _ in range(blocks - 1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``(b, width, y, x)``, with y and x divided by the stride."""
-        return self.blocks(x)
+def stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    """Return a row of residual blocks, the first of them with the stride."""
+    first = Residual(inputs, width, stride)
+    row = nn.Sequential(first, *(Residual(width, width) for _ in range(blocks - 1)))
+    return nn.Sequential(OrderedDict(blocks=row))
 
 
 class Residual(nn.Module):
@@ -114,10 +103,10 @@ class Residual(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(inputs, width, 3, stride)
-        self.conv2 = ConvNorm(width, width, 3)
+        self.conv1 = conv_norm(inputs, width, 3, stride)
+        self.conv2 = conv_norm(width, width, 3)
         pool = nn.AvgPool2d(2) if stride == 2 else nn.Identity()
-        project = () if inputs == width else (ConvNorm(inputs, width, 1),)
+        project = () if inputs == width else (conv_norm(inputs, width, 1),)
         self.skip = nn.Sequential(pool, *project)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,29 +115,16 @@ class Residual(nn.Module):
         return F.leaky_relu(self.conv2(y) + self.skip(x), SLOPE, inplace=True)
 
 
-class ConvNorm(nn.Module):
-    """A convolution and its norm; one of 1x1 pixels has no bias."""
-
-    def __init__(self, inputs: int, outputs: int, side: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=side > 1)
-        self.norm = nn.InstanceNorm2d(outputs, affine=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``(b, outputs, y, x)``, with y and x divided by the stride."""
-        return self.norm(self.conv(x))
+def conv_norm(inputs: int, outputs: int, side: int, stride: int = 1) -> nn.Sequential:
+    """Return a convolution and its norm; one of 1x1 pixels has no bias."""
+    conv = nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=side > 1)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.InstanceNorm2d(outputs, affine=True)))
 
 
-class Convs(nn.Module):
-    """One convolution 3x3 with norm and LeakyReLU."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.convs = nn.Sequential(ConvNorm(inputs, outputs, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``(b, outputs, y, x)`` of ``(b, inputs, y, x)``."""
-        return F.leaky_relu(self.convs(x), SLOPE, inplace=True)
+def convs(inputs: int, outputs: int) -> nn.Sequential:
+    """Return one convolution 3x3 with norm and LeakyReLU."""
+    row = nn.Sequential(conv_norm(inputs, outputs, 3))
+    return nn.Sequential(OrderedDict(convs=row, activation=nn.LeakyReLU(SLOPE, inplace=True)))
 
 
 class Decoder(nn.Module):
@@ -157,7 +133,7 @@ class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         steps = list(pairwise(WIDTHS[::-1]))
-        self.stages = nn.ModuleList(Convs(2 * skip, skip) for _, skip in steps)
+        self.stages = nn.ModuleList(convs(2 * skip, skip) for _, skip in steps)
         self.transpconvs = nn.ModuleList(
             nn.ConvTranspose2d(deep, skip, 2, stride=2) for deep, skip in steps
         )
@@ -165,8 +141,8 @@ class Decoder(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Return ``(b, 32, y, x)`` of the encoder's maps."""
         *skips, x = maps
-        for skip, up, stage in zip(skips[::-1], self.transpconvs, self.stages, strict=True):
-            x = stage(torch.cat((up(x), skip), dim=1))
+        for skip, up, join in zip(skips[::-1], self.transpconvs, self.stages, strict=True):
+            x = join(torch.cat((up(x), skip), dim=1))
         return x
 
 
