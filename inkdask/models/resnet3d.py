@@ -15,6 +15,7 @@ Logits have a quarter of the tile's resolution.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import pairwise
 from typing import Any
 
@@ -165,12 +166,15 @@ class Decoder3D(nn.Module):
         self.decoder_blocks = nn.ModuleList(
             ResidualBlock(deep + skip, skip) for deep, skip in pairwise(widths[::-1])
         )
-        self.depth_collapse = DepthAttention(widths[0])
+        scores = nn.Conv3d(widths[0], 1, 1)
+        self.depth_collapse = nn.Sequential(OrderedDict(attn_conv=scores))
         self.logit = nn.Conv2d(widths[0], 1, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Return ``(b, 1, y, x)`` of the largest map."""
-        return self.logit(self.depth_collapse(self.features(maps)))
+        x = self.features(maps)
+        weights = self.depth_collapse(x).softmax(dim=2)
+        return self.logit((x * weights).sum(dim=2))
 
     def features(self, maps: list[Tensor]) -> Tensor:
         """Return ``(b, 64, z, y, x)`` of the largest map."""
@@ -196,18 +200,6 @@ class ResidualBlock(nn.Module):
         """Return ``(b, outputs, z, y, x)``."""
         y = F.relu(self.gn1(self.conv1(x)), inplace=True)
         return F.relu(self.gn2(self.conv2(y)).add_(self.shortcut(x)), inplace=True)
-
-
-class DepthAttention(nn.Module):
-    """The mean over depth, with weights that are a softmax of scores."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.attn_conv = nn.Conv3d(channels, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``(b, c, y, x)`` from ``(b, c, z, y, x)``."""
-        return (x * self.attn_conv(x).softmax(dim=2)).sum(dim=2)
 
 
 def ink_resnet3d_50(normalization: bool = False, **_: Any) -> ResNet3D:
