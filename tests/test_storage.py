@@ -442,20 +442,32 @@ def test_endpoint_that_is_no_url_is_named(
             ask("s3://bucket/x")
 
 
-def test_forked_process_connects_anew(s3):
-    storage.write_bytes(f"{s3}/x", b"from the parent")
+def in_a_fork(function):
+    """Return the result of a function that a forked process calls."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_read_into, args=(sender, f"{s3}/x"))
+    child = context.Process(target=lambda: sender.send(function()))
     child.start()
-    assert receiver.poll(60)
-    assert receiver.recv() == b"from the parent"
-    child.kill()  # its end would wait for threads that the fork cut off
-    child.join(10)
+    try:
+        assert receiver.poll(60)
+        return receiver.recv()
+    finally:
+        child.kill()  # its end would wait for threads that the fork cut off
+        child.join(10)
 
 
-def _read_into(sender, uri):
-    sender.send(storage.read_bytes(uri))
+def test_forked_process_connects_anew(s3):
+    storage.write_bytes(f"{s3}/x", b"from the parent")
+    assert in_a_fork(lambda: storage.read_bytes(f"{s3}/x")) == b"from the parent"
+
+
+def test_forked_process_opens_arrays_anew(s3):
+    uri, whole = f"{s3}/x.zarr", (slice(0, 4),)
+    array = zarr.create_array(storage.zarr_store(uri), shape=(4,), chunks=(2,), dtype="u1")
+    array[:] = 3
+    stored = StoredArray(uri, array)
+    assert stored[whole].tolist() == [3, 3, 3, 3]
+    assert in_a_fork(lambda: stored[whole].tolist()) == [3, 3, 3, 3]
 
 
 def test_copy_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
