@@ -8,7 +8,6 @@ from inkdask.storage.files import (
     decoded,
     entry,
     exists,
-    explain,
     explained,
     filesystem,
     find_entries,
@@ -33,7 +32,7 @@ from inkdask.storage.files import (
 
 __all__ = [
     "Counters", "Entry", "absolute", "code_of", "counters", "decoded", "entry", "exists",
-    "explain", "explained", "filesystem", "find_entries", "has_credentials", "is_http",
+    "explained", "filesystem", "find_entries", "has_credentials", "is_http",
     "is_local", "join", "list_files", "list_folder", "open_array", "put_file", "read_bytes",
     "read_middle", "read_range", "s3_filesystem", "write_bytes", "writing", "zarr_array",
     "zarr_node", "zarr_store",
