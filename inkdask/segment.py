@@ -250,9 +250,7 @@ def _open_array(
     numbers = source.numbers
     if source.oddity:
         log.warning("%s has %s", source.name, source.oddity)
-    # Arrays of the reference tool, (y, x, z), hold one range of layers without their numbers.
-    is_of_one_range = not (source.path or source.is_numbered) and source.axes[0] == 2
-    if layers and is_of_one_range and layers[1] - layers[0] == len(numbers):
+    if layers and source.may_be_one_range and layers[1] - layers[0] == len(numbers):
         numbers = tuple(range(*layers))
     chosen = choose_layers(numbers, uri, layers, count, gaps)
     return source.take(chosen), numbers, numbers[chosen], source.dtype, source.identity

@@ -42,8 +42,8 @@ class ZarrSource:
 
     Attributes
     ----------
-    uri, path
-        Store, and path of the array in it.
+    name
+        URI of the array.
     identity
         Digest of place, metadata, their times, and a part of the middle chunk.
     shape
@@ -61,8 +61,9 @@ class ZarrSource:
         that can be read alone, and layers of both.
     numbers
         Numbers of all layers.
-    is_numbered
-        Whether the array states these numbers; otherwise they count from 0.
+    may_be_one_range
+        Whether the layers may be a range whose numbers nothing tells: those of an array (y, x, z),
+        as the reference tool writes it. Then `numbers` count from 0.
     words
         Human-readable layout.
     occupancy
@@ -79,8 +80,7 @@ class ZarrSource:
         Format of an array of means of layers (`inkdask.isotropic`); mostly empty.
     """
 
-    uri: str
-    path: str
+    name: str
     identity: str
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
@@ -91,7 +91,7 @@ class ZarrSource:
     inner: tuple[int, int]
     thickness: int
     numbers: tuple[int, ...]
-    is_numbered: bool
+    may_be_one_range: bool
     words: str
     occupancy: Occupied | None = None
     made_of: MadeOf | None = None
@@ -107,11 +107,6 @@ class ZarrSource:
     def reads_all_layers(self) -> bool:
         """Whether one chunk holds as many layers as are read."""
         return self.thickness >= self.shape[0]
-
-    @property
-    def name(self) -> str:
-        """URI of the array."""
-        return storage.join(self.uri, self.path) if self.path else self.uri
 
     def cost(self, rows: slice, columns: slice) -> float:
         """Bytes of the chunks that meet those rows and columns, before compression."""
@@ -156,7 +151,7 @@ class ZarrBlock:
         """Read the block, ``dtype`` (z, y, x): high bytes, or values as stored."""
         map_large_blocks()
         source = self.source
-        with storage.decoded(source.uri):
+        with storage.decoded(source.name):
             array = storage.open_array(source.name, source.identity, read_only=True)
         spans = dict(zip(source.axes, (source.span, self.rows, self.columns), strict=True))
         index = (0,) * (array.ndim - 3) + tuple(spans[axis] for axis in range(3))
@@ -217,8 +212,7 @@ def _open(uri: str, level: str, wanted: range) -> ZarrSource:
         raise InkdaskError(f"{name} does not number its {depth} layers: run inkdask prepare again.")
     chunks = " x ".join(str(length) for length in node.chunks)
     return ZarrSource(
-        uri=uri,
-        path=path,
+        name=name,
         identity=_identity(name, node),
         shape=(depth, height, width),
         dtype=np.dtype(node.dtype).newbyteorder("="),
@@ -229,7 +223,7 @@ def _open(uri: str, level: str, wanted: range) -> ZarrSource:
         inner=(node.chunks[-3:][axes[1]], node.chunks[-3:][axes[2]]),
         thickness=min(pieces[axes[0]], depth),
         numbers=tuple(numbers),
-        is_numbered=bool(kept),
+        may_be_one_range=not (path or kept) and axes[0] == 2,
         words=f"zarr {node.metadata.zarr_format} of {depth:,} x {height:,} x {width:,} (z, y, x), "
         f"{chunks} chunks" + (" in shards" if node.shards else ""),
         occupancy=_occupied(node.attrs.get(OCCUPIED_ATTRIBUTE)),
