@@ -1,8 +1,7 @@
 """What `info`, `check` and `models` tell before a job: layers, models that fit, and times."""
 
+import logging
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -109,12 +108,12 @@ def test_info_of_a_folder_leaves_out_pictures(own_tiles, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words", [["-v", "info", "{}"], ["info", "-v", "{}"], ["info", "{}", "-v"]]
 )
-def test_more_messages_are_shown_wherever_the_option_stands(segment, words):
-    words = [word.format(segment) for word in words]
-    done = subprocess.run(
-        [sys.executable, "-m", "inkdask", *words], capture_output=True, text=True, check=True
-    )
-    assert "are read, in this order" in done.stderr
+def test_more_messages_are_shown_wherever_the_option_stands(segment, words, capsys, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])  # as in a process of its own
+    cli.main(["info", str(segment)])
+    assert "are read, in this order" not in capsys.readouterr().err
+    cli.main([word.format(segment) for word in words])
+    assert "are read, in this order" in capsys.readouterr().err
 
 
 def test_help_shows_whole_summaries(capsys):
