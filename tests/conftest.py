@@ -10,6 +10,7 @@ import time
 import uuid
 
 import pytest
+from hypothesis import settings
 
 from inkdask import engine, storage
 from inkdask.settings import parameters
@@ -20,6 +21,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which processes of tests inherit
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as by nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_configure(config):
+    """Draw other examples than always in property tests where ``--hypothesis-seed`` is given."""
+    if config.getoption("--hypothesis-seed", None) is not None:
+        settings.register_profile("seeded", settings.get_profile("inkdask"), derandomize=False)
+        settings.load_profile("seeded")
 
 
 @pytest.fixture(autouse=True)
