@@ -83,6 +83,11 @@ def grids(folder):
     return [storage.join(folder, entry.name) for entry in entries if entry.name.endswith(".zarr")]
 
 
+def own_messages(caplog):
+    """Return what inkdask logged, because asyncio may log the garbage of any earlier test."""
+    return [it.getMessage() for it in caplog.records if it.name.startswith("inkdask")]
+
+
 @contextmanager
 def bound_by_rights():
     """Become nobody while root, because root may read and write every file."""

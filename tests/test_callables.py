@@ -22,7 +22,7 @@ from inkdask.errors import InkdaskError
 from inkdask.models import registry
 from inkdask.plan import Plan
 from inkdask.settings import Settings
-from tests.files import write_layers
+from tests.files import own_messages, write_layers
 
 
 def quarter(x: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def test_model_of_own_modules_without_version_logs_one_warning(
     model = models_of("helper")[way]
     with caplog.at_level(logging.INFO, "inkdask"):
         digest(model)
-    (sentence,) = caplog.messages
+    (sentence,) = own_messages(caplog)
     assert f"model {registry.resolve(model, version='1').model.key} will not resume" in sentence
     assert all(word in sentence for word in ("helper", "model_version=", "MODEL_VERSION"))
 
@@ -235,7 +235,7 @@ def test_model_whose_code_is_known_logs_nothing(
     for model in (pool, models_of("helper")["alone"]):
         digest(model)
     digest(models_of("helper")["call"], version="1")
-    assert caplog.messages == []
+    assert own_messages(caplog) == []
     sys.modules.pop("installed_network")
 
 

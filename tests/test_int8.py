@@ -18,6 +18,7 @@ from inkdask.models.int8 import ZERO, Int8Linear, convert, quantise_
 from inkdask.models.timesformer import TimeSformer
 from inkdask.predictor import Predictor
 from inkdask.specs import ModelSpec, Network
+from tests.files import own_messages
 from tests.marks import needs_vnni
 
 LAYERS, TILE = 5, 16
@@ -239,7 +240,7 @@ def test_int8_runs_in_bfloat16_with_one_warning_where_amx_is_faster(network, mon
     ours = Predictor(spec(compile=False))
     got = [run(ours) for _ in range(2)]
     assert (ours.precision, ours._form.dtype) == ("bfloat16", torch.bfloat16)
-    (sentence,) = caplog.messages
+    (sentence,) = own_messages(caplog)
     assert sentence.startswith("Precision int8 is slower than bfloat16 on this CPU, which has AMX")
     plain = run(Predictor(spec(compile=False, precision="bfloat16")))
     np.testing.assert_array_equal(got, [plain, plain])

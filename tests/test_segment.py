@@ -19,7 +19,7 @@ from inkdask.reading import volume
 from inkdask.samples import sample
 from inkdask.segment import identify, name_of, open_segment
 from inkdask.storage import s3 as s3_module
-from tests.files import SHAPE, assert_reads, encode, random_volume, write_layers
+from tests.files import SHAPE, assert_reads, encode, own_messages, random_volume, write_layers
 from tests.oracle import depth_slope
 
 # Where layers are.
@@ -99,7 +99,7 @@ def test_colour_layers_are_read_with_one_warning(tmp_path, caplog, pixels):
     write_layers(tmp_path, colours, photometric="rgb")
     with caplog.at_level(logging.WARNING, "inkdask"):
         segment = open_segment(str(tmp_path))
-    [warning] = caplog.messages
+    [warning] = own_messages(caplog)
     assert "00.tif has 3 channels, of which the first is read (6 such layers)" in warning
     assert_reads(segment, pixels >> 8)
 

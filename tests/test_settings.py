@@ -18,6 +18,7 @@ from inkdask.settings import (
     parameters,
     with_parameters,
 )
+from tests.files import own_messages
 
 
 @pytest.fixture(autouse=True)
@@ -303,7 +304,7 @@ def test_variable_that_looks_like_ours_is_named_once_and_not_read(monkeypatch, c
     monkeypatch.setenv(name, "3")
     assert Settings.of() == Settings.of()
     assert Settings.of().tile is None
-    assert caplog.messages == [f"The variable {name} is set and not read: was {meant} meant?"]
+    assert own_messages(caplog) == [f"The variable {name} is set and not read: was {meant} meant?"]
 
 
 def test_ordinary_variables_are_not_named(monkeypatch, caplog):
@@ -320,7 +321,7 @@ def test_ordinary_variables_are_not_named(monkeypatch, caplog):
     monkeypatch.setenv("TILE_SIZE", "64")
     monkeypatch.setenv("TILE", "")
     Settings.of()
-    assert caplog.messages == []
+    assert own_messages(caplog) == []
 
 
 def test_empty_devices_are_given():
