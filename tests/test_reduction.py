@@ -232,7 +232,7 @@ def test_overlay_of_array_without_layer_numbers_shows_the_layers_read(volume, tm
     place, first = str(tmp_path / "prepared.zarr"), 17
     zarr.create_array(place, data=np.moveaxis(volume, 0, 2), chunks=(128, 128, 1), zarr_format=2)
     layers = (first, first + LAYERS)
-    uri = inkdask.run(place, model=network, layers=layers, model_in_chans=3)
+    uri = inkdask.run(place, model=network, layers=layers, model_in_chans=3, **FEW)
     opened = open_ground(open_picture(uri.replace(".png", ".zarr")), "mean")
     assert np.array_equal(opened.pixels.compute(), flatten(volume[1:-1], "mean"))
 
@@ -591,7 +591,8 @@ def test_chunk_at_the_corner_is_retried_alone(tmp_path, options):
 
 
 def test_overlay_warns_of_changed_layers(segment, tmp_path, caplog):
-    uri = inkdask.run(segment, model=network, roi_xyxy=(0, 0, 300, 300)).replace(".png", ".zarr")
+    uri = inkdask.run(segment, model=network, roi_xyxy=(0, 0, 300, 300), **FEW)
+    uri = uri.replace(".png", ".zarr")
     says = "is not what it was when the prediction was made"
     inkdask.export(uri, tmp_path / "a.png", overlay="mean")
     assert says not in caplog.text
