@@ -56,8 +56,8 @@ def ink_html(ink: InkMap) -> str:
         "model": f"{network.model.key} ({network.model.architecture}), weights "
         f"{network.digest[:12]}",
         "layers": f"{len(plan.layers)} ({span(plan.layers)})",
-        "shape": f"{size(ink.map.shape)}, lazy in {known.size:,} chunks",
-        "dtype": f"{ink.map.dtype}, ink probability 0 to 1",
+        "size": f"{size(ink.map.shape)}, lazy in {known.size:,} chunks",
+        "type": f"{ink.map.dtype}, ink probability 0 to 1",
         "tiles": _tiles(ink.tiling, grey),
         "window": ink.blend_mode + sigma,
         "cost": _cost(ink, grey),
