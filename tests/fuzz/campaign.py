@@ -23,7 +23,7 @@ from tests.fuzz import spoil
 # Targets, and their share of all inputs.
 TARGETS = {
     "checkpoint": 25, "tiff": 34, "words": 11, "provenance": 9, "zarr": 13, "hub": 2, "s3": 3,
-    "http": 1, "pictures": 3,
+    "http": 2, "pictures": 3,
 }  # fmt: skip
 SECONDS = 10  # for one input
 MEMORY = 2 << 30  # bytes for the whole process
