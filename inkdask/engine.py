@@ -36,7 +36,7 @@ PAUSE = 1.0  # seconds before the second try; the next waits twice as long
 MOST_THREADS = 32  # of the local scheduler, beside the network's
 HOPELESS = 10  # failures without one success: something is wrong with all of them
 _LOST = "processing-tasks", "lost-computed-tasks"  # tasks in the event of a removed worker
-Tell = Callable[[int, Any], None]  # number of a task, and its result
+Tell = Callable[[int, Any], None]  # number of a task, and its result or `Failure`
 
 
 @dataclass

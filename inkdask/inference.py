@@ -14,8 +14,8 @@ blending never needs the volume.
 
 For the halo, a row of chunks waits in memory for the row below. A graph written by hand, which cut
 each chunk's pieces out of the blocks, took 1.4 GB where this takes 1.1 GB (16,000 pixels wide, in
-strips), and 56,006 tasks where this takes 20,042 (``python -m tests.benchmarks.memory`` and
-``graph``).
+strips), and 56,006 tasks where this takes 20,042 (``python -m tests.benchmarks.memory
+4096x16000`` and ``python -m tests.benchmarks.graph``).
 """
 
 from __future__ import annotations

@@ -98,12 +98,14 @@ class Site:
 
     ``missing`` is the answer to a name that is not there. Every ``broken``-th request whose path
     matches ``matching`` is answered 503. Requests without the ``login``, where there is one, are
-    answered 401. ``log`` has method, path and bytes sent of all others.
+    answered 401. A site that ``is_strict`` knows If-Match, which no weak ``tag`` matches. ``log``
+    has method, path and bytes sent of all others.
     """
 
     def __init__(self, root):
         self.root, self.missing, self.broken, self.matching = Path(root), 404, 0, r"/\d+$"
         self.log, self.matched, self.login = [], 0, ""
+        self.is_strict, self.tag = False, '"{}"'
         site = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -132,8 +134,11 @@ class Site:
             status = 401
         elif file.is_file():
             status, body = 200, file.read_bytes()
-            headers = {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}
-            if found := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range") or ""):
+            headers = {"ETag": self.tag.format(hashlib.md5(body).hexdigest())}
+            match = request.headers.get("If-Match") if self.is_strict else None
+            if match and (match.startswith("W/") or match != headers["ETag"]):
+                status, body = 412, b""
+            elif found := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range") or ""):
                 status, body = 206, body[int(found[1]) : int(found[2]) + 1]
         request.send_response(status)
         for name, value in headers.items():

@@ -280,22 +280,26 @@ def test_password_in_a_uri_is_refused_and_never_shown(uri, instead, tmp_path, ca
     for words in (
         ["info", uri], ["check", uri, "--model", "demo"], ["run", uri, "--model", "demo", "-v"],
         ["run", file, "--model", uri], ["prepare", uri], ["evidence", uri],
-        ["export", uri, "--output", file], ["sweep", uri, "--model", "demo"],
+        ["export", uri, "--to", f"{file}.png"], ["sweep", uri, "--model", "demo"],
         ["demo", "--out", uri],
     ):  # fmt: skip
         with pytest.raises(SystemExit, match="1|2"):
             main(words)
         said = capfd.readouterr()
+        assert said.err.startswith("inkdask: "), words  # the command itself is right
         assert "marked-secret" not in said.out + said.err, words
     with pytest.raises(InkdaskError, match=f"with a password or signature .*{instead}") as caught:
         open_segment(uri)
     assert "marked-secret" not in str(caught.value)
 
 
-def test_layer_over_http_that_was_replaced_is_an_error(site):
-    """The server does not know If-Match."""
+@pytest.mark.parametrize("is_strict", [False, True])
+@pytest.mark.parametrize("tag", ['"{}"', 'W/"{}"'])
+def test_layer_over_http_that_was_replaced_is_an_error(site, is_strict, tag):
+    site.is_strict, site.tag = is_strict, tag
     place = f"{SAMPLE}/segments/{ONE}/surface-volumes/{FINE}.tifs"
     segment = open_segment(f"{site.url}/{place}")
+    assert_reads(segment, LAYERS)
     file = site.root / place / "03.tif"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(InkdaskError, match=r"03\.tif has changed since it was opened"):

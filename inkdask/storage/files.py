@@ -320,7 +320,7 @@ def explain(error: BaseException, uri: str) -> InkdaskError:
         return InkdaskError(f"Access to {uri} is denied{refusal(error, s3_filesystem().anon)}.")
     if code_of(error) == "NoSuchBucket":
         return InkdaskError(f"The bucket of {uri} does not exist.")
-    if code_of(error) == "PreconditionFailed":
+    if code_of(error) == "PreconditionFailed" or getattr(error, "errno", 0) == errno.ESTALE:
         return InkdaskError(f"{uri} has changed since it was opened: run the job again.")
     if isinstance(error, FileNotFoundError):
         return InkdaskError(f"{uri} does not exist.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import errno
 import os
 import threading
 from typing import Any
@@ -48,7 +49,7 @@ class HttpFileSystem(HTTPFileSystem):
             if answer.status == 403:
                 raise PermissionError(said)
             if answer.status == 412:
-                raise _changed(url)
+                raise OSError(errno.ESTALE, said)
             if answer.status == 429 or answer.status >= 500:
                 raise ConnectionError(said)
             if answer.status not in (200, 206):  # not what was asked for, though perhaps no error
@@ -74,7 +75,7 @@ class HttpFileSystem(HTTPFileSystem):
             headers["Range"] = await self._process_limits(url, start, end)
         answer, body = await self._ask("GET", url, headers)
         if etag and answer.headers.get("ETag") != etag:  # not all servers know If-Match
-            raise _changed(url)
+            raise OSError(errno.ESTALE, "another ETag")
         return body[start:end] if is_range and answer.status == 200 else body
 
     async def _info(self, url: str, **_: Any) -> dict[str, Any]:
@@ -103,10 +104,6 @@ class HttpFileSystem(HTTPFileSystem):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return connection, (self.asynchronous,)
-
-
-def _changed(url: str) -> InkdaskError:
-    return InkdaskError(f"{url} has changed since it was opened: run the job again.")
 
 
 _lock = threading.Lock()

@@ -134,10 +134,10 @@ def _thumbnail_of(segment: Segment) -> np.ndarray | None:
     budget = THUMBNAIL_BUDGET._replace(bytes=min(THUMBNAIL_SHARE * stored, THUMBNAIL_BUDGET.bytes))
     if np.prod(segment.shape[1:]) <= SMALL:
         budget = OVERVIEW_BUDGET
-    middle = len(papyrus.numbers) // 2
+    number = len(papyrus.numbers) // 2
     # The same files and the same box make the same thumbnail.
     key = segment.uri, segment.identity, segment.layers, segment.box
-    return _thumbnails.get(key, lambda: papyrus.overview(middle, budget))
+    return _thumbnails.get(key, lambda: papyrus.overview(number, budget))
 
 
 def _picture(
